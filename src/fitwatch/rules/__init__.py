@@ -1,0 +1,1 @@
+"""Pure decision rules: numbers in, verdict out; no training loop, no files."""
