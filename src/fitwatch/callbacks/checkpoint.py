@@ -1,0 +1,79 @@
+"""Checkpoints, last and best."""
+
+from pathlib import Path
+
+from attrs import define, field
+from attrs.validators import ge, instance_of, optional
+
+from fitwatch import checkpoint
+from fitwatch.callback import Callback
+from fitwatch.state import State
+
+
+@define(eq=False, slots=False)
+class Checkpoint(Callback):
+    """Saves training so that it can be resumed, and the best model beside it.
+
+    Writes ``epoch-N.pt`` after every ``every_epochs`` epochs (N epochs are complete), ``step-N.pt`` after every
+    ``every_steps`` steps, and ``best.pt`` after an evaluation that is the best so far by the monitored metric. Each holds
+    model, optimizer, scheduler, scaler, callbacks, counters, history and random generators; see `fitwatch.checkpoint`.
+    A file appears whole or not at all, and older ones go only once the newer is safe on disk.
+
+    Training resumes from ``epoch-N.pt``: a file written in mid-epoch has the weights, but can't be resumed to the bit,
+    and is refused.
+
+    Args:
+        dir: Folder for the files; made if need be.
+        every_epochs: Epochs between two saves; None: none.
+        every_steps: Steps between two saves; None: none.
+        keep: Newest files to keep of each kind.
+        best: Whether to keep ``best.pt``.
+    """
+
+    dir: Path = field(converter=Path)
+    every_epochs: int | None = field(default=1, kw_only=True, validator=optional([instance_of(int), ge(1)]))
+    every_steps: int | None = field(default=None, kw_only=True, validator=optional([instance_of(int), ge(1)]))
+    keep: int = field(default=1, kw_only=True, validator=[instance_of(int), ge(1)])
+    best: bool = field(default=True, kw_only=True, validator=instance_of(bool))
+
+    def on_fit_start(self, state: State) -> None:  # noqa: ARG002 - the hook's signature
+        """Make the folder now: a path that can't be written to is to fail before step 1."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"can't make the checkpoint folder {self.dir}: {error}") from error
+
+    def on_step_end(self, state: State) -> None:
+        """Save every ``every_steps`` steps."""
+        if self.every_steps is not None and state.progress.step % self.every_steps == 0:
+            self._save(state, "step", state.progress.step)
+
+    def on_validation_end(self, state: State) -> None:
+        """Save the best."""
+        self._save_best(state)
+
+    def on_epoch_end(self, state: State) -> None:
+        """Save every ``every_epochs`` epochs, and the best where there is no validation."""
+        if state.val_loader is None:
+            self._save_best(state)
+        whole = state.progress.epoch_batch == 0  # not cut short
+        if self.every_epochs is not None and whole and state.progress.epoch % self.every_epochs == 0:
+            self._save(state, "epoch", state.progress.epoch)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that training can resume from, or None."""
+        files = self._files("epoch")
+        return files[-1] if files else None
+
+    def _save_best(self, state: State) -> None:
+        if self.best and state.best is state.metrics:
+            checkpoint.save(self.dir / "best.pt", state)
+
+    def _save(self, state: State, kind: str, count: int) -> None:
+        checkpoint.save(self.dir / f"{kind}-{count}.pt", state)
+        for old in self._files(kind)[: -self.keep]:
+            old.unlink()
+
+    def _files(self, kind: str) -> list[Path]:
+        files = [f for f in self.dir.glob(f"{kind}-*.pt") if f.stem.rpartition("-")[2].isdigit()]
+        return sorted(files, key=lambda f: int(f.stem.rpartition("-")[2]))

@@ -1,0 +1,98 @@
+"""Stop when a metric no longer improves, and give back the best weights."""
+
+from typing import Any
+
+from attrs import define, field
+from attrs.validators import instance_of
+from torch import Tensor
+
+from fitwatch.callback import Callback
+from fitwatch.checkpoint import unwrap
+from fitwatch.rules.stopping import Patience
+from fitwatch.state import State
+
+
+@define(eq=False, slots=False)
+class EarlyStopping(Callback):
+    """Stops training after ``patience`` evaluations without improvement; the model ends with its best weights.
+
+    The best weights are those at the strictly best finite value of ``monitor``, whatever ``min_delta`` is. They are
+    restored on any exit: the stop itself, the end of training, Ctrl-C, an exception. The optimizer is left as it is.
+
+    Args:
+        monitor: A metric of the fit's history, such as ``"val/loss"``.
+        mode: ``"min"`` or ``"max"``: where the metric is best.
+        patience: Evaluations in a row without improvement that end training, 1 or more.
+        min_delta: What counts as improvement over the last one that counted, 0 or more, in units of the metric.
+        relative: Whether ``min_delta`` is a share of that value's magnitude.
+        start_epoch: Before this epoch (from 0) nothing counts against the patience.
+        restore_best: Whether to restore the best weights. Keeps one copy of them beside the model.
+
+    Raises:
+        ValueError: An option is out of range; before step 1: ``monitor`` will not exist (lists those that will).
+    """
+
+    monitor: str = field(default="val/loss", validator=instance_of(str))
+    mode: str = field(default="min", kw_only=True)
+    patience: int = field(default=10, kw_only=True)
+    min_delta: float = field(default=0.0, kw_only=True)
+    relative: bool = field(default=False, kw_only=True)
+    start_epoch: int = field(default=0, kw_only=True)
+    restore_best: bool = field(default=True, kw_only=True, validator=instance_of(bool))
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.start_epoch, int) or self.start_epoch < 0:
+            raise ValueError(f"start_epoch must be an integer of 0 or more, got {self.start_epoch!r}")
+        self.rule = Patience(mode=self.mode, patience=self.patience, min_delta=self.min_delta, relative=self.relative)
+        self._best: dict[str, Tensor] | None = None
+
+    def on_fit_start(self, state: State) -> None:
+        """Announce the metric; begin anew, unless training resumes."""
+        state.watch(self.monitor, self.mode, by="EarlyStopping")
+        if not state.resumed:
+            self.rule.reset()
+            self._best = None
+
+    def on_validation_end(self, state: State) -> None:
+        """Decide on a fresh validation."""
+        self._decide(state)
+
+    def on_epoch_end(self, state: State) -> None:
+        """Decide on the training metrics where there is no validation."""
+        if state.val_loader is None:
+            self._decide(state)
+
+    def on_fit_end(self, state: State) -> None:
+        """Restore the best weights."""
+        if self._best is not None:
+            unwrap(state.model).load_state_dict(self._best)
+
+    def _decide(self, state: State) -> None:
+        if self.monitor not in state.metrics:
+            names = ", ".join(name for name in state.metrics if name not in ("epoch", "step"))
+            raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; there are {names}")
+        before = self.rule.best
+        stop = self.rule.update(state.metrics[self.monitor])
+        if state.metrics["epoch"] < self.start_epoch:
+            self.rule.wait, stop = 0, False
+        if self.rule.best != before and self.restore_best:
+            self._keep(unwrap(state.model).state_dict())
+        if stop:
+            state.request_stop(f"early stopping on {self.monitor}: {self.rule.reason}")
+            state.mark("early stop", state.metrics)
+
+    def _keep(self, weights: dict[str, Any]) -> None:
+        if self._best is None:
+            self._best = {name: w.detach().clone() for name, w in weights.items()}
+        else:
+            for name, w in weights.items():
+                self._best[name].copy_(w)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rule's state and the best weights, which may be older than the checkpoint."""
+        return {"rule": self.rule.state_dict(), "best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back."""
+        self.rule.load_state_dict(state_dict["rule"])
+        self._best = state_dict["best"]

@@ -1,0 +1,75 @@
+"""Gradient norms, in total and per layer."""
+
+import torch
+from attrs import define, field
+from attrs.validators import ge, instance_of
+from torch import Tensor
+
+from fitwatch.callback import Callback
+from fitwatch.checkpoint import unwrap
+from fitwatch.state import State
+
+
+@define(eq=False, slots=False)
+class GradientNorm(Callback):
+    """Logs the 2-norm of the gradients, of the whole step and before clipping.
+
+    Logs ``train/optim/grad_norm`` and ``train/optim/grad_norm_max``, the mean and the maximum over the log window, and
+    ``train/params/grad_norm/<layer>``, the mean over the window per module. Norms of float16 and bfloat16 gradients are
+    taken in float32. A parameter without a gradient counts as 0. Nothing is read back within the step.
+
+    Args:
+        every: Steps between two readings. At 1, the default, no spike escapes ``grad_norm_max``.
+        per_layer: Whether to log the norm of each module's own parameters too.
+    """
+
+    every: int = field(default=1, kw_only=True, validator=[instance_of(int), ge(1)])
+    per_layer: bool = field(default=True, kw_only=True, validator=instance_of(bool))
+
+    def on_fit_start(self, state: State) -> None:
+        """Group the parameters by layer, once."""
+        named = [(name, p) for name, p in unwrap(state.model).named_parameters() if p.requires_grad]
+        self._parameters = [p for _, p in named]
+        layers = [name.rpartition(".")[0] or name for name, _ in named]
+        unique = list(dict.fromkeys(layers)) if self.per_layer else []
+        self._names = ("train/optim/grad_norm", "train/optim/grad_norm_max")
+        self._names += tuple(f"train/params/grad_norm/{layer}" for layer in unique)
+        # member[i, j]: whether parameter i belongs to layer j
+        self._member = torch.tensor([[layer == name for name in unique] for layer in layers], device=state.device)
+        self._zero = torch.zeros((), device=state.device)
+
+    def on_gradients_ready(self, state: State) -> None:
+        """Take the norms; they stay on the device."""
+        if self.every > 1 and (state.progress.step + 1) % self.every:
+            return
+        gradients = [p.grad for p in self._parameters]
+        if gradients:
+            state.log(self._names, torch.stack(self._norms(gradients)), reduce=self._summary)
+
+    def _norms(self, gradients: list[Tensor | None]) -> list[Tensor]:
+        first = gradients[0]
+        plain = first is not None and all(
+            g is not None and g.dtype == first.dtype and g.device == first.device and not g.is_sparse for g in gradients
+        )
+        if plain and first is not None and first.dtype in (torch.float32, torch.float64):
+            return list(torch._foreach_norm(gradients))  # type: ignore[arg-type]  # noqa: SLF001 - one kernel for all
+        norms = []
+        for gradient in gradients:
+            if gradient is None:
+                norms.append(self._zero)
+                continue
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+            norms.append(torch.linalg.vector_norm(values, dtype=wide).to(self._zero.device))
+        return norms
+
+    def _summary(self, norms: Tensor) -> Tensor:
+        """From norms by step and parameter, (steps, parameters), to one number for each name."""
+        total = torch.linalg.vector_norm(norms, dim=1)
+        parts = [total.mean().reshape(1), total.amax().reshape(1)]
+        if self.per_layer:
+            member = self._member.to(norms.dtype)
+            # Relative to the largest: squares of tiny or huge norms must not leave the range.
+            scale = norms.amax(1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+            parts.append((((norms / scale).square() @ member).sqrt() * scale).mean(0))
+        return torch.cat(parts)

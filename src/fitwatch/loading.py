@@ -1,0 +1,103 @@
+"""Batches and data sets: moving them, counting them, finding their targets."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on ``device``: tensors, tuples, lists, mappings, and objects with ``to``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(part, device) for part in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(part, device) for part in batch)
+    if isinstance(batch, dict):
+        return {key: to_device(part, device) for key, part in batch.items()}
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def input_and_target(batch: Any) -> tuple[Any, Any]:
+    """The two parts of an ``(input, target)`` batch.
+
+    Raises:
+        TypeError: The batch is something else; the message says what to override.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    kind = type(batch).__name__
+    given = f"a {kind} of {len(batch)}" if isinstance(batch, (tuple, list, Mapping)) else f"a {kind}"
+    raise TypeError(
+        f"a batch must be a tuple (input, target), got {given}; "
+        "for other batches override training_step and validation_step"
+    )
+
+
+def batch_size(batch: Any) -> int:
+    """Examples in a batch: the first dimension of the last tensor found in it (the target, by custom).
+
+    Raises:
+        TypeError: There is no tensor in the batch.
+    """
+    found = _last_tensor(batch)
+    if found is None:
+        raise TypeError(f"can't tell how many examples a {type(batch).__name__} holds; override batch_size(batch)")
+    return found.shape[0] if found.ndim else 1
+
+
+def _last_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    parts: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        parts = batch.values()
+    elif isinstance(batch, (tuple, list)):
+        parts = batch
+    tensors = [t for t in map(_last_tensor, parts) if t is not None]
+    return tensors[-1] if tensors else None
+
+
+def exposed_targets(loader: Any) -> Tensor | None:
+    """All targets of a loader's data set where it exposes them as ``targets``, ``labels`` or ``tensors``.
+
+    Follows `torch.utils.data.Subset`. Costs no pass over the data. None where they can't be read cheaply.
+    """
+    dataset = loader.dataset if isinstance(loader, DataLoader) else None
+    if isinstance(dataset, Subset):
+        targets = _targets_of(dataset.dataset)
+        return None if targets is None else targets[torch.as_tensor(dataset.indices)]
+    return _targets_of(dataset)
+
+
+def _targets_of(dataset: Any) -> Tensor | None:
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[-1]
+    for name in ("targets", "labels"):
+        targets = getattr(dataset, name, None)
+        if targets is not None and not callable(targets):
+            return torch.as_tensor(targets)
+    return None
+
+
+def length(loader: Any) -> int | None:
+    """The number of batches, or None where the loader does not know it."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A torch device; ``"auto"`` is CUDA, else MPS, else the CPU."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be 'auto' or a torch device, got {device!r}: {error}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,288 @@
+"""Losses as weighted sums.
+
+A mean of weighted means is not the weighted mean. So every loss here gives a sum and the weight to divide it by
+(`Loss.sums`), which add up over micro-batches, ranks and epochs, whatever the cut. Called as a module, it gives
+the mean over the batch, as its torch counterpart does.
+
+Outputs in half precision are computed in float32; float32 and float64 keep their dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fitwatch._explain import refuse_classes, refuse_logits
+from fitwatch._loss import FAILURES, PRECISE, Loss, LossSum, mean_by_example, precise, sum_by_example
+from fitwatch._real_world import RealWorldCrossEntropy
+from fitwatch.weighting import as_class_weights
+
+__all__ = ["BinaryCrossEntropy", "CrossEntropy", "Loss", "LossSum", "RealWorldCrossEntropy", "as_loss"]
+
+# One kernel that gives both the sum and its weight: the exact fraction for the price of the mean.
+_nll_loss = torch.ops.aten.nll_loss_forward.default
+_nll_loss2d = torch.ops.aten.nll_loss2d_forward.default
+_SUM = 2  # ATen's number for reduction="sum"
+_INT64 = torch.int64
+
+
+class CrossEntropy(Loss):
+    """Cross-entropy of softmax outputs, equal to `torch.nn.CrossEntropyLoss` in value and gradient.
+
+    Outputs are logits of shape (N, C), (N, C, d1, ...) or (C,), with C >= 2. Targets are class indices of shape
+    (N,), (N, d1, ...) or (), int64; or probabilities of the shape of the outputs, floating-point.
+
+    For class indices the weight of a position is that of its class, so the loss is divided by the sum of the
+    weights; for probabilities it is 1, as in torch. With `label_smoothing` the smoothing mass is weighted too,
+    as in torch: an example of a class with weight 0 then adds to the total but not to the weight, and
+    `per_example` leaves it out.
+
+    Args:
+        weight: Weights of the classes, shape (C,), finite, at least 0, not all 0. Kept as a buffer.
+        label_smoothing: The mass that is spread evenly over the classes, in [0, 1].
+        ignore_index: Class index of positions that do not count.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    # The functions that tell this loss from the one on log-probabilities.
+    _log_softmax: ClassVar[Callable[..., Tensor]] = staticmethod(torch.log_softmax)
+    _takes_probabilities: ClassVar[bool] = True
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | Sequence[float] | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+        if not isinstance(ignore_index, int):
+            raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")  # noqa: TRY004
+        self.register_buffer("weight", None if weight is None else as_class_weights(weight))
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+
+    def sums(self, output: Tensor, target: Tensor) -> LossSum:  # noqa: D102
+        # The hot path. _buffers, since self.weight would go through nn.Module.__getattr__; no checks, since the
+        # kernel has its own, and a failure is explained when it happens.
+        weight = self._buffers["weight"]
+        try:
+            logits = output if output.dtype in PRECISE else precise(output)
+            if weight is not None and weight.dtype is not logits.dtype:
+                weight = weight.to(logits.dtype)
+            if target.dtype is _INT64 and not self.label_smoothing:
+                shape = logits.shape
+                if len(shape) == 2 and shape[1] > 1:
+                    log_p = self._log_softmax(logits, 1)
+                    return LossSum(*_nll_loss(log_p, target, weight, _SUM, self.ignore_index))
+                if len(shape) > 2 and shape[1] > 1 and target.shape == shape[:1] + shape[2:]:
+                    log_p = self._log_softmax(logits, 1).flatten(2).unsqueeze(2)
+                    flat = target.flatten(1).unsqueeze(1)
+                    return LossSum(*_nll_loss2d(log_p, flat, weight, _SUM, self.ignore_index))
+        except FAILURES as error:
+            self._refuse(output, target, error)
+            raise
+        losses, weights = self._positions(output, target)
+        return LossSum(losses.sum(), weights.sum())
+
+    def per_example(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        losses, weights = map(sum_by_example, self._positions(output, target))
+        counts = weights != 0
+        return torch.where(counts, losses / torch.where(counts, weights, 1), 0), weights
+
+    def weighted(self, weights: Tensor) -> Self:  # noqa: D102
+        loss = copy.deepcopy(self)
+        loss.weight = as_class_weights(weights)
+        return loss
+
+    def unweighted(self) -> Self:  # noqa: D102
+        loss = copy.deepcopy(self)
+        loss.weight = None
+        return loss
+
+    @property
+    def has_weights(self) -> bool:  # noqa: D102
+        return self._buffers["weight"] is not None
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        weight = None if self.weight is None else self.weight.tolist()
+        return f"weight={weight}, label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}"
+
+    def _refuse(self, output: Tensor, target: Tensor, cause: Exception | None = None) -> None:
+        refuse_classes(
+            output,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            probabilities=self._takes_probabilities,
+            cause=cause,
+        )
+
+    def _positions(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted losses, and weights, of all positions: both (N, d1, ...)."""
+        self._refuse(output, target)
+        if output.dim() == 1:
+            output, target = output.unsqueeze(0), target.unsqueeze(0)
+        log_p = self._log_softmax(precise(output), 1)
+        weight = None if self.weight is None else self.weight.to(log_p.dtype)
+        weighted_log_p = log_p
+        if weight is not None:
+            weighted_log_p = log_p * weight.view(-1, *[1] * (log_p.dim() - 2))
+        smoothing = self.label_smoothing
+        if target.is_floating_point():
+            target = target.to(log_p.dtype) * (1 - smoothing) + smoothing / log_p.shape[1]
+            losses = -(weighted_log_p * target).sum(1)
+            return losses, torch.ones_like(losses)
+        target = target.long()
+        try:
+            losses = F.nll_loss(log_p, target, weight, ignore_index=self.ignore_index, reduction="none")
+        except FAILURES as error:
+            self._refuse(output, target, error)
+            raise
+        valid = target != self.ignore_index
+        weights = valid.to(log_p.dtype)
+        if weight is not None:
+            weights = weight[torch.where(valid, target, 0)] * weights
+        if smoothing:
+            uniform = torch.where(valid, -weighted_log_p.mean(1), 0)
+            losses = (1 - smoothing) * losses + smoothing * uniform
+        return losses, weights
+
+
+class _NegativeLogLikelihood(CrossEntropy):
+    """`torch.nn.NLLLoss`: cross-entropy of outputs that are log-probabilities already."""
+
+    _takes_probabilities = False
+
+    @staticmethod
+    def _log_softmax(output: Tensor, _dim: int) -> Tensor:
+        return output
+
+
+class BinaryCrossEntropy(Loss):
+    """Cross-entropy of sigmoid outputs, equal to `torch.nn.BCEWithLogitsLoss` in value and gradient.
+
+    Outputs are logits of shape (N,), (N, 1), or (N, K) for K labels that do not exclude each other. Targets have
+    the same shape, any dtype, in [0, 1]; the range is not checked, since a look would wait for the device.
+
+    The loss is divided by the number of elements: `pos_weight` changes the scale, as in torch.
+
+    Args:
+        pos_weight: How much a positive counts, greater than 0: a number, or shape () or (K,). Kept as a buffer.
+
+    Raises:
+        ValueError: `pos_weight` is out of range or has more dimensions.
+    """
+
+    pos_weight: Tensor | None
+
+    def __init__(self, pos_weight: Tensor | Sequence[float] | float | None = None) -> None:
+        super().__init__()
+        self.register_buffer("pos_weight", None if pos_weight is None else _as_pos_weight(pos_weight))
+
+    def sums(self, output: Tensor, target: Tensor) -> LossSum:  # noqa: D102
+        return LossSum(self._reduced(output, target, "sum"), output.numel())
+
+    def per_example(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return mean_by_example(self._reduced(output, target, "none"))
+
+    def weighted(self, weights: Tensor) -> Self:
+        """A copy with `pos_weight = weights[1] / weights[0]`, for `weights` of shape (2,)."""
+        weights = as_class_weights(weights)
+        if len(weights) != 2 or not bool((weights > 0).all()):
+            raise ValueError(
+                f"binary cross-entropy takes the weights of two classes, both greater than 0, got {weights.tolist()}"
+            )
+        loss = copy.deepcopy(self)
+        loss.pos_weight = weights[1] / weights[0]
+        return loss
+
+    def unweighted(self) -> Self:  # noqa: D102
+        loss = copy.deepcopy(self)
+        loss.pos_weight = None
+        return loss
+
+    @property
+    def has_weights(self) -> bool:  # noqa: D102
+        return self._buffers["pos_weight"] is not None
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"pos_weight={None if self.pos_weight is None else self.pos_weight.tolist()}"
+
+    def _reduced(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
+        pos_weight = self._buffers["pos_weight"]
+        # Checked first, since torch would broadcast a (K,) pos_weight over whatever fits, a batch of (N,) too.
+        refuse_logits(output, target, pos_weight)
+        logits = precise(output)
+        if pos_weight is not None:
+            pos_weight = pos_weight.to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(
+            logits, target.to(logits.dtype), pos_weight=pos_weight, reduction=reduction
+        )
+
+
+def _as_pos_weight(pos_weight: Tensor | Sequence[float] | float) -> Tensor:
+    result = torch.as_tensor(pos_weight).detach()
+    if result.dtype not in PRECISE:
+        result = result.float()
+    if result.dim() > 1 or result.numel() == 0:
+        raise ValueError(f"pos_weight must be a number or have shape (K,), got shape {tuple(result.shape)}")
+    if not bool((result.isfinite() & (result > 0)).all()):
+        raise ValueError(f"pos_weight must be finite and greater than 0, got {result.tolist()}")
+    return result.reshape(()) if result.numel() == 1 else result
+
+
+def as_loss(loss: Any) -> Any:
+    """The exact loss for what a user gave as `loss`.
+
+    Args:
+        loss: None for `CrossEntropy()`; an instance of `torch.nn.CrossEntropyLoss`, `BCEWithLogitsLoss` or
+            `NLLLoss` (not of a subclass, which may compute something else), which becomes the loss here that
+            equals it; an object with a method `sums`, or any function of (output, target), which stays as it
+            is. A function without `sums` counts as the mean over the examples of the batch; so do
+            `BCEWithLogitsLoss` with `weight`, and with a `pos_weight` of several dimensions.
+
+    Returns:
+        A `Loss`, or the function.
+
+    Raises:
+        ValueError: A loss of torch with a reduction to a sum or to nothing.
+        TypeError: No function, or the class of a loss instead of an instance.
+    """
+    if loss is None:
+        return CrossEntropy()
+    if isinstance(loss, type):
+        raise TypeError(f"loss must be an instance, got the class itself: use {loss.__name__}()")
+    if callable(getattr(loss, "sums", None)):
+        return loss
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of (output, target), got {loss!r}")
+    kind = type(loss)
+    if kind.__module__ == nn.CrossEntropyLoss.__module__ and loss.reduction in ("sum", "none"):
+        why = "depends on the batch size" if loss.reduction == "sum" else "is no scalar to minimise"
+        raise ValueError(
+            f"{kind.__name__}(reduction={loss.reduction!r}) cannot be a training loss, since it {why}: use "
+            "reduction='mean'"
+        )
+    if kind is nn.CrossEntropyLoss:
+        return CrossEntropy(loss.weight, label_smoothing=loss.label_smoothing, ignore_index=loss.ignore_index)
+    if kind is nn.NLLLoss:
+        return _NegativeLogLikelihood(loss.weight, ignore_index=loss.ignore_index)
+    if kind is nn.BCEWithLogitsLoss and loss.weight is None:
+        pos_weight = loss.pos_weight
+        if pos_weight is None or pos_weight.dim() < 2:
+            return BinaryCrossEntropy(pos_weight)
+    return loss

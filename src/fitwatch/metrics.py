@@ -1,0 +1,131 @@
+"""Measuring without waiting for the device: exact weighted means and metrics over a whole data set."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """Move tensors to the host in one transfer, which is the one synchronisation; flat lists of floats."""
+    if not tensors:
+        return []
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    # Sums of many float32 values are taken in float64; MPS has none.
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    flat = torch.cat([t.detach().reshape(-1).to(device, wide) for t in tensors]).tolist()
+    parts, start = [], 0
+    for t in tensors:
+        parts.append(flat[start : start + t.numel()])
+        start += t.numel()
+    return parts
+
+
+class WeightedMean:
+    """sum(w l) / sum(w) over any number of batches; values stay on their device until `pull`."""
+
+    def __init__(self) -> None:
+        self.total, self.weight = 0.0, 0.0
+        self._totals: list[Tensor] = []
+        self._weights: list[Tensor | float] = []
+
+    def add(self, total: Tensor, weight: Tensor | float) -> None:
+        """Add one batch: ``total`` = sum(w l), 0-dim, ``weight`` = sum(w). Costs no synchronisation."""
+        self._totals.append(total.detach())
+        self._weights.append(weight)
+        if len(self._totals) >= 1024:  # a fit that never logs must not keep a tensor for every step
+            self._fold()
+
+    def pull(self) -> tuple[float, float]:
+        """Bring what is pending to the host; return the (total, weight) that were new."""
+        if not self._totals:
+            return 0.0, 0.0
+        weights = [w for w in self._weights if isinstance(w, Tensor)]
+        new = to_host([torch.stack(values) for values in (self._totals, weights) if values])
+        total = math.fsum(new[0])
+        weight = math.fsum(w for w in self._weights if not isinstance(w, Tensor))
+        weight += math.fsum(new[1]) if weights else 0.0
+        self._totals, self._weights = [], []
+        self.total, self.weight = self.total + total, self.weight + weight
+        return total, weight
+
+    def _fold(self) -> None:
+        wide = torch.float32 if self._totals[0].device.type == "mps" else torch.float64
+        self._totals = [torch.stack([t.to(wide) for t in self._totals]).sum()]
+        device = self._totals[0].device
+        self._weights = [torch.stack([torch.as_tensor(w, dtype=wide, device=device) for w in self._weights]).sum()]
+
+    @property
+    def value(self) -> float:
+        """The mean of what was pulled; NaN where the weights sum to 0."""
+        return self.total / self.weight if self.weight else math.nan
+
+
+class Metrics:
+    """The metrics of one pass over a data set, each computed once from all of it.
+
+    A function gets all outputs and all targets at once, so that it is exact whatever the batches were, and also
+    where it is no mean (recall, F1, AUC). An object with ``update``, ``compute`` and ``reset`` (torchmetrics') is
+    fed batch by batch; prefer it where the outputs of the whole set are too large to keep.
+
+    Args:
+        metrics: Name -> function of (outputs, targets) giving a number, or such an object.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        self._functions: dict[str, Callable[[Any, Any], Any]] = {}
+        self._objects: dict[str, Any] = {}
+        for name, metric in metrics.items():
+            if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+                self._objects[name] = metric
+            elif callable(metric):
+                self._functions[name] = metric
+            else:
+                raise TypeError(
+                    f"metrics[{name!r}] must be a function (outputs, targets) -> number or an object with "
+                    f"update, compute and reset, got {type(metric).__name__}"
+                )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self._outputs: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._batches = 0
+        for metric in self._objects.values():
+            metric.reset()
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch: ``outputs`` and ``targets`` with the examples along their first dimension."""
+        self._batches += 1
+        if self._functions:
+            self._outputs.append(outputs.detach())
+            self._targets.append(targets.detach())
+        for metric in self._objects.values():
+            if isinstance(metric, torch.nn.Module):  # torchmetrics keep their state on a device of their own
+                metric.to(outputs.device)
+            metric.update(outputs.detach(), targets)
+
+    def compute(self) -> dict[str, float]:
+        """All values by name.
+
+        Raises:
+            RuntimeError: No batch was seen: an own ``validation_step`` did not call ``update_metrics``.
+        """
+        names = [*self._functions, *self._objects]
+        if not names:
+            return {}
+        if not self._batches:
+            raise RuntimeError(
+                f"the metrics {names} saw no batch: call self.update_metrics(outputs, targets) in validation_step"
+            )
+        values = {name: metric.compute() for name, metric in self._objects.items()}
+        if self._functions:
+            outputs, targets = torch.cat(self._outputs), torch.cat(self._targets)
+            values |= {name: function(outputs, targets) for name, function in self._functions.items()}
+        try:
+            return {name: float(values[name]) for name in names}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"a metric must be a single number, got {values}") from error

@@ -1,0 +1,71 @@
+"""What is logged: values wait on their device, and cross to the host together."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from fitwatch.metrics import to_host
+
+Name = str | tuple[str, ...]
+Reduction = Literal["mean", "max", "last"] | Callable[[Tensor], Tensor]
+_REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
+    "mean": lambda stacked: stacked.mean(0),
+    "max": lambda stacked: stacked.amax(0),  # amax keeps a NaN: it must not hide behind a larger number
+    "last": lambda stacked: stacked[-1],
+}
+
+
+@frozen
+class Marker:
+    """A vertical bar on the loss chart, from ``low`` to ``high`` (both in units of the loss)."""
+
+    low: float
+    high: float
+
+
+@frozen
+class Record:
+    """One logged value, on the host.
+
+    Attributes:
+        name: ``train/...`` or ``val/...``; for a `Marker`, the name of the event.
+        step: Optimizer steps completed when it was measured.
+        value: A number, a Markdown text, or a `Marker`.
+    """
+
+    name: str
+    step: int
+    value: float | str | Marker
+
+
+class Window:
+    """The values logged since the window opened."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[Name, Reduction], list[Any]] = {}
+
+    def add(self, name: Name, value: float | Tensor, reduce: Reduction) -> None:
+        """Take a value in; costs no synchronisation."""
+        values = self._values.get((name, reduce))
+        if values is None:
+            if not (callable(reduce) or reduce in _REDUCTIONS):
+                raise ValueError(f"log({name!r}): reduce must be a function or in {list(_REDUCTIONS)}, got {reduce!r}")
+            values = self._values[name, reduce] = []
+        values.append(value.detach() if isinstance(value, Tensor) else value)
+
+    def close(self, step: int) -> list[Record]:
+        """Reduce everything on its device, move it to the host in one transfer, and open a new window."""
+        reduced = []
+        for (_, reduce), values in self._values.items():
+            stacked = torch.stack([torch.as_tensor(v) for v in values])
+            stacked = stacked if stacked.is_floating_point() else stacked.double()
+            reduced.append(reduce(stacked) if callable(reduce) else _REDUCTIONS[reduce](stacked))
+        records = []
+        for (name, _), numbers in zip(self._values, to_host(reduced), strict=True):
+            names = (name,) if isinstance(name, str) else name
+            records += [Record(n, step, v) for n, v in zip(names, numbers, strict=True)]
+        self._values = {}
+        return records

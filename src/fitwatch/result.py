@@ -1,0 +1,44 @@
+"""What a fit gives back."""
+
+from attrs import frozen
+
+from fitwatch.rules.overfitting import Verdict
+from fitwatch.state import State
+
+
+@frozen(kw_only=True)
+class Best:
+    """The best evaluation of a fit, by the monitored metric; ``metrics`` is its entry of the history."""
+
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+
+
+@frozen(kw_only=True)
+class Result:
+    """What a fit gave.
+
+    Attributes:
+        history: One dict per evaluation: ``epoch`` (from 0), ``step``, ``train/loss``, ``val/loss``, ...
+        best: The best of them: by the metric that early stopping monitors, else by ``val/loss`` (``train/loss`` without a
+            validation set); None if no value was finite.
+        stop_reason: None if training ran its course, else why it stopped.
+        verdict: The overfitting verdict, if a detector was attached.
+    """
+
+    history: list[dict[str, float]]
+    best: Best | None
+    stop_reason: str | None
+    verdict: Verdict | None
+
+    @classmethod
+    def of(cls, state: State) -> "Result":
+        """The result of a fit that ended in ``state``."""
+        best = state.best
+        return cls(
+            history=state.history,
+            best=best and Best(epoch=int(best["epoch"]), step=int(best["step"]), metrics=best),
+            stop_reason=state.stop_reason,
+            verdict=state.verdict,
+        )

@@ -1,0 +1,146 @@
+"""The facts that hooks read: where training stands, what was measured, what is waiting to be logged."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+
+from fitwatch.metrics import WeightedMean
+from fitwatch.records import Marker, Name, Record, Reduction, Window
+
+
+@define(kw_only=True)
+class Progress:
+    """Where training stands: integers only, each counts completed things.
+
+    Attributes:
+        epoch: Completed epochs, which is also the index (from 0) of the one that runs.
+        step: Optimizer steps, the x-axis of every curve.
+        epoch_step: Steps within the current epoch.
+        epoch_batch: Micro-batches within the current epoch.
+        first_epoch: ``epoch`` when the current ``fit`` began; its ``epochs`` count from here.
+        first_step: ``step`` when the current ``fit`` began; its ``max_steps`` count from here.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    epoch_step: int = 0
+    epoch_batch: int = 0
+    first_epoch: int = 0
+    first_step: int = 0
+
+
+@define(kw_only=True, eq=False)
+class State:
+    """What every hook gets. Fill it by hand to use callbacks without a Trainer."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Any  # callbacks may replace it in on_fit_start
+    scheduler: Any = None
+    scaler: Any = None  # the GradScaler under fp16
+    train_loader: Iterable[Any] = ()
+    val_loader: Iterable[Any] | None = None
+    callbacks: Any = None  # what a checkpoint asks for the state of the callbacks
+    device: torch.device = field(factory=lambda: torch.device("cpu"))
+    epochs: int | None = None  # what this fit was asked for
+    max_steps: int | None = None
+    log_every: int = 50
+    settings: dict[str, Any] = field(factory=dict)  # options worth a line in a report
+    progress: Progress = field(factory=Progress)
+    resumed: bool = False  # from a checkpoint
+    # One dict per evaluation: epoch, step, train/loss, val/loss, ...; and the newest of them.
+    history: list[dict[str, float]] = field(factory=list)
+    metrics: dict[str, float] = field(factory=dict)
+    names: set[str] = field(factory=set)  # metrics to come; a callback that adds one announces it in on_fit_start
+    monitor: str = ""  # the metric that says which evaluation is best
+    mode: str = "min"
+    records: list[Record] = field(factory=list)  # what on_log is to write
+    train_loss: WeightedMean = field(factory=WeightedMean)  # since the last evaluation
+    stop_reason: str | None = None  # set by request_stop
+    error: BaseException | None = None  # what ended the fit, if an exception did
+    verdict: Any = None  # of the overfitting detector
+    _window: Window = field(factory=Window)
+    _window_loss: tuple[float, float] = (0.0, 0.0)
+    _ready: list[Record] = field(factory=list)
+    _unlogged: bool = False
+    _watched: list[tuple[str, str]] = field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        self.names |= {"train/loss"} if self.val_loader is None else {"train/loss", "val/loss"}
+        self.monitor = self.monitor or ("train/loss" if self.val_loader is None else "val/loss")
+
+    def log(self, name: Name, value: float | str | Tensor | Marker, *, reduce: Reduction = "mean") -> None:
+        """Log a value; a tensor stays on its device until the window closes.
+
+        Args:
+            name: ``train/...`` or ``val/...``; or a tuple of n such names.
+            value: A number, a 0-dim tensor (n names: a 1-dim tensor), a Markdown text, or a `Marker`.
+            reduce: What stands for the window: the ``"mean"``, ``"max"`` or ``"last"`` of its values, or a function of
+                all of them stacked, shape (values, ...), that gives as many numbers as there are names.
+
+        Raises:
+            ValueError: ``reduce`` is unknown.
+        """
+        if isinstance(value, (str, Marker)):
+            self._ready.append(Record(str(name), self.progress.step, value))
+        else:
+            self._window.add(name, value, reduce)
+
+    def mark(self, name: str, entry: Mapping[str, float]) -> None:
+        """Draw a bar named ``name`` on the loss chart, at the evaluation ``entry`` of the history."""
+        low = entry["train/loss"]
+        self._ready.append(Record(name, int(entry["step"]), Marker(low, entry.get("val/loss", low))))
+
+    def request_stop(self, reason: str) -> None:
+        """Ask for the end of training. All callbacks finish first; the first reason given is kept."""
+        self.stop_reason = self.stop_reason or reason
+
+    def watch(self, monitor: str, mode: str, *, by: str) -> None:
+        """Say that ``by`` depends on the metric ``monitor``; the first to do so defines what is best."""
+        if not self._watched:
+            self.monitor, self.mode = monitor, mode
+        self._watched.append((by, monitor))
+
+    def check_watched(self) -> None:
+        """Raise ValueError if a watched metric will not be measured, listing those that will."""
+        for by, monitor in self._watched:
+            if monitor not in self.names:
+                raise ValueError(
+                    f"{by} monitors {monitor!r}, which this fit will not measure; "
+                    f"it will measure {', '.join(sorted(self.names))}"
+                )
+
+    def evaluated(self, values: Mapping[str, float]) -> None:
+        """Open a new entry of ``history`` with ``values`` beside the train loss since the last one."""
+        self.pull_loss()
+        now = {"epoch": self.progress.epoch, "step": self.progress.step, "train/loss": self.train_loss.value}
+        self.metrics = {**now, **values}
+        self.history.append(self.metrics)
+        self.train_loss, self._unlogged = WeightedMean(), True
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The best finite entry of ``history`` by ``monitor``; the first of equals; None if there is none."""
+        known = [entry for entry in self.history if math.isfinite(entry.get(self.monitor, math.nan))]
+        choose = min if self.mode == "min" else max
+        return choose(known, key=lambda entry: entry[self.monitor]) if known else None
+
+    def flush(self) -> None:
+        """Move what was logged since the last flush to the host and into ``records``."""
+        self.pull_loss()
+        step, (total, weight) = self.progress.step, self._window_loss
+        self.records = self._ready + self._window.close(step)
+        if weight:
+            self.records.append(Record("train/optim/loss", step, total / weight))
+        if self._unlogged:
+            self.records += [Record(n, step, v) for n, v in self.metrics.items() if n not in ("epoch", "step")]
+        self._ready, self._window_loss, self._unlogged = [], (0.0, 0.0), False
+
+    def pull_loss(self) -> None:
+        """Bring the pending part of ``train_loss`` to the host."""
+        total, weight = self.train_loss.pull()
+        self._window_loss = (self._window_loss[0] + total, self._window_loss[1] + weight)

@@ -1,0 +1,423 @@
+"""The loop."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define, field
+from attrs.validators import ge, gt, in_, instance_of, optional
+from torch import Tensor, nn
+
+from fitwatch import checkpoint, gradients, loading
+from fitwatch.callback import Callback, Callbacks
+from fitwatch.losses import LossSum, as_loss
+from fitwatch.metrics import Metrics, WeightedMean
+from fitwatch.result import Result
+from fitwatch.state import Progress, State
+
+_NO_AUTOCAST = nullcontext()
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@define(eq=False, slots=False)
+class Trainer:
+    """Trains a model; subclass it and override a step, or attach callbacks.
+
+    The gradient of every step is that of sum(w l) / sum(w) over all examples of the step, however they were cut into
+    micro-batches, and the losses reported are the same fraction over the epoch and over the validation set.
+
+    Args:
+        model: Any module, also one that `torch.compile` returned. Moved to ``device`` when fitting starts.
+        optimizer: Any torch optimizer over the model's parameters.
+        loss: A loss of fitwatch, torch's ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` or ``NLLLoss`` (made exact), or any
+            module or function (output, target) -> scalar, which counts as a mean over the batch.
+            Default: `CrossEntropy`.
+        callbacks: Called in this order.
+        scheduler: A learning-rate scheduler of torch.
+        scheduler_interval: Whether the scheduler steps after every ``"step"`` or ``"epoch"``. `ReduceLROnPlateau`
+            steps after every evaluation in either case.
+        scheduler_monitor: The metric that `ReduceLROnPlateau` gets.
+        accumulate: Micro-batches in a step. The last step of an epoch may have fewer.
+        clip_norm: Largest total 2-norm of the gradients; they are scaled down to it. None: no clipping.
+        precision: ``"fp32"`` (whatever the parameters have), or autocast to ``"bf16"`` or ``"fp16"`` (with a GradScaler).
+        metrics: Name -> function of (outputs, targets) over the whole validation set, or an object with ``update``,
+            ``compute`` and ``reset``. Reported as ``val/<name>``.
+        device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
+        log_every: Steps in a log window. Values cross to the host once a window.
+        seed: Seeds torch, Python and NumPy when the first fit begins. None: leaves them alone.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An option is out of its range.
+    """
+
+    model: nn.Module = field(validator=instance_of(nn.Module))
+    optimizer: torch.optim.Optimizer = field(validator=instance_of(torch.optim.Optimizer))
+    loss: Any = field(default=None, converter=as_loss)
+    callbacks: Sequence[Callback] = field(default=(), kw_only=True)
+    scheduler: Any = field(default=None, kw_only=True)
+    scheduler_interval: str = field(default="step", kw_only=True, validator=in_(("step", "epoch")))
+    scheduler_monitor: str = field(default="val/loss", kw_only=True, validator=instance_of(str))
+    accumulate: int = field(default=1, kw_only=True, validator=[instance_of(int), ge(1)])
+    clip_norm: float | None = field(default=None, kw_only=True, validator=optional(gt(0.0)))
+    precision: str = field(default="fp32", kw_only=True, validator=in_(tuple(_AUTOCAST)))
+    metrics: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    device: torch.device = field(default="auto", kw_only=True, converter=loading.as_device)
+    log_every: int = field(default=50, kw_only=True, validator=[instance_of(int), ge(1)])
+    seed: int | None = field(default=None, kw_only=True, validator=optional(instance_of(int)))
+
+    def __attrs_post_init__(self) -> None:
+        if self.scheduler is not None and not hasattr(self.scheduler, "step"):
+            raise TypeError(f"scheduler must be a torch scheduler with a step method, got {self.scheduler!r}")
+        self._hooks = Callbacks(self.callbacks)
+        self._metrics = Metrics(self.metrics or {})
+        self._unweighted: tuple[Any, WeightedMean] | None = None
+        self._lr: float | Tensor = 0.0
+        scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+        self.state = self._new_state(progress=Progress(), scaler=scaler)
+
+    # -- to override ---------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any) -> LossSum | Tensor:
+        """The loss of a batch in train mode, on the device.
+
+        Returns:
+            A `LossSum`, or a scalar tensor, which counts as the mean over the batch's examples.
+        """
+        input, target = loading.input_and_target(batch)
+        return self.compute_loss(self.model(input), target)
+
+    def validation_step(self, batch: Any) -> LossSum | Tensor:
+        """The loss of a batch in eval mode, without gradients; an own one passes what metrics need to `update_metrics`."""
+        input, target = loading.input_and_target(batch)
+        output = self.model(input)
+        self.update_metrics(output, target)
+        return self.compute_loss(output, target)
+
+    def batch_size(self, batch: Any) -> int:
+        """Examples in a batch; override it for own batch formats. Asked where a step returns a scalar."""
+        return loading.batch_size(batch)
+
+    # -- to call -------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, output: Any, target: Any) -> LossSum | Tensor:
+        """The loss in force (callbacks may have put weights into it): a `LossSum` where it is exact, else its scalar."""
+        loss = self.state.loss
+        sums = getattr(loss, "sums", None)
+        result: LossSum | Tensor = loss(output, target) if sums is None else sums(output, target)
+        return result
+
+    def update_metrics(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take a validation batch into the metrics, and into ``val/loss_unweighted`` where class weights are on."""
+        self._metrics.update(outputs, targets)
+        if self._unweighted is not None:
+            loss, mean = self._unweighted
+            mean.add(*loss.sums(outputs, targets))
+
+    def fit(
+        self,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None = None,
+        *,
+        epochs: int | None = None,
+        max_steps: int | None = None,
+        validate_every: int | None = None,
+        resume: str | Path | None = None,
+    ) -> Result:
+        """Train. Called again, it goes on from where it stands, with ``epochs`` or ``max_steps`` more.
+
+        Args:
+            train_loader: Any iterable of batches, with or without a length.
+            val_loader: Another, for validation.
+            epochs: Passes over ``train_loader``.
+            max_steps: Optimizer steps; with both given, whichever comes first.
+            validate_every: Steps between validations. Default: at the end of each epoch.
+            resume: A checkpoint, or ``"auto"`` for the newest one of the attached `Checkpoint` (none: a fresh start).
+                ``epochs`` and ``max_steps`` then count from where the interrupted fit began.
+
+        Raises:
+            ValueError: An option is out of range, a loader is empty, or a monitored metric will not exist.
+        """
+        if epochs is None and max_steps is None:
+            raise ValueError("fit needs epochs= or max_steps=")
+        for name, value in (("epochs", epochs), ("max_steps", max_steps), ("validate_every", validate_every)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
+        if validate_every is not None and val_loader is None:
+            raise ValueError("validate_every needs a val_loader")
+        for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+            if loader is not None and not isinstance(loader, Iterable):
+                raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}")
+            if loader is not None and loading.length(loader) == 0:
+                raise ValueError(f"{name} is empty: it has no batch")
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise RuntimeError("fit runs in one process: the exact fraction over several ranks is not supported yet")
+
+        self._hooks = Callbacks(self.callbacks)
+        state = self.state = self._new_state(
+            progress=self.state.progress,
+            scaler=self.state.scaler,
+            train_loader=train_loader,
+            val_loader=val_loader,
+            epochs=epochs,
+            max_steps=max_steps,
+        )
+        self._prepare(resume)
+        try:
+            self._hooks.on_fit_start(state)
+            if isinstance(state.loss, nn.Module):
+                state.loss.to(self.device)
+            if val_loader is not None and getattr(state.loss, "has_weights", False):
+                state.names.add("val/loss_unweighted")
+            state.check_watched()
+            self._loop(validate_every)
+        except BaseException as error:
+            state.error = error
+            try:
+                self._hooks.on_fit_end(state)
+            except Exception as late:  # noqa: BLE001 - must not hide the error that ended the fit
+                error.add_note(f"then on_fit_end failed: {late!r} {getattr(late, '__notes__', '')}")
+            raise
+        self._hooks.on_fit_end(state)
+        return Result.of(state)
+
+    def validate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """The exact loss and the metrics over ``loader``, in eval mode: ``val/loss``, ``val/<metric>``, ...
+
+        Where class weights are on, ``val/loss_unweighted`` is the same loss without them.
+
+        Raises:
+            ValueError: The loader gives no batch.
+        """
+        self._to_device()
+        loss, batches = WeightedMean(), 0
+        weighted = getattr(self.state.loss, "has_weights", False)
+        self._unweighted = (self.state.loss.unweighted(), WeightedMean()) if weighted else None
+        self._metrics.reset()
+        was_training = self.model.training
+        frozen = [m for m in self.model.modules() if not m.training]  # layers that the user keeps in eval mode
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for batch in loader:
+                    moved = loading.to_device(batch, self.device)
+                    with self._autocast():
+                        total, weight = self._sums(self.validation_step(moved), moved, "validation_step")
+                    loss.add(total, weight)
+                    batches += 1
+        finally:
+            self.model.train(was_training)
+            for module in frozen:
+                module.training = False
+        if not batches:
+            raise ValueError("the validation loader is empty: it gave no batch (a generator can be iterated once only)")
+        loss.pull()
+        values = {"val/loss": loss.value}
+        if self._unweighted is not None:
+            self._unweighted[1].pull()
+            values["val/loss_unweighted"] = self._unweighted[1].value
+        return values | {f"val/{name}": value for name, value in self._metrics.compute().items()}
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def _loop(self, validate_every: int | None) -> None:
+        state, hooks, progress = self.state, self._hooks, self.state.progress
+        per_epoch = self.scheduler if self.scheduler_interval == "epoch" and not self._plateau else None
+        while not (self._stops() or progress.epoch - progress.first_epoch == state.epochs):
+            self.model.train()
+            progress.epoch_step = progress.epoch_batch = 0
+            set_epoch = getattr(getattr(state.train_loader, "sampler", None), "set_epoch", None)
+            if set_epoch is not None:  # a DistributedSampler shuffles anew only when told the epoch
+                set_epoch(progress.epoch)
+            hooks.on_epoch_start(state)
+            complete = self._epoch(validate_every)
+            last = self._stops() or progress.epoch + complete - progress.first_epoch == state.epochs
+            if state.val_loader is None:
+                state.evaluated({})
+                self._step_plateau()
+            elif (last or validate_every is None) and not state.stop_reason and not self._validated():
+                self._validate_and_log()
+            if complete:
+                progress.epoch += 1
+                progress.epoch_step = progress.epoch_batch = 0
+                if per_epoch is not None:
+                    per_epoch.step()
+            hooks.on_epoch_end(state)
+            self._log()
+
+    def _epoch(self, validate_every: int | None) -> bool:
+        """One pass over the training batches; whether it reached the end."""
+        state, progress = self.state, self.state.progress
+        on_batch_end, on_step_end = self._hooks.hook("on_batch_end"), self._hooks.hook("on_step_end")
+        window: list[Tensor | float] = []  # the weight of each micro-batch of the step
+
+        def end_step() -> bool:
+            self._optimizer_step(window)
+            window.clear()
+            progress.step += 1
+            progress.epoch_step += 1
+            if on_step_end is not None:
+                on_step_end(state)
+            if progress.epoch_step % self.log_every == 0:
+                state.log("train/optim/lr", self._lr, reduce="last")
+                self._log()
+            if validate_every is not None and progress.step % validate_every == 0:
+                self._validate_and_log()
+            return self._stops()
+
+        for batch in state.train_loader:
+            self._backward(batch, window)
+            progress.epoch_batch += 1
+            if on_batch_end is not None:
+                on_batch_end(state)
+            if len(window) == self.accumulate and end_step():
+                # Only a length can tell that this was the last batch: asking for another would draw it.
+                return progress.epoch_batch == loading.length(state.train_loader)
+        if window:
+            end_step()
+        if not progress.epoch_batch:
+            raise ValueError(
+                f"train_loader gave no batch in epoch {progress.epoch} (a generator can be iterated once only)"
+            )
+        return True
+
+    def _backward(self, batch: Any, window: list[Tensor | float]) -> None:
+        """Forward and backward of one micro-batch; adds its weight to the window."""
+        if self.device.type != "cpu":
+            batch = loading.to_device(batch, self.device)
+        with self._autocast():
+            output = self.training_step(batch)
+        alone = self.accumulate == 1
+        if isinstance(output, LossSum):
+            loss, weight = output
+            self.state.train_loss.add(loss, weight)
+            # Divide at the start of the backward pass, so that no pass over the gradients is needed.
+            scale = gradients.inverse(weight, loss) if alone else None
+        else:
+            total, weight = self._sums(output, batch, "training_step")
+            self.state.train_loss.add(total, weight)
+            # A mean goes backward as it is where it stands alone: to the bit what a plain loop computes.
+            loss, scale = output, None if alone else torch.full_like(output, weight)
+        window.append(weight)
+        if self.state.scaler is not None:
+            scale = torch.ones_like(loss) if scale is None else scale
+            if not alone:  # sums would overflow float16: take means by the first weight, mended in _optimizer_step
+                scale = scale * gradients.inverse(window[0], loss)
+            scale = self.state.scaler.scale(scale)
+        loss.backward(gradient=scale)
+
+    def _optimizer_step(self, window: list[Tensor | float]) -> None:
+        """Make the gradients those of sum(w l) / sum(w) over the window; clip; step; forget them."""
+        state, optimizer, scaler = self.state, self.optimizer, self.state.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self.accumulate > 1:
+            gradients.divide(optimizer, window, unit=window[0] if scaler is not None else None)
+        if self._on_gradients_ready is not None:
+            self._on_gradients_ready(state)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(gradients.parameters(optimizer), self.clip_norm)
+        self._lr = optimizer.param_groups[0]["lr"]
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        if self.scheduler is not None and self.scheduler_interval == "step" and not self._plateau:
+            self.scheduler.step()
+        gradients.zero_grad(optimizer)
+
+    def _validate_and_log(self) -> None:
+        state, hooks = self.state, self._hooks
+        hooks.on_validation_start(state)
+        state.evaluated(self.validate(state.val_loader or ()))
+        hooks.on_validation_end(state)
+        self._step_plateau()
+        self._log()
+
+    def _log(self) -> None:
+        self.state.flush()
+        if self.state.records:
+            self._hooks.on_log(self.state)
+
+    # -- small parts ---------------------------------------------------------------------------------------------
+
+    def _new_state(self, **given: Any) -> State:
+        settings = {
+            "model": type(checkpoint.unwrap(self.model)).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "optimizer": type(self.optimizer).__name__,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "weight_decay": float(self.optimizer.param_groups[0].get("weight_decay", 0.0)),
+            "scheduler": type(self.scheduler).__name__ if self.scheduler is not None else "none",
+            "loss": getattr(self.loss, "__name__", type(self.loss).__name__),
+            "accumulate": self.accumulate,
+            "clip_norm": self.clip_norm if self.clip_norm is not None else "none",
+            "precision": self.precision,
+            "device": str(self.device),
+            "seed": self.seed if self.seed is not None else "none",
+        }
+        return State(
+            model=self.model,
+            optimizer=self.optimizer,
+            loss=self.loss,
+            scheduler=self.scheduler,
+            callbacks=self._hooks,
+            device=self.device,
+            log_every=self.log_every,
+            settings=settings,
+            names={f"val/{name}" for name in self.metrics or {}} if given.get("val_loader") is not None else set(),
+            **given,
+        )
+
+    def _prepare(self, resume: str | Path | None) -> None:
+        state, progress = self.state, self.state.progress
+        self._to_device()
+        progress.first_epoch, progress.first_step = progress.epoch, progress.step
+        self._on_gradients_ready = self._hooks.hook("on_gradients_ready")
+        if self._plateau and self.scheduler_monitor not in state.names:
+            state.watch(self.scheduler_monitor, self.scheduler.mode, by="ReduceLROnPlateau")
+        path = checkpoint.find(self._hooks.callbacks) if resume == "auto" else resume
+        if path is not None:
+            checkpoint.load(Path(path), state)
+        elif self.seed is not None and progress.step == 0:
+            checkpoint.seed_all(self.seed)
+        gradients.zero_grad(self.optimizer)
+
+    @property
+    def _plateau(self) -> bool:
+        return isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+    def _step_plateau(self) -> None:
+        if self._plateau:
+            self.scheduler.step(self.state.metrics[self.scheduler_monitor])
+
+    def _stops(self) -> bool:
+        state, progress = self.state, self.state.progress
+        at_end = state.max_steps is not None and progress.step - progress.first_step >= state.max_steps
+        return at_end or state.stop_reason is not None
+
+    def _validated(self) -> bool:
+        return bool(self.state.history) and self.state.history[-1]["step"] == self.state.progress.step
+
+    def _to_device(self) -> None:
+        self.model.to(self.device)
+        if isinstance(self.state.loss, nn.Module):
+            self.state.loss.to(self.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = _AUTOCAST[self.precision]
+        return _NO_AUTOCAST if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _sums(self, output: Any, batch: Any, step: str) -> LossSum:
+        """What a step returned, as sums; a scalar is the mean over the batch."""
+        if isinstance(output, LossSum):
+            return output
+        if not isinstance(output, Tensor) or output.numel() != 1:
+            given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(f"{type(self).__name__}.{step} must return a LossSum or a scalar tensor, got {given}")
+        size = self.batch_size(batch)
+        return LossSum(output.detach() * size, size)
