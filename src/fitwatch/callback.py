@@ -121,7 +121,8 @@ class Callbacks(Callback):
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         self.callbacks: list[Callback] = []
-        for c in callbacks:
+        given: Iterable[Any] = callbacks
+        for c in given:
             if not isinstance(c, Callback):
                 hint = f" (write {c.__name__}())" if isinstance(c, type) else ""
                 raise TypeError(f"callbacks must hold Callback instances, got {c!r}{hint}")
@@ -129,11 +130,6 @@ class Callbacks(Callback):
         self._hooks: dict[str, list[Callable[[State], None]]] = {
             name: [getattr(c, name) for c in self.callbacks if _overrides(c, name)] for name in HOOKS
         }
-
-    def hook(self, name: str) -> Callable[[State], None] | None:
-        """The composite's own method, or None where no callback overrides it: so an unused hook costs nothing."""
-        method: Callable[[State], None] = getattr(self, name)
-        return method if self._hooks[name] else None
 
     def _run(self, name: str, state: State) -> None:
         method = None

@@ -1,10 +1,70 @@
 """Gradients as sums: divided once, by the weight of everything in the step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+class StepGradient:
+    """The gradient of one optimizer step, gathered over its micro-batches as that of sum(w l) / sum(w).
+
+    Args:
+        optimizer: Holds the parameters.
+        accumulate: Micro-batches in a step. With one, the division happens at the start of its backward pass; with
+            more, once over the gradients, by the weight of all of them.
+        scaler: The GradScaler under float16.
+    """
+
+    def __init__(self, optimizer: Optimizer, accumulate: int, scaler: torch.amp.GradScaler | None) -> None:
+        self.optimizer, self.accumulate, self.scaler = optimizer, accumulate, scaler
+        self.weights: list[Tensor | float] = []  # sum(w) of each micro-batch so far
+        self._guess: Tensor | float | None = None  # of the weight of a step, where float16 needs one
+
+    def backward(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> None:
+        """Add the gradient of a micro-batch: ``loss`` is its sum(w l), or already its mean over the weight."""
+        self.weights.append(weight)
+        scale: Tensor | None = None
+        if self.accumulate == 1:
+            # A mean goes backward as it is: to the bit what a plain loop computes.
+            scale = None if is_mean else inverse(weight, loss)
+        elif is_mean:
+            scale = torch.ones_like(loss) * weight
+        if self.scaler is not None:
+            scale = torch.ones_like(loss) if scale is None else scale
+            if self.accumulate > 1:  # sums would overflow float16: divide by a guess, which finish mends
+                if self._guess is None:
+                    self._guess = _positive(weight * self.accumulate)
+                scale = scale * inverse(self._guess, loss)
+            scale = self.scaler.scale(scale)
+        torch.autograd.backward(loss, scale)
+
+    def finish(self) -> None:
+        """Make the gradients those of the fraction, unscaled."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        weights, self.weights = self.weights, []
+        gradients = [p.grad for p in parameters(self.optimizer) if p.grad is not None]
+        if self.accumulate == 1 or not gradients:
+            return
+        total = sum(weights)
+        factor = inverse(total, gradients[0])
+        if self._guess is not None:
+            factor = factor / inverse(self._guess, factor)
+            self._guess = _positive(total)
+        for same in _by_device_and_dtype(gradients):
+            torch._foreach_mul_(same, factor.to(same[0]))  # one kernel for all, as in torch's own clipping
+
+    def step(self) -> None:
+        """Let the optimizer step, and forget the gradients."""
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        zero_grad(self.optimizer)
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -15,26 +75,20 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
 def inverse(weight: Tensor | float, like: Tensor) -> Tensor:
     """1 / weight as a scalar of like's dtype and device; finite at weight 0, where the gradient is 0 anyway."""
     if isinstance(weight, Tensor):
-        return weight.to(like.dtype).clamp_min(torch.finfo(like.dtype).tiny).reciprocal()
-    return torch.full((), 1 / weight if weight else 0.0, dtype=like.dtype, device=like.device)
+        if not weight.is_cpu:  # no look at the value: it would wait for the device
+            return weight.to(like.dtype).clamp_min(torch.finfo(like.dtype).tiny).reciprocal()
+        weight = weight.item()
+    return _scalar(1 / weight if weight else 0.0, like.dtype, like.device)
 
 
-def divide(optimizer: Optimizer, weights: Sequence[Tensor | float], unit: Tensor | float | None = None) -> None:
-    """Turn gradients of sum(w l) over a window into those of sum(w l) / sum(w).
+@lru_cache(maxsize=64)
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Without class weights the batches, and so these scalars, are all alike; making one costs 5 % of a small step.
+    return torch.full((), value, dtype=dtype, device=device)
 
-    Args:
-        optimizer: Holds the parameters.
-        weights: The sum(w) of each micro-batch.
-        unit: What each micro-batch was already divided by; None: nothing.
-    """
-    gradients = [p.grad for p in parameters(optimizer) if p.grad is not None]
-    if not gradients:
-        return
-    factor = inverse(sum(weights), gradients[0])
-    if unit is not None:
-        factor = factor / inverse(unit, factor)
-    for same in _by_device_and_dtype(gradients):
-        torch._foreach_mul_(same, factor.to(same[0]))
+
+def _positive(weight: Tensor | float) -> Tensor | float:
+    return torch.where(weight > 0, weight, 1) if isinstance(weight, Tensor) else weight or 1.0
 
 
 def zero_grad(optimizer: Optimizer) -> None:

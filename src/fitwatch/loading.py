@@ -83,10 +83,23 @@ def _targets_of(dataset: Any) -> Tensor | None:
     return None
 
 
+def check_loader(name: str, loader: Any) -> None:
+    """Refuse what can't be iterated, or is known to be empty.
+
+    Raises:
+        TypeError: ``loader`` is no iterable.
+        ValueError: ``loader`` has a length of 0.
+    """
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}")
+    if length(loader) == 0:
+        raise ValueError(f"{name} is empty: it has no batch")
+
+
 def length(loader: Any) -> int | None:
     """The number of batches, or None where the loader does not know it."""
     try:
-        return len(loader)
+        return len(loader)  # a DataLoader has __len__, and raises where its data set has none
     except (TypeError, NotImplementedError):
         return None
 

@@ -21,8 +21,8 @@ class Result:
 
     Attributes:
         history: One dict per evaluation: ``epoch`` (from 0), ``step``, ``train/loss``, ``val/loss``, ...
-        best: The best of them: by the metric that early stopping monitors, else by ``val/loss`` (``train/loss`` without a
-            validation set); None if no value was finite.
+        best: The best of them: by the metric that early stopping monitors, else by ``val/loss`` (``train/loss``
+            without a validation set); None if no value was finite.
         stop_reason: None if training ran its course, else why it stopped.
         verdict: The overfitting verdict, if a detector was attached.
     """
@@ -38,7 +38,7 @@ class Result:
         best = state.best
         return cls(
             history=state.history,
-            best=best and Best(epoch=int(best["epoch"]), step=int(best["step"]), metrics=best),
+            best=None if best is None else Best(epoch=int(best["epoch"]), step=int(best["step"]), metrics=best),
             stop_reason=state.stop_reason,
             verdict=state.verdict,
         )

@@ -10,11 +10,13 @@ from attrs import define, field
 from attrs.validators import ge, gt, in_, instance_of, optional
 from torch import Tensor, nn
 
-from fitwatch import checkpoint, gradients, loading
+from fitwatch import checkpoint, loading
 from fitwatch.callback import Callback, Callbacks
+from fitwatch.gradients import StepGradient, parameters, zero_grad
 from fitwatch.losses import LossSum, as_loss
 from fitwatch.metrics import Metrics, WeightedMean
 from fitwatch.result import Result
+from fitwatch.settings import describe
 from fitwatch.state import Progress, State
 
 _NO_AUTOCAST = nullcontext()
@@ -31,8 +33,8 @@ class Trainer:
     Args:
         model: Any module, also one that `torch.compile` returned. Moved to ``device`` when fitting starts.
         optimizer: Any torch optimizer over the model's parameters.
-        loss: A loss of fitwatch, torch's ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` or ``NLLLoss`` (made exact), or any
-            module or function (output, target) -> scalar, which counts as a mean over the batch.
+        loss: A loss of fitwatch, torch's ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` or ``NLLLoss`` (made exact), or
+            any module or function (output, target) -> scalar, which counts as a mean over the batch.
             Default: `CrossEntropy`.
         callbacks: Called in this order.
         scheduler: A learning-rate scheduler of torch.
@@ -41,7 +43,8 @@ class Trainer:
         scheduler_monitor: The metric that `ReduceLROnPlateau` gets.
         accumulate: Micro-batches in a step. The last step of an epoch may have fewer.
         clip_norm: Largest total 2-norm of the gradients; they are scaled down to it. None: no clipping.
-        precision: ``"fp32"`` (whatever the parameters have), or autocast to ``"bf16"`` or ``"fp16"`` (with a GradScaler).
+        precision: ``"fp32"`` (whatever the parameters have), or autocast to ``"bf16"`` or ``"fp16"``; the latter with
+            a GradScaler.
         metrics: Name -> function of (outputs, targets) over the whole validation set, or an object with ``update``,
             ``compute`` and ``reset``. Reported as ``val/<name>``.
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
@@ -64,7 +67,7 @@ class Trainer:
     clip_norm: float | None = field(default=None, kw_only=True, validator=optional(gt(0.0)))
     precision: str = field(default="fp32", kw_only=True, validator=in_(tuple(_AUTOCAST)))
     metrics: Mapping[str, Any] | None = field(default=None, kw_only=True)
-    device: torch.device = field(default="auto", kw_only=True, converter=loading.as_device)
+    device: torch.device = field(default="auto", kw_only=True, converter=loading.as_device)  # type: ignore[assignment] # before conversion
     log_every: int = field(default=50, kw_only=True, validator=[instance_of(int), ge(1)])
     seed: int | None = field(default=None, kw_only=True, validator=optional(instance_of(int)))
 
@@ -74,7 +77,6 @@ class Trainer:
         self._hooks = Callbacks(self.callbacks)
         self._metrics = Metrics(self.metrics or {})
         self._unweighted: tuple[Any, WeightedMean] | None = None
-        self._lr: float | Tensor = 0.0
         scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.state = self._new_state(progress=Progress(), scaler=scaler)
 
@@ -90,7 +92,13 @@ class Trainer:
         return self.compute_loss(self.model(input), target)
 
     def validation_step(self, batch: Any) -> LossSum | Tensor:
-        """The loss of a batch in eval mode, without gradients; an own one passes what metrics need to `update_metrics`."""
+        """The loss of a batch in eval mode, without gradients.
+
+        An own one hands outputs and targets to `update_metrics`, if there are metrics or class weights.
+
+        Returns:
+            As for `training_step`.
+        """
         input, target = loading.input_and_target(batch)
         output = self.model(input)
         self.update_metrics(output, target)
@@ -103,7 +111,7 @@ class Trainer:
     # -- to call -------------------------------------------------------------------------------------------------
 
     def compute_loss(self, output: Any, target: Any) -> LossSum | Tensor:
-        """The loss in force (callbacks may have put weights into it): a `LossSum` where it is exact, else its scalar."""
+        """The loss in force, which callbacks may have given weights: a `LossSum` where it is exact, else its scalar."""
         loss = self.state.loss
         sums = getattr(loss, "sums", None)
         result: LossSum | Tensor = loss(output, target) if sums is None else sums(output, target)
@@ -147,12 +155,9 @@ class Trainer:
                 raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
         if validate_every is not None and val_loader is None:
             raise ValueError("validate_every needs a val_loader")
-        for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
-            if loader is not None and not isinstance(loader, Iterable):
-                raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}")
-            if loader is not None and loading.length(loader) == 0:
-                raise ValueError(f"{name} is empty: it has no batch")
-
+        loading.check_loader("train_loader", train_loader)
+        if val_loader is not None:
+            loading.check_loader("val_loader", val_loader)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise RuntimeError("fit runs in one process: the exact fraction over several ranks is not supported yet")
 
@@ -168,11 +173,7 @@ class Trainer:
         self._prepare(resume)
         try:
             self._hooks.on_fit_start(state)
-            if isinstance(state.loss, nn.Module):
-                state.loss.to(self.device)
-            if val_loader is not None and getattr(state.loss, "has_weights", False):
-                state.names.add("val/loss_unweighted")
-            state.check_watched()
+            self._check_metrics()
             self._loop(validate_every)
         except BaseException as error:
             state.error = error
@@ -251,89 +252,63 @@ class Trainer:
     def _epoch(self, validate_every: int | None) -> bool:
         """One pass over the training batches; whether it reached the end."""
         state, progress = self.state, self.state.progress
-        on_batch_end, on_step_end = self._hooks.hook("on_batch_end"), self._hooks.hook("on_step_end")
-        window: list[Tensor | float] = []  # the weight of each micro-batch of the step
-
-        def end_step() -> bool:
-            self._optimizer_step(window)
-            window.clear()
-            progress.step += 1
-            progress.epoch_step += 1
-            if on_step_end is not None:
-                on_step_end(state)
-            if progress.epoch_step % self.log_every == 0:
-                state.log("train/optim/lr", self._lr, reduce="last")
-                self._log()
-            if validate_every is not None and progress.step % validate_every == 0:
-                self._validate_and_log()
-            return self._stops()
-
+        gradient = StepGradient(self.optimizer, self.accumulate, state.scaler)
         for batch in state.train_loader:
-            self._backward(batch, window)
+            self._backward(batch, gradient)
             progress.epoch_batch += 1
-            if on_batch_end is not None:
-                on_batch_end(state)
-            if len(window) == self.accumulate and end_step():
-                # Only a length can tell that this was the last batch: asking for another would draw it.
-                return progress.epoch_batch == loading.length(state.train_loader)
-        if window:
-            end_step()
+            self._hooks.on_batch_end(state)
+            if len(gradient.weights) == self.accumulate:
+                self._step(gradient, validate_every)
+                if self._stops():
+                    # Only a length can tell that this was the last batch: asking for another would draw it.
+                    return progress.epoch_batch == loading.length(state.train_loader)
+        if gradient.weights:
+            self._step(gradient, validate_every)
         if not progress.epoch_batch:
             raise ValueError(
                 f"train_loader gave no batch in epoch {progress.epoch} (a generator can be iterated once only)"
             )
         return True
 
-    def _backward(self, batch: Any, window: list[Tensor | float]) -> None:
-        """Forward and backward of one micro-batch; adds its weight to the window."""
+    def _backward(self, batch: Any, gradient: StepGradient) -> None:
+        """Forward and backward of one micro-batch."""
         if self.device.type != "cpu":
             batch = loading.to_device(batch, self.device)
         with self._autocast():
             output = self.training_step(batch)
-        alone = self.accumulate == 1
+        total, weight = self._sums(output, batch, "training_step")
+        self.state.train_loss.add(total, weight)
         if isinstance(output, LossSum):
-            loss, weight = output
-            self.state.train_loss.add(loss, weight)
-            # Divide at the start of the backward pass, so that no pass over the gradients is needed.
-            scale = gradients.inverse(weight, loss) if alone else None
+            gradient.backward(total, weight, is_mean=False)
         else:
-            total, weight = self._sums(output, batch, "training_step")
-            self.state.train_loss.add(total, weight)
-            # A mean goes backward as it is where it stands alone: to the bit what a plain loop computes.
-            loss, scale = output, None if alone else torch.full_like(output, weight)
-        window.append(weight)
-        if self.state.scaler is not None:
-            scale = torch.ones_like(loss) if scale is None else scale
-            if not alone:  # sums would overflow float16: take means by the first weight, mended in _optimizer_step
-                scale = scale * gradients.inverse(window[0], loss)
-            scale = self.state.scaler.scale(scale)
-        loss.backward(gradient=scale)
+            gradient.backward(output, weight, is_mean=True)
 
-    def _optimizer_step(self, window: list[Tensor | float]) -> None:
-        """Make the gradients those of sum(w l) / sum(w) over the window; clip; step; forget them."""
-        state, optimizer, scaler = self.state, self.optimizer, self.state.scaler
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        if self.accumulate > 1:
-            gradients.divide(optimizer, window, unit=window[0] if scaler is not None else None)
-        if self._on_gradients_ready is not None:
-            self._on_gradients_ready(state)
+    def _step(self, gradient: StepGradient, validate_every: int | None) -> None:
+        """One optimizer step, with everything that hangs on it."""
+        state, progress, hooks = self.state, self.state.progress, self._hooks
+        gradient.finish()
+        hooks.on_gradients_ready(state)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(gradients.parameters(optimizer), self.clip_norm)
-        self._lr = optimizer.param_groups[0]["lr"]
-        if scaler is not None:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
+            nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip_norm)
+        closes_log = (progress.epoch_step + 1) % self.log_every == 0
+        if closes_log:  # the rate of this step, which the scheduler is about to change
+            state.log("train/optim/lr", self.optimizer.param_groups[0]["lr"], reduce="last")
+        gradient.step()
         if self.scheduler is not None and self.scheduler_interval == "step" and not self._plateau:
             self.scheduler.step()
-        gradients.zero_grad(optimizer)
+        progress.step += 1
+        progress.epoch_step += 1
+        hooks.on_step_end(state)
+        if closes_log:
+            self._log()
+        if validate_every is not None and progress.step % validate_every == 0:
+            self._validate_and_log()
 
     def _validate_and_log(self) -> None:
         state, hooks = self.state, self._hooks
+        assert state.val_loader is not None
         hooks.on_validation_start(state)
-        state.evaluated(self.validate(state.val_loader or ()))
+        state.evaluated(self.validate(state.val_loader))
         hooks.on_validation_end(state)
         self._step_plateau()
         self._log()
@@ -346,20 +321,9 @@ class Trainer:
     # -- small parts ---------------------------------------------------------------------------------------------
 
     def _new_state(self, **given: Any) -> State:
-        settings = {
-            "model": type(checkpoint.unwrap(self.model)).__name__,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "optimizer": type(self.optimizer).__name__,
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "weight_decay": float(self.optimizer.param_groups[0].get("weight_decay", 0.0)),
-            "scheduler": type(self.scheduler).__name__ if self.scheduler is not None else "none",
-            "loss": getattr(self.loss, "__name__", type(self.loss).__name__),
-            "accumulate": self.accumulate,
-            "clip_norm": self.clip_norm if self.clip_norm is not None else "none",
-            "precision": self.precision,
-            "device": str(self.device),
-            "seed": self.seed if self.seed is not None else "none",
-        }
+        names = ("accumulate", "clip_norm", "precision", "device", "seed")
+        options = {name: getattr(self, name) for name in names} | {"device": str(self.device)}
+        val_metrics = self.metrics or {} if given.get("val_loader") is not None else {}
         return State(
             model=self.model,
             optimizer=self.optimizer,
@@ -368,8 +332,8 @@ class Trainer:
             callbacks=self._hooks,
             device=self.device,
             log_every=self.log_every,
-            settings=settings,
-            names={f"val/{name}" for name in self.metrics or {}} if given.get("val_loader") is not None else set(),
+            settings=describe(self.model, self.optimizer, self.loss, self.scheduler, **options),
+            names={f"val/{name}" for name in val_metrics},
             **given,
         )
 
@@ -377,15 +341,21 @@ class Trainer:
         state, progress = self.state, self.state.progress
         self._to_device()
         progress.first_epoch, progress.first_step = progress.epoch, progress.step
-        self._on_gradients_ready = self._hooks.hook("on_gradients_ready")
-        if self._plateau and self.scheduler_monitor not in state.names:
-            state.watch(self.scheduler_monitor, self.scheduler.mode, by="ReduceLROnPlateau")
         path = checkpoint.find(self._hooks.callbacks) if resume == "auto" else resume
         if path is not None:
             checkpoint.load(Path(path), state)
         elif self.seed is not None and progress.step == 0:
             checkpoint.seed_all(self.seed)
-        gradients.zero_grad(self.optimizer)
+        zero_grad(self.optimizer)
+
+    def _check_metrics(self) -> None:
+        """Refuse now, not after an epoch, to monitor what will not be measured."""
+        state = self.state
+        if state.val_loader is not None and getattr(state.loss, "has_weights", False):
+            state.names.add("val/loss_unweighted")
+        if self._plateau:
+            state.watch(self.scheduler_monitor, self.scheduler.mode, by="ReduceLROnPlateau")
+        state.check_watched()
 
     @property
     def _plateau(self) -> bool:

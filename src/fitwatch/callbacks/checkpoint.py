@@ -1,13 +1,16 @@
 """Checkpoints, last and best."""
 
 from pathlib import Path
+from typing import Any
 
 from attrs import define, field
-from attrs.validators import ge, instance_of, optional
+from attrs.validators import and_, ge, instance_of, optional
 
 from fitwatch import checkpoint
 from fitwatch.callback import Callback
 from fitwatch.state import State
+
+_COUNT: Any = optional(and_(instance_of(int), ge(1)))
 
 
 @define(eq=False, slots=False)
@@ -15,8 +18,8 @@ class Checkpoint(Callback):
     """Saves training so that it can be resumed, and the best model beside it.
 
     Writes ``epoch-N.pt`` after every ``every_epochs`` epochs (N epochs are complete), ``step-N.pt`` after every
-    ``every_steps`` steps, and ``best.pt`` after an evaluation that is the best so far by the monitored metric. Each holds
-    model, optimizer, scheduler, scaler, callbacks, counters, history and random generators; see `fitwatch.checkpoint`.
+    ``every_steps`` steps, and ``best.pt`` after an evaluation that is the best so far by the monitored metric. Each
+    holds model, optimizer, scheduler, scaler, callbacks, counters, history and random generators.
     A file appears whole or not at all, and older ones go only once the newer is safe on disk.
 
     Training resumes from ``epoch-N.pt``: a file written in mid-epoch has the weights, but can't be resumed to the bit,
@@ -31,8 +34,8 @@ class Checkpoint(Callback):
     """
 
     dir: Path = field(converter=Path)
-    every_epochs: int | None = field(default=1, kw_only=True, validator=optional([instance_of(int), ge(1)]))
-    every_steps: int | None = field(default=None, kw_only=True, validator=optional([instance_of(int), ge(1)]))
+    every_epochs: int | None = field(default=1, kw_only=True, validator=_COUNT)
+    every_steps: int | None = field(default=None, kw_only=True, validator=_COUNT)
     keep: int = field(default=1, kw_only=True, validator=[instance_of(int), ge(1)])
     best: bool = field(default=True, kw_only=True, validator=instance_of(bool))
 

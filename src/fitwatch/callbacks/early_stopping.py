@@ -1,6 +1,6 @@
 """Stop when a metric no longer improves, and give back the best weights."""
 
-from typing import Any
+from typing import Any, Literal
 
 from attrs import define, field
 from attrs.validators import instance_of
@@ -33,7 +33,7 @@ class EarlyStopping(Callback):
     """
 
     monitor: str = field(default="val/loss", validator=instance_of(str))
-    mode: str = field(default="min", kw_only=True)
+    mode: Literal["min", "max"] = field(default="min", kw_only=True)
     patience: int = field(default=10, kw_only=True)
     min_delta: float = field(default=0.0, kw_only=True)
     relative: bool = field(default=False, kw_only=True)

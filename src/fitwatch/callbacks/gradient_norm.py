@@ -32,8 +32,11 @@ class GradientNorm(Callback):
         self._parameters = [p for _, p in named]
         layers = [name.rpartition(".")[0] or name for name, _ in named]
         unique = list(dict.fromkeys(layers)) if self.per_layer else []
-        self._names = ("train/optim/grad_norm", "train/optim/grad_norm_max")
-        self._names += tuple(f"train/params/grad_norm/{layer}" for layer in unique)
+        self._names: tuple[str, ...] = (
+            "train/optim/grad_norm",
+            "train/optim/grad_norm_max",
+            *(f"train/params/grad_norm/{layer}" for layer in unique),
+        )
         # member[i, j]: whether parameter i belongs to layer j
         self._member = torch.tensor([[layer == name for name in unique] for layer in layers], device=state.device)
         self._zero = torch.zeros((), device=state.device)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from attrs import define, field
-from attrs.validators import ge, in_, instance_of, optional
+from attrs.validators import and_, ge, in_, instance_of, optional
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -34,8 +34,9 @@ class WeightedLoss(Callback):
     With `BinaryCrossEntropy` the two weights become ``pos_weight`` = w_1 / w_0.
 
     Args:
-        weights: ``"balanced"``, ``"inverse"``, ``"sqrt_inverse"``, ``"median_frequency"`` or ``"effective_number"`` (see
-            `class_weights`), or the weights themselves: a tensor or sequence of shape (C,), or a dict class -> weight.
+        weights: ``"balanced"``, ``"inverse"``, ``"sqrt_inverse"``, ``"median_frequency"`` or ``"effective_number"``
+            (see `class_weights`), or the weights themselves: a tensor or sequence of shape (C,), or a dict
+            class -> weight.
         num_classes: C, where the training data may lack the last classes. Default: the largest label + 1.
         absent: What a class without examples means: ``"error"``, or ``"zero"`` to give it weight 0.
         beta: Of ``"effective_number"``, in [0, 1).
@@ -47,7 +48,7 @@ class WeightedLoss(Callback):
     """
 
     weights: str | Tensor | Sequence[float] | Mapping[int, float] = field(default="balanced", converter=_weights)
-    num_classes: int | None = field(default=None, kw_only=True, validator=optional([instance_of(int), ge(2)]))
+    num_classes: int | None = field(default=None, kw_only=True, validator=optional(and_(instance_of(int), ge(2))))
     absent: str = field(default="error", kw_only=True, validator=in_(("error", "zero")))
     beta: float = field(default=0.999, kw_only=True)
 

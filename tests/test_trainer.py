@@ -1,0 +1,375 @@
+"""What the Trainer does for its user."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import fitwatch as fw
+
+
+def trainer_of(model, *args, lr=0.1, **options):
+    return fw.Trainer(model, torch.optim.SGD(model.parameters(), lr), *args, device="cpu", **options)
+
+
+class Count(fw.Callback):
+    """Counts hooks, and keeps the progress seen at each step."""
+
+    def __init__(self):
+        self.steps, self.epochs, self.validations = [], [], []
+
+    def on_step_end(self, state):
+        self.steps.append((state.progress.epoch, state.progress.step, state.progress.epoch_step))
+
+    def on_epoch_end(self, state):
+        self.epochs.append(state.progress.epoch)
+
+    def on_validation_end(self, state):
+        self.validations.append(state.metrics["step"])
+
+
+def test_epochs_steps_and_history_are_counted(model, data):
+    """64 examples in batches of 10 with accumulate 2 are 4 steps an epoch; history has an entry for each epoch."""
+    count = Count()
+    result = trainer_of(model, callbacks=[count], accumulate=2).fit(
+        DataLoader(data, 10), DataLoader(data, 10), epochs=2
+    )
+    assert count.steps == [(0, 1, 1), (0, 2, 2), (0, 3, 3), (0, 4, 4), (1, 5, 1), (1, 6, 2), (1, 7, 3), (1, 8, 4)]
+    assert count.epochs == [1, 2]
+    assert [(entry["epoch"], entry["step"]) for entry in result.history] == [(0, 4), (1, 8)]
+    assert {"epoch", "step", "train/loss", "val/loss"} == set(result.history[0])
+    assert result.stop_reason is None
+
+
+def test_max_steps_ends_in_mid_epoch_with_a_validation(model, data):
+    """max_steps counts optimizer steps, whatever the epochs, and the last weights are validated."""
+    count = Count()
+    result = trainer_of(model, callbacks=[count]).fit(DataLoader(data, 16), DataLoader(data, 16), max_steps=6)
+    assert len(count.steps) == 6
+    assert count.validations == [4, 6]
+    assert result.history[-1]["step"] == 6
+
+
+def test_validate_every_counts_steps_over_epochs(model, data):
+    """validate_every=3 validates at steps 3, 6, ... and at the end, and not at the ends of epochs."""
+    count = Count()
+    trainer_of(model, callbacks=[count]).fit(DataLoader(data, 16), DataLoader(data, 16), epochs=2, validate_every=3)
+    assert count.validations == [3, 6, 8]
+
+
+def test_fit_again_goes_on(model, data):
+    """A second fit trains as many epochs more, and counters and optimizer go on where they stood."""
+    trainer = fw.Trainer(model, torch.optim.Adam(model.parameters()), device="cpu")
+    loader = DataLoader(data, 16)
+    trainer.fit(loader, epochs=2)
+    result = trainer.fit(loader, epochs=1)
+    assert [(entry["epoch"], entry["step"]) for entry in result.history] == [(2, 12)]
+
+    torch.manual_seed(0)
+    once = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    fw.Trainer(once, torch.optim.Adam(once.parameters()), device="cpu").fit(loader, epochs=3)
+    assert all(torch.equal(a, b) for a, b in zip(once.parameters(), model.parameters(), strict=True))
+
+
+def test_request_stop_ends_after_the_step_and_keeps_the_first_reason(model, data):
+    """After request_stop every callback of the hook still runs, the fit ends, and the first reason is reported."""
+
+    class Stop(fw.Callback):
+        def on_step_end(self, state):
+            if state.progress.step == 3:
+                state.request_stop("first")
+                state.request_stop("second")
+
+    count = Count()
+    result = trainer_of(model, callbacks=[Stop(), count]).fit(DataLoader(data, 8), epochs=5)
+    assert result.stop_reason == "first"
+    assert len(count.steps) == 3
+    assert count.epochs == [0]  # on_epoch_end ran, and the epoch that was cut short is not counted
+
+
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+@pytest.mark.parametrize("kind", ["list", "iterable data set", "object without length"])
+def test_any_iterable_of_batches_is_a_loader(model, data, kind):
+    """Lists, loaders of iterable data sets and objects without a length train and validate."""
+
+    class NoLength:
+        def __iter__(self):
+            return iter(DataLoader(data, 16))
+
+    loaders = {
+        "list": list(DataLoader(data, 16)),
+        "iterable data set": DataLoader(Stream(data), 16),
+        "object without length": NoLength(),
+    }
+    result = trainer_of(model).fit(loaders[kind], loaders[kind], epochs=2)
+    assert [entry["step"] for entry in result.history] == [4, 8]
+
+
+def test_a_generator_serves_for_one_epoch(model, data):
+    """A generator trains one epoch; a second epoch is an error that says why."""
+    trainer_of(model).fit((b for b in DataLoader(data, 16)), epochs=1)
+    with pytest.raises(ValueError, match="no batch in epoch 1.*generator"):
+        trainer_of(model).fit((b for b in DataLoader(data, 16)), epochs=2)
+
+
+def test_own_batches_through_overridden_steps(data):
+    """Dict batches with two inputs train through an own training_step; a scalar loss is weighed by batch_size."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3).double()
+
+        def forward(self, a, b):
+            return self.linear(torch.cat([a, b], 1))
+
+    class MyTrainer(fw.Trainer):
+        def training_step(self, batch):
+            return nn.functional.cross_entropy(self.model(batch["a"], batch["b"]), batch["y"])
+
+        validation_step = training_step
+
+        def batch_size(self, batch):
+            return len(batch["a"])
+
+    x, y = data.tensors
+    loader = [{"a": i[:, :2], "b": i[:, 2:], "y": t} for i, t in zip(x.split(24), y.split(24), strict=True)]
+    model = Two()
+    expected = nn.functional.cross_entropy(model(x[:, :2], x[:, 2:]), y).item()
+    result = MyTrainer(model, torch.optim.SGD(model.parameters(), 0.0), device="cpu").fit(loader, loader, epochs=1)
+    assert result.history[0]["train/loss"] == pytest.approx(expected, rel=1e-12)
+    assert result.history[0]["val/loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_schedulers_step_per_step_or_per_epoch(model, data):
+    """A scheduler halves the rate after every step or after every epoch, as asked."""
+    for interval, expected in (("step", 0.1 / 2**8), ("epoch", 0.1 / 2**2)):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        fw.Trainer(model, optimizer, scheduler=scheduler, scheduler_interval=interval, device="cpu").fit(
+            DataLoader(data, 16), epochs=2
+        )
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("monitor", ["train/loss", "val/loss"])
+def test_plateau_scheduler_follows_its_metric(model, data, monitor):
+    """ReduceLROnPlateau lowers the rate once its metric, which cannot improve at rate 0, has not done so."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer.param_groups[0]["lr"] = 1e-300
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1, eps=0)
+    loader = DataLoader(data, 16)
+    trainer = fw.Trainer(model, optimizer, scheduler=scheduler, scheduler_monitor=monitor, device="cpu")
+    trainer.fit(loader, loader if monitor == "val/loss" else None, epochs=3)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-301)
+
+
+def test_metrics_see_the_whole_validation_set(model, data):
+    """A metric function that is no mean (recall of a rare class) and a torchmetrics object are exact over ragged batches."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    def recall(outputs, targets):
+        return (outputs.argmax(1)[targets == 2] == 2).double().mean()
+
+    metrics = {"recall": recall, "accuracy": torchmetrics.Accuracy(task="multiclass", num_classes=3, average="micro")}
+    trainer = trainer_of(model, metrics=metrics)
+    trainer.fit(DataLoader(data, 16, shuffle=True), epochs=5)
+    values = trainer.validate(DataLoader(data, 7))
+    x, y = data.tensors
+    predicted = model(x).argmax(1)
+    assert values["val/recall"] == pytest.approx((predicted[y == 2] == 2).double().mean().item())
+    assert values["val/accuracy"] == pytest.approx((predicted == y).double().mean().item())
+
+
+def test_validation_leaves_modes_as_they_were(data):
+    """After a validation in mid-epoch the model trains again, but a layer that the user froze in eval mode stays there."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    modes = []
+
+    class Freeze(fw.Callback):
+        def on_epoch_start(self, state):
+            state.model[1].eval()
+
+        def on_step_end(self, state):
+            modes.append((state.model.training, state.model[1].training, state.model[2].training))
+
+    trainer_of(model, callbacks=[Freeze()]).fit(DataLoader(data, 16), DataLoader(data, 16), epochs=1, validate_every=2)
+    assert {(True, False, True)} == set(modes)
+
+
+def test_seed_makes_a_fit_repeatable(data):
+    """Two fits with the same seed, shuffling and dropout end in the same bits; another seed does not."""
+
+    def run(seed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+        torch.manual_seed(99 + seed)
+        trainer_of(model, seed=seed).fit(DataLoader(data, 8, shuffle=True), epochs=2)
+        return model[0].weight
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_a_compiled_model_trains_like_itself(data):
+    """A model that torch.compile returned trains, checkpoints and restores under its own names."""
+    x, y = data.tensors
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).double()
+        used = torch.compile(model, backend="eager") if compiled else model
+        stop, norm = fw.EarlyStopping(patience=2), fw.GradientNorm()
+        fw.Trainer(used, torch.optim.SGD(model.parameters(), 0.1), callbacks=[stop, norm], device="cpu").fit(
+            [(x, y)], [(x, y)], epochs=3
+        )
+        results.append(model.weight.detach())
+    assert torch.allclose(results[0], results[1], atol=1e-12)
+
+
+def test_best_is_the_lowest_finite_validation_loss(model, data):
+    """result.best is the entry with the lowest val/loss, its epoch and step."""
+    result = trainer_of(model, lr=3.0).fit(DataLoader(data, 8), DataLoader(data, 64), epochs=6)
+    lowest = min(result.history, key=lambda entry: entry["val/loss"])
+    assert (lowest["epoch"], lowest["step"], lowest) == (result.best.epoch, result.best.step, result.best.metrics)
+
+
+def test_train_loss_is_kept_over_a_fit_that_never_logs(model, data):
+    """With more steps than values are kept apart on the device, the epoch's loss is still exact."""
+    x, y = data.tensors
+    expected = nn.functional.cross_entropy(model(x), y).item()
+    result = trainer_of(model, lr=0.0, log_every=10**9).fit(
+        [(x[i : i + 1], y[i : i + 1]) for i in range(64)] * 33, epochs=1
+    )
+    assert result.history[0]["train/loss"] == pytest.approx(expected, rel=1e-12)
+
+
+# -- refused with a clear error ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"accumulate": 0}, "accumulate.*>= 1.*0"),
+        ({"accumulate": 1.5}, "accumulate.*int.*1.5"),
+        ({"clip_norm": 0}, "clip_norm.*> 0.*0"),
+        ({"clip_norm": math.nan}, "clip_norm"),
+        ({"precision": "fp8"}, "precision.*fp32.*bf16.*fp16.*fp8"),
+        ({"log_every": 0}, "log_every.*>= 1.*0"),
+        ({"scheduler_interval": "batch"}, "scheduler_interval.*step.*epoch.*batch"),
+        ({"scheduler": 3}, "scheduler.*3"),
+        ({"seed": "a"}, "seed.*int.*a"),
+        ({"device": "cuba"}, "device.*cuba"),
+        ({"metrics": {"f1": 3}}, r"metrics\['f1'\].*function.*int"),
+        ({"callbacks": [fw.GradientNorm]}, r"callbacks.*GradientNorm\(\)"),
+        ({"callbacks": [print]}, "callbacks.*print"),
+        ({"loss": 3}, "loss.*3"),
+        ({"unknown": 3}, "unknown"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(model, options, named):
+    """A wrong option is refused when the Trainer is built: what was wrong, what was given, what is allowed."""
+    loss = options.pop("loss", None)
+    with pytest.raises((ValueError, TypeError), match=f"(?s){named}"):
+        fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loss, **options)
+
+
+def test_options_are_keyword_only(model):
+    """A fourth positional argument is refused."""
+    with pytest.raises(TypeError, match="positional"):
+        fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), None, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({}, "epochs= or max_steps="),
+        ({"epochs": 0}, "epochs.*1 or more.*0"),
+        ({"max_steps": -1}, "max_steps.*-1"),
+        ({"epochs": 1.5}, "epochs.*integer.*1.5"),
+        ({"epochs": 1, "validate_every": 2}, "validate_every needs a val_loader"),
+        ({"epochs": 1, "resume": "auto"}, "Checkpoint"),
+    ],
+    ids=str,
+)
+def test_fit_arguments_are_checked(model, data, arguments, named):
+    """A wrong argument of fit is refused before step 1."""
+    with pytest.raises(ValueError, match=named):
+        trainer_of(model).fit(DataLoader(data, 16), **arguments)
+
+
+def test_empty_and_wrong_loaders_are_refused(model, data):
+    """Loaders without a batch, or that are no iterable, are refused by name."""
+    empty, good = DataLoader(TensorDataset(torch.zeros(0, 4))), DataLoader(data, 16)
+    with pytest.raises(ValueError, match="train_loader is empty"):
+        trainer_of(model).fit(empty, epochs=1)
+    with pytest.raises(ValueError, match="val_loader is empty"):
+        trainer_of(model).fit(good, empty, epochs=1)
+    with pytest.raises(TypeError, match="train_loader must be an iterable.*Linear"):
+        trainer_of(model).fit(nn.Linear(1, 1), epochs=1)
+    with pytest.raises(ValueError, match="validation loader is empty"):
+        trainer_of(model).validate(iter(()))
+
+
+def test_what_steps_return_is_checked(model, data):
+    """A training_step that returns nothing, or a vector, is refused with its name."""
+
+    class Nothing(fw.Trainer):
+        def training_step(self, batch):
+            pass
+
+    class Vector(fw.Trainer):
+        def validation_step(self, batch):
+            return torch.zeros(3)
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(
+        TypeError, match=r"Nothing.training_step must return a LossSum or a scalar tensor, got NoneType"
+    ):
+        Nothing(model, optimizer, device="cpu").fit(DataLoader(data, 16), epochs=1)
+    with pytest.raises(TypeError, match=r"Vector.validation_step.*\(3,\)"):
+        Vector(model, optimizer, device="cpu").validate(DataLoader(data, 16))
+
+
+def test_other_batches_say_what_to_override(model, data):
+    """A batch that is no (input, target) tuple is refused with what to override."""
+    x, y = data.tensors
+    with pytest.raises(TypeError, match="tuple of 3.*override training_step"):
+        trainer_of(model).fit([(x, x, y)], epochs=1)
+    with pytest.raises(TypeError, match="dict.*override training_step"):
+        trainer_of(model).fit([{"x": x, "y": y}], epochs=1)
+
+
+def test_metrics_that_an_own_validation_step_forgot(model, data):
+    """Metrics that saw no batch are an error that says what to call."""
+
+    class Forgets(fw.Trainer):
+        def validation_step(self, batch):
+            return self.compute_loss(self.model(batch[0]), batch[1])
+
+    trainer = Forgets(model, torch.optim.SGD(model.parameters(), 0.1), metrics={"a": lambda o, t: 0.0}, device="cpu")
+    with pytest.raises(RuntimeError, match="'a'.*update_metrics"):
+        trainer.validate(DataLoader(data, 16))
+
+
+def test_wrong_targets_are_named_in_training(model, data):
+    """A label out of range names the label and its index; float labels and wrong shapes name both sides."""
+    x, y = data.tensors
+    bad = y.clone()
+    bad[5] = 7
+    with pytest.raises(IndexError, match=r"(?s)7.*index.*5"):
+        trainer_of(model).fit([(x, bad)], epochs=1)
+    with pytest.raises(ValueError, match="float"):
+        trainer_of(model).fit([(x, y.double())], epochs=1)
+    with pytest.raises(ValueError, match="64.*60|60.*64"):
+        trainer_of(model).fit([(x, y[:60])], epochs=1)
