@@ -9,6 +9,7 @@ import os
 import random
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,12 @@ def write(path: Path, content: dict[str, Any]) -> None:
             os.fsync(folder)  # the rename itself must survive a power cut
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"could not write the checkpoint {path}: {error}") from error
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
+            raise OSError(f"could not write the checkpoint {path}: {error}") from error
+        raise
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -39,6 +39,9 @@ class Checkpoint(Callback):
     keep: int = field(default=1, kw_only=True, validator=[instance_of(int), ge(1)])
     best: bool = field(default=True, kw_only=True, validator=instance_of(bool))
 
+    def __attrs_post_init__(self) -> None:
+        self._readable = False
+
     def on_fit_start(self, state: State) -> None:  # noqa: ARG002 - the hook's signature
         """Make the folder now: a path that can't be written to is to fail before step 1."""
         try:
@@ -73,7 +76,11 @@ class Checkpoint(Callback):
             checkpoint.save(self.dir / "best.pt", state)
 
     def _save(self, state: State, kind: str, count: int) -> None:
-        checkpoint.save(self.dir / f"{kind}-{count}.pt", state)
+        path = self.dir / f"{kind}-{count}.pt"
+        checkpoint.save(path, state)
+        if not self._readable:  # a state_dict with more than data in it is to fail now, not when it is needed
+            checkpoint.read(path)
+            self._readable = True
         for old in self._files(kind)[: -self.keep]:
             old.unlink()
 

@@ -2,7 +2,6 @@
 
 from attrs import define
 from tqdm.auto import tqdm
-from tqdm.std import tqdm as terminal_tqdm
 
 from fitwatch.callback import Callback
 from fitwatch.loading import length
@@ -26,7 +25,7 @@ class ProgressBar(Callback):
             steps = left if steps is None else min(steps, left)
         of = f"/{state.progress.first_epoch + state.epochs}" if state.epochs is not None else ""
         # tqdm's own test for a terminal would silence it in a notebook, whose stream is none.
-        quiet = None if issubclass(tqdm, terminal_tqdm) and tqdm.__module__ != "tqdm.notebook" else False
+        quiet = False if any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__) else None
         self._bar = tqdm(desc=f"epoch {state.progress.epoch + 1}{of}", total=steps, unit="step", disable=quiet)
 
     def on_step_end(self, state: State) -> None:  # noqa: ARG002 - the hook's signature

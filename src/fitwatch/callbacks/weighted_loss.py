@@ -1,6 +1,6 @@
 """Class weights from the distribution of the training data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class WeightedLoss(Callback):
 
 
 def _count_by_pass(loader: Iterable[Any], classes: int | None, ignore: int | None) -> Tensor:
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):  # and not iter(loader): a DataLoader would draw a random number
         raise ValueError(
             "WeightedLoss can't count the targets of an iterator, which a pass would use up; "
             "give it the weights, or a loader that can be iterated again"

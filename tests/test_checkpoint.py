@@ -1,0 +1,211 @@
+"""Checkpoints: whole or absent, data only, and training resumed from them to the bit."""
+
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import fitwatch as fw
+from fitwatch import checkpoint
+
+
+class Noisy(fw.Trainer):
+    """Draws from all three global generators at every step."""
+
+    def training_step(self, batch):
+        x, y = batch
+        noise = torch.randn_like(x) + random.random() + np.random.rand()  # noqa: S311, NPY002
+        return self.compute_loss(self.model(x + 0.1 * noise), y)
+
+
+class Crash(fw.Callback):
+    """Raises at the start of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_epoch_start(self, state):
+        if state.progress.epoch == self.epoch:
+            raise RuntimeError("planted")
+
+
+def make(folder, data, crash=None, generator=None, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.4), nn.Linear(8, 3)).double()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05)
+    trainer = Noisy(
+        model,
+        optimizer,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50),
+        callbacks=[
+            fw.WeightedLoss("balanced"),
+            fw.EarlyStopping(patience=50),
+            fw.OverfittingDetector(),
+            fw.Checkpoint(folder, **options),
+            *([Crash(crash)] if crash is not None else []),
+        ],
+        seed=4,
+        device="cpu",
+    )
+    loader = DataLoader(data, 16, shuffle=True, generator=generator)
+    return trainer, loader, DataLoader(data, 64)
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("how", ["path", "auto"])
+def test_resume_at_an_epoch_is_bit_equal(tmp_path, data, how, own_generator):
+    """Six epochs cut off after three and resumed in fresh objects equal six in one go: weights, optimizer, history."""
+
+    def generator():
+        return torch.Generator().manual_seed(8) if own_generator else None
+
+    whole, train, val = make(tmp_path / "a", data, generator=generator())
+    expected = whole.fit(train, val, epochs=6)
+    cut, train, val = make(tmp_path / "b", data, crash=3, generator=generator())
+    with pytest.raises(RuntimeError, match="planted"):
+        cut.fit(train, val, epochs=6)
+
+    torch.manual_seed(12345)
+    random.seed(12345)
+    np.random.seed(12345)  # noqa: NPY002
+    resumed, train, val = make(tmp_path / "b", data, generator=generator())
+    result = resumed.fit(train, val, epochs=6, resume="auto" if how == "auto" else tmp_path / "b" / "epoch-3.pt")
+    assert expected.history == result.history
+    assert expected.best == result.best
+    assert expected.verdict == result.verdict
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert resumed.state.progress.step == 24
+    assert whole.optimizer.param_groups[0]["lr"] == resumed.optimizer.param_groups[0]["lr"]
+
+
+def test_auto_starts_fresh_where_there_is_nothing(tmp_path, data):
+    """resume="auto" in an empty folder trains from the beginning."""
+    trainer, train, val = make(tmp_path / "new", data)
+    assert len(trainer.fit(train, val, epochs=2, resume="auto").history) == 2
+
+
+def test_files_kept(tmp_path, data):
+    """keep=2 leaves the two newest of each kind, and best.pt holds the weights of the best epoch."""
+    trainer, train, val = make(tmp_path, data, keep=2, every_steps=3)
+    result = trainer.fit(train, val, epochs=5)
+    assert {"epoch-4.pt", "epoch-5.pt", "step-15.pt", "step-18.pt", "best.pt"} == {f.name for f in tmp_path.iterdir()}
+    best = checkpoint.read(tmp_path / "best.pt")
+    assert result.best.step == best["progress"]["step"]
+    for name, value in trainer.model.state_dict().items():  # early stopping restored the same epoch
+        assert torch.equal(value, best["model"][name])
+
+
+def test_a_checkpoint_of_mid_epoch_is_refused_with_the_reason(tmp_path, data):
+    """A file saved in mid-epoch cannot be resumed to the bit, and says so."""
+    trainer, train, val = make(tmp_path, data, every_steps=3)
+    trainer.fit(train, val, max_steps=3)
+    trainer, train, val = make(tmp_path, data)
+    with pytest.raises(ValueError, match=r"step-3.pt was saved in mid-epoch .*after 3 batches"):
+        trainer.fit(train, val, epochs=2, resume=tmp_path / "step-3.pt")
+
+
+def test_what_does_not_fit_is_refused(tmp_path, data):
+    """A missing file, another model, another format and a missing scheduler are errors that name the path."""
+    trainer, train, val = make(tmp_path, data)
+    trainer.fit(train, val, epochs=1)
+    path = tmp_path / "epoch-1.pt"
+    other = nn.Linear(4, 3).double()
+    with pytest.raises(ValueError, match="epoch-1.pt was saved with a scheduler"):
+        fw.Trainer(other, torch.optim.AdamW(other.parameters())).fit(train, val, epochs=2, resume=path)
+    optimizer = torch.optim.AdamW(other.parameters())
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    with pytest.raises(ValueError, match="epoch-1.pt does not fit this training"):
+        fw.Trainer(other, optimizer, scheduler=scheduler).fit(train, val, epochs=2, resume=path)
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        trainer.fit(train, val, epochs=2, resume=tmp_path / "nowhere.pt")
+    content = checkpoint.read(path)
+    torch.save({**content, "format": 99}, tmp_path / "new.pt")
+    with pytest.raises(ValueError, match="new.pt has checkpoint format 99.*reads format 1"):
+        trainer.fit(train, val, epochs=2, resume=tmp_path / "new.pt")
+    (tmp_path / "part.pt").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="part.pt can't be read"):
+        trainer.fit(train, val, epochs=2, resume=tmp_path / "part.pt")
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, data):
+    """A poisoned file is refused, and its payload has not run."""
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"format": 1, "model": Payload()}, tmp_path / "epoch-9.pt")
+    with (tmp_path / "epoch-10.pt").open("wb") as file:
+        pickle.dump(Payload(), file)
+    for name in ("epoch-9.pt", "epoch-10.pt"):
+        with pytest.raises(ValueError, match=name):
+            checkpoint.read(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_step_1(tmp_path, data):
+    """A file in the way of the folder is an error that names the path, before training."""
+    (tmp_path / "file").write_text("")
+    trainer, train, val = make(tmp_path / "file" / "checkpoints", data)
+    with pytest.raises(OSError, match="file/checkpoints"):
+        trainer.fit(train, val, epochs=1)
+    assert trainer.state.progress.step == 0
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    """When a write fails, the error names the path, the old file still reads, and nothing is left behind."""
+    path = tmp_path / "a.pt"
+    checkpoint.write(path, {"format": 1, "value": 1})
+
+    with pytest.raises((OSError, AttributeError, pickle.PicklingError)):
+        checkpoint.write(path, {"format": 1, "value": lambda: None})
+    assert checkpoint.read(path)["value"] == 1
+    assert [path] == list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path):
+    """Killed at any moment of endless saving, a process leaves a file that reads, of one of the saves whole."""
+    code = textwrap.dedent(
+        """
+        import sys, torch
+        from pathlib import Path
+        from fitwatch import checkpoint
+        for i in range(10**9):
+            checkpoint.write(Path(sys.argv[1]), {"format": 1, "a": torch.full((500_000,), i), "b": torch.full((500_000,), i)})
+            print(i, flush=True)
+        """
+    )
+    for attempt in range(8):
+        path = tmp_path / f"{attempt}.pt"
+        with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) as process:
+            for _ in range(attempt + 1):
+                process.stdout.readline()
+            try:
+                process.wait(timeout=0.002 * attempt)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+        content = checkpoint.read(path)
+        assert len(set(content["a"].tolist()) | set(content["b"].tolist())) == 1
+
+
+def test_a_state_that_cannot_be_read_back_fails_at_the_first_save(tmp_path, data):
+    """A callback whose state is more than data is an error at the first save, not at the resume."""
+
+    class Bad(fw.Callback):
+        def state_dict(self):
+            return {"when": np.float64(3.0), "who": self}
+
+    trainer, train, val = make(tmp_path, data)
+    trainer.callbacks = [Bad(), fw.Checkpoint(tmp_path)]
+    with pytest.raises((ValueError, AttributeError, pickle.PicklingError)):
+        trainer.fit(train, val, epochs=1)

@@ -1,0 +1,155 @@
+"""What users import, and how the parts depend on each other."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fitwatch as fw
+
+ROOT = Path(fw.__file__).parent
+DOCUMENTED = [
+    "Trainer",
+    "Callback",
+    "Callbacks",
+    "State",
+    "Progress",
+    "WeightedLoss",
+    "GradientNorm",
+    "OverfittingDetector",
+    "EarlyStopping",
+    "TensorBoard",
+    "Checkpoint",
+    "ProgressBar",
+    "CrossEntropy",
+    "BinaryCrossEntropy",
+    "RealWorldCrossEntropy",
+    "LossSum",
+    "class_weights",
+    "diagnose",
+    "Verdict",
+]
+
+
+def test_public_names_are_sorted_and_exist():
+    """__all__ is sorted, every name in it exists and has a docstring, and the documented names are there."""
+    assert sorted(fw.__all__) == fw.__all__
+    assert set(DOCUMENTED) <= set(fw.__all__)
+    assert all(getattr(fw, name).__doc__ for name in fw.__all__)
+
+
+def imports(path):
+    """The modules of the package that a file imports, also within functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fitwatch":
+            yield from ([f"fitwatch.{a.name}" for a in node.names] if node.module == "fitwatch" else [node.module])
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("fitwatch"))
+
+
+def test_imports_run_one_way():
+    """The layers import downwards only, no callback imports the trainer, and rules, losses and costs know no training."""
+    layers = ["metrics", "records", "state", "callback", "callbacks", "trainer"]
+    apart = {"rules", "losses", "_loss", "_real_world", "_explain", "weighting", "decisions"}
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).with_suffix("").parts[0]
+        for module in imports(path):
+            other = module.split(".")[1]
+            if name in apart:
+                assert other in apart, f"{path.name} imports {module}"
+            elif name in layers and other in layers and name != other:
+                assert layers.index(other) < layers.index(name), f"{path.name} imports {module}"
+
+
+def test_files_stay_small():
+    """No file of the package has more than 400 lines."""
+    assert {p.name: n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400} == {}
+
+
+def test_import_is_light():
+    """Importing fitwatch imports neither TensorBoard nor TensorFlow."""
+    code = "import sys, fitwatch; print([m for m in ('tensorboard', 'tensorflow', 'torch.utils.tensorboard') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_a_misspelt_hook_is_refused_when_the_class_is_defined():
+    """A method on_* that is no hook is an error at class definition, with a suggestion; also from a mixin."""
+    with pytest.raises(TypeError, match="Mine.on_epoch_ends is no hook; did you mean 'on_epoch_end'"):
+        type("Mine", (fw.Callback,), {"on_epoch_ends": lambda self, state: None})
+    mixin = type("Mixin", (), {"on_train_start": lambda self: None})
+    with pytest.raises(TypeError, match="Both.on_train_start is no hook"):
+        type("Both", (fw.Callback, mixin), {})
+
+
+def test_callbacks_compose_and_keep_state_by_name():
+    """A composite of composites is flat, and two callbacks of one class keep their states apart."""
+    first, second = fw.EarlyStopping("a"), fw.EarlyStopping("b")
+    first.rule.update(1.0)
+    second.rule.update(2.0)
+    callbacks = fw.Callbacks([fw.Callbacks([first]), second])
+    saved = callbacks.state_dict()
+    assert list(saved) == ["EarlyStopping", "EarlyStopping#2"]
+    fresh = fw.Callbacks([fw.EarlyStopping("a"), fw.EarlyStopping("b")])
+    fresh.load_state_dict(saved)
+    assert [c.rule.best for c in fresh.callbacks] == [1.0, 2.0]
+
+
+def test_all_on_fit_end_run_even_if_some_raise():
+    """Every on_fit_end runs, last first; the first error is raised, with the others as notes."""
+    order = []
+
+    class End(fw.Callback):
+        def __init__(self, name, *, fails):
+            self.name, self.fails = name, fails
+
+        def on_fit_end(self, state):
+            order.append(self.name)
+            if self.fails:
+                raise ValueError(self.name)
+
+    with pytest.raises(ValueError, match="c") as caught:
+        fw.Callbacks([End("a", fails=True), End("b", fails=False), End("c", fails=True)]).on_fit_end(None)
+    assert order == ["c", "b", "a"]
+    assert any("End.on_fit_end raised ValueError('a')" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.slow
+def test_user_code_type_checks(tmp_path):
+    """A user's subclass and callback pass mypy strict against the package's own types, and a wrong one does not."""
+    good = """
+import torch
+import fitwatch as fw
+
+
+class Mine(fw.Callback):
+    def on_step_end(self, state: fw.State) -> None:
+        state.log("train/step", float(state.progress.step))
+
+
+class MyTrainer(fw.Trainer):
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> fw.LossSum | torch.Tensor:
+        return self.compute_loss(self.model(batch[0]), batch[1])
+
+
+def train(model: torch.nn.Module) -> float:
+    trainer = MyTrainer(model, torch.optim.SGD(model.parameters()), callbacks=[Mine(), fw.EarlyStopping(patience=3)], device="cpu")
+    result = trainer.fit([(torch.zeros(1), torch.zeros(1))], epochs=1)
+    return result.best.metrics["train/loss"] if result.best else 0.0
+"""
+    (tmp_path / "good.py").write_text(good)
+    (tmp_path / "bad.py").write_text(
+        good.replace("callbacks=[Mine()", "callbacks=[Mine").replace("epochs=1", "epochs='1'")
+    )
+    pytest.importorskip("mypy", reason="mypy is in the lint extra")
+    for name, code in (("good", 0), ("bad", 1)):
+        run = subprocess.run(
+            [sys.executable, "-m", "mypy", "--strict", f"{name}.py"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert code == run.returncode, run.stdout
