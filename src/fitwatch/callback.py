@@ -113,15 +113,15 @@ class Callbacks(Callback):
     """Several callbacks as one, called in list order.
 
     Args:
-        callbacks: The callbacks; a `Callbacks` among them is taken apart.
+        callbacks: The callbacks, or a single one; a `Callbacks` among them is taken apart.
 
     Raises:
         TypeError: An element is no `Callback`, or is a class in place of an instance.
     """
 
-    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+    def __init__(self, callbacks: Iterable[Callback] | Callback = ()) -> None:
         self.callbacks: list[Callback] = []
-        given: Iterable[Any] = callbacks
+        given: Iterable[Any] = [callbacks] if isinstance(callbacks, Callback) else callbacks
         for c in given:
             if not isinstance(c, Callback):
                 hint = f" (write {c.__name__}())" if isinstance(c, type) else ""

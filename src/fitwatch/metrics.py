@@ -1,11 +1,12 @@
 """Measuring without waiting for the device: exact weighted means and metrics over a whole data set."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -21,6 +22,21 @@ def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
         parts.append(flat[start : start + t.numel()])
         start += t.numel()
     return parts
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module is in the mode it was in."""
+    was_training = model.training
+    frozen = [m for m in model.modules() if not m.training]  # layers that the user keeps in eval mode
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        for module in frozen:
+            module.training = False
 
 
 class WeightedMean:
@@ -104,7 +120,7 @@ class Metrics:
             self._outputs.append(outputs.detach())
             self._targets.append(targets.detach())
         for metric in self._objects.values():
-            if isinstance(metric, torch.nn.Module):  # torchmetrics keep their state on a device of their own
+            if isinstance(metric, nn.Module):  # torchmetrics keep their state on a device of their own
                 metric.to(outputs.device)
             metric.update(outputs.detach(), targets)
 

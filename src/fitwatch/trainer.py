@@ -14,7 +14,7 @@ from fitwatch import checkpoint, loading
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.gradients import StepGradient, parameters, zero_grad
 from fitwatch.losses import LossSum, as_loss
-from fitwatch.metrics import Metrics, WeightedMean
+from fitwatch.metrics import Metrics, WeightedMean, evaluating
 from fitwatch.result import Result
 from fitwatch.settings import describe
 from fitwatch.state import Progress, State
@@ -59,7 +59,7 @@ class Trainer:
     model: nn.Module = field(validator=instance_of(nn.Module))
     optimizer: torch.optim.Optimizer = field(validator=instance_of(torch.optim.Optimizer))
     loss: Any = field(default=None, converter=as_loss)
-    callbacks: Sequence[Callback] = field(default=(), kw_only=True)
+    callbacks: Sequence[Callback] | Callback = field(default=(), kw_only=True)
     scheduler: Any = field(default=None, kw_only=True)
     scheduler_interval: str = field(default="step", kw_only=True, validator=in_(("step", "epoch")))
     scheduler_monitor: str = field(default="val/loss", kw_only=True, validator=instance_of(str))
@@ -198,21 +198,13 @@ class Trainer:
         weighted = getattr(self.state.loss, "has_weights", False)
         self._unweighted = (self.state.loss.unweighted(), WeightedMean()) if weighted else None
         self._metrics.reset()
-        was_training = self.model.training
-        frozen = [m for m in self.model.modules() if not m.training]  # layers that the user keeps in eval mode
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for batch in loader:
-                    moved = loading.to_device(batch, self.device)
-                    with self._autocast():
-                        total, weight = self._sums(self.validation_step(moved), moved, "validation_step")
-                    loss.add(total, weight)
-                    batches += 1
-        finally:
-            self.model.train(was_training)
-            for module in frozen:
-                module.training = False
+        with evaluating(self.model):
+            for batch in loader:
+                moved = loading.to_device(batch, self.device)
+                with self._autocast():
+                    total, weight = self._sums(self.validation_step(moved), moved, "validation_step")
+                loss.add(total, weight)
+                batches += 1
         if not batches:
             raise ValueError("the validation loader is empty: it gave no batch (a generator can be iterated once only)")
         loss.pull()
