@@ -42,7 +42,7 @@ lint: .venv/.lint
 	$(BIN)/mypy
 
 docs: .venv/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 page: .venv/.test  ## the screenshots of README and docs, from a real training (needs Chromium)
 	$(BIN)/python docs/page.py

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 import fitwatch as fw
 
+torch.manual_seed(0)
 train_set, val_set, _ = hypothyroid.load()
 train_loader, val_loader = DataLoader(train_set, batch_size=32, shuffle=True), DataLoader(val_set, batch_size=256)
 model = nn.Sequential(nn.Linear(25, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))

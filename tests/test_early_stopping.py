@@ -139,10 +139,19 @@ def test_a_second_fit_begins_with_fresh_patience():
     [{"patience": 0}, {"mode": "best"}, {"min_delta": -1.0}, {"start_epoch": -1}, {"min_delta": float("nan")}],
     ids=str,
 )
-def test_options_are_checked(options):
+def test_bad_options_are_refused(options):
     """Options out of range are refused when the callback is built, by name."""
     with pytest.raises((ValueError, TypeError), match=next(iter(options))):
         fw.EarlyStopping(**options)
+
+
+def test_a_metric_whose_direction_is_unknown_needs_a_mode():
+    """val/accuracy without mode is refused before step 1: "min" would restore the worst weights."""
+    metrics = {"accuracy": lambda o, t: 0.0}
+    trainer = Scripted([1, 2], fw.EarlyStopping("val/accuracy"), metrics=metrics)
+    with pytest.raises(ValueError, match='EarlyStopping needs mode="min" or mode="max" for .val/accuracy'):
+        trainer.go()
+    assert trainer.weight == 0.0
 
 
 OVERFIT = [2.0 - 0.1 * i for i in range(12)] + [0.9 + 0.05 * i for i in range(18)]

@@ -157,7 +157,7 @@ def test_losses_that_take_no_weights_are_refused(model, data):
 def test_an_iterator_is_not_used_up_by_counting(model, data):
     """A generator can't be counted without using it up: an error, and it is still whole."""
     generator = (batch for batch in DataLoader(data, 16))
-    with pytest.raises(ValueError, match="iterator"):
+    with pytest.raises(TypeError, match="iterator"):
         fit(model, generator)
     assert len(list(generator)) == 4
 

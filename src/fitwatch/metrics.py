@@ -94,6 +94,8 @@ class Metrics:
         self._functions: dict[str, Callable[[Any, Any], Any]] = {}
         self._objects: dict[str, Any] = {}
         for name, metric in metrics.items():
+            if name in ("loss", "loss_unweighted"):
+                raise ValueError(f"metrics can't be named {name!r}: val/{name} is the validation loss")
             if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
                 self._objects[name] = metric
             elif callable(metric):

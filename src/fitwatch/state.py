@@ -63,11 +63,11 @@ class State:
     stop_reason: str | None = None  # set by request_stop
     error: BaseException | None = None  # what ended the fit, if an exception did
     verdict: Any = None  # of the overfitting detector
-    _window: Window = field(factory=Window)
-    _window_loss: tuple[float, float] = (0.0, 0.0)
-    _ready: list[Record] = field(factory=list)
-    _unlogged: bool = False
-    _watched: list[tuple[str, str]] = field(factory=list)
+    _window: Window = field(factory=Window, init=False)
+    _window_loss: tuple[float, float] = field(default=(0.0, 0.0), init=False)
+    _ready: list[Record] = field(factory=list, init=False)
+    _unlogged: bool = field(default=False, init=False)
+    _watched: list[tuple[str, str, str | None]] = field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.names |= {"train/loss"} if self.val_loader is None else {"train/loss", "val/loss"}
@@ -99,20 +99,28 @@ class State:
         """Ask for the end of training. All callbacks finish first; the first reason given is kept."""
         self.stop_reason = self.stop_reason or reason
 
-    def watch(self, monitor: str, mode: str, *, by: str) -> None:
-        """Say that ``by`` depends on the metric ``monitor``; the first to do so defines what is best."""
+    def watch(self, monitor: str, mode: str | None, *, by: str) -> None:
+        """Say that ``by`` depends on the metric ``monitor``; the first to do so defines what is best.
+
+        Args:
+            monitor: A name in ``history``.
+            mode: ``"min"``, ``"max"``, or None: ``"min"`` if the name has "loss", "cost" or "error" in it.
+            by: Who asks, for the error message.
+        """
         if not self._watched:
-            self.monitor, self.mode = monitor, mode
-        self._watched.append((by, monitor))
+            self.monitor, self.mode = monitor, mode or "min"
+        self._watched.append((by, monitor, mode))
 
     def check_watched(self) -> None:
-        """Raise ValueError if a watched metric will not be measured, listing those that will."""
-        for by, monitor in self._watched:
+        """Raise ValueError if a watched metric will not be measured (lists those that will), or has no direction."""
+        for by, monitor, mode in self._watched:
             if monitor not in self.names:
                 raise ValueError(
                     f"{by} monitors {monitor!r}, which this fit will not measure; "
                     f"it will measure {', '.join(sorted(self.names))}"
                 )
+            if mode is None and not any(word in monitor for word in ("loss", "cost", "error")):
+                raise ValueError(f'{by} needs mode="min" or mode="max" for {monitor!r}, whose name does not tell')
 
     def evaluated(self, values: Mapping[str, float]) -> None:
         """Open a new entry of ``history`` with ``values`` beside the train loss since the last one."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from attrs import define, field
-from attrs.validators import ge, gt, in_, instance_of, optional
 from torch import Tensor, nn
 
 from fitwatch import checkpoint, loading
+from fitwatch._options import instance, integer, number, one_of
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.gradients import StepGradient, parameters, zero_grad
 from fitwatch.losses import LossSum, as_loss
@@ -49,27 +49,28 @@ class Trainer:
             ``compute`` and ``reset``. Reported as ``val/<name>``.
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
         log_every: Steps in a log window. Values cross to the host once a window.
-        seed: Seeds torch, Python and NumPy when the first fit begins. None: leaves them alone.
+        seed: Seeds torch, Python and NumPy when the first fit begins, which is too late for the initial weights of
+            ``model``. None: leaves them alone.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An option is out of its range.
     """
 
-    model: nn.Module = field(validator=instance_of(nn.Module))
-    optimizer: torch.optim.Optimizer = field(validator=instance_of(torch.optim.Optimizer))
+    model: nn.Module = field(validator=instance(nn.Module))
+    optimizer: torch.optim.Optimizer = field(validator=instance(torch.optim.Optimizer))
     loss: Any = field(default=None, converter=as_loss)
     callbacks: Sequence[Callback] | Callback = field(default=(), kw_only=True)
     scheduler: Any = field(default=None, kw_only=True)
-    scheduler_interval: str = field(default="step", kw_only=True, validator=in_(("step", "epoch")))
-    scheduler_monitor: str = field(default="val/loss", kw_only=True, validator=instance_of(str))
-    accumulate: int = field(default=1, kw_only=True, validator=[instance_of(int), ge(1)])
-    clip_norm: float | None = field(default=None, kw_only=True, validator=optional(gt(0.0)))
-    precision: str = field(default="fp32", kw_only=True, validator=in_(tuple(_AUTOCAST)))
-    metrics: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    scheduler_interval: str = field(default="step", kw_only=True, validator=one_of("step", "epoch"))
+    scheduler_monitor: str = field(default="val/loss", kw_only=True, validator=instance(str))
+    accumulate: int = field(default=1, kw_only=True, validator=integer(1))
+    clip_norm: float | None = field(default=None, kw_only=True, validator=number(above=0, or_none=True))
+    precision: str = field(default="fp32", kw_only=True, validator=one_of(*_AUTOCAST))
+    metrics: Mapping[str, Any] | None = field(default=None, kw_only=True, validator=instance(Mapping, or_none=True))
     device: torch.device = field(default="auto", kw_only=True, converter=loading.as_device)  # type: ignore[assignment] # before conversion
-    log_every: int = field(default=50, kw_only=True, validator=[instance_of(int), ge(1)])
-    seed: int | None = field(default=None, kw_only=True, validator=optional(instance_of(int)))
+    log_every: int = field(default=50, kw_only=True, validator=integer(1))
+    seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
 
     def __attrs_post_init__(self) -> None:
         if self.scheduler is not None and not hasattr(self.scheduler, "step"):
@@ -146,13 +147,18 @@ class Trainer:
                 ``epochs`` and ``max_steps`` then count from where the interrupted fit began.
 
         Raises:
-            ValueError: An option is out of range, a loader is empty, or a monitored metric will not exist.
+            ValueError: An option is out of range, a loader is empty, a monitored metric will not exist, the optimizer
+                holds no parameter of the model, or a checkpoint does not fit.
+            TypeError: A loader is no iterable, or a step returned no loss.
+            RuntimeError: ``torch.distributed`` is initialised: several ranks are not supported yet.
         """
         if epochs is None and max_steps is None:
             raise ValueError("fit needs epochs= or max_steps=")
         for name, value in (("epochs", epochs), ("max_steps", max_steps), ("validate_every", validate_every)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
+        if not (resume is None or isinstance(resume, (str, Path))):
+            raise TypeError(f'resume must be a path or "auto", got {resume!r}')
         if validate_every is not None and val_loader is None:
             raise ValueError("validate_every needs a val_loader")
         loading.check_loader("train_loader", train_loader)
@@ -333,6 +339,8 @@ class Trainer:
         state, progress = self.state, self.state.progress
         self._to_device()
         progress.first_epoch, progress.first_step = progress.epoch, progress.step
+        if not {id(p) for p in parameters(self.optimizer)} & {id(p) for p in self.model.parameters()}:
+            raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
         path = checkpoint.find(self._hooks.callbacks) if resume == "auto" else resume
         if path is not None:
             checkpoint.load(Path(path), state)

@@ -1,16 +1,13 @@
 """Checkpoints, last and best."""
 
 from pathlib import Path
-from typing import Any
 
 from attrs import define, field
-from attrs.validators import and_, ge, instance_of, optional
 
 from fitwatch import checkpoint
+from fitwatch._options import instance, integer
 from fitwatch.callback import Callback
 from fitwatch.state import State
-
-_COUNT: Any = optional(and_(instance_of(int), ge(1)))
 
 
 @define(eq=False, slots=False)
@@ -34,10 +31,10 @@ class Checkpoint(Callback):
     """
 
     dir: Path = field(converter=Path)
-    every_epochs: int | None = field(default=1, kw_only=True, validator=_COUNT)
-    every_steps: int | None = field(default=None, kw_only=True, validator=_COUNT)
-    keep: int = field(default=1, kw_only=True, validator=[instance_of(int), ge(1)])
-    best: bool = field(default=True, kw_only=True, validator=instance_of(bool))
+    every_epochs: int | None = field(default=1, kw_only=True, validator=integer(1, or_none=True))
+    every_steps: int | None = field(default=None, kw_only=True, validator=integer(1, or_none=True))
+    keep: int = field(default=1, kw_only=True, validator=integer(1))
+    best: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def __attrs_post_init__(self) -> None:
         self._readable = False

@@ -3,9 +3,9 @@
 from typing import Any, Literal
 
 from attrs import define, field
-from attrs.validators import instance_of
 from torch import Tensor
 
+from fitwatch._options import instance, integer, one_of
 from fitwatch.callback import Callback
 from fitwatch.checkpoint import unwrap
 from fitwatch.rules.stopping import Patience
@@ -21,7 +21,8 @@ class EarlyStopping(Callback):
 
     Args:
         monitor: A metric of the fit's history, such as ``"val/loss"``.
-        mode: ``"min"`` or ``"max"``: where the metric is best.
+        mode: ``"min"`` or ``"max"``: where the metric is best. Default: ``"min"`` where its name has "loss", "cost" or
+            "error" in it; else it must be given.
         patience: Evaluations in a row without improvement that end training, 1 or more.
         min_delta: What counts as improvement over the last one that counted, 0 or more, in units of the metric.
         relative: Whether ``min_delta`` is a share of that value's magnitude.
@@ -29,21 +30,22 @@ class EarlyStopping(Callback):
         restore_best: Whether to restore the best weights. Keeps one copy of them beside the model.
 
     Raises:
-        ValueError: An option is out of range; before step 1: ``monitor`` will not exist (lists those that will).
+        ValueError: An option is out of range; before step 1: ``monitor`` will not exist (lists those that will), or
+            its name does not say where it is best and ``mode`` neither.
     """
 
-    monitor: str = field(default="val/loss", validator=instance_of(str))
-    mode: Literal["min", "max"] = field(default="min", kw_only=True)
+    monitor: str = field(default="val/loss", validator=instance(str))
+    mode: Literal["min", "max"] | None = field(default=None, kw_only=True, validator=one_of("min", "max", None))
     patience: int = field(default=10, kw_only=True)
     min_delta: float = field(default=0.0, kw_only=True)
     relative: bool = field(default=False, kw_only=True)
-    start_epoch: int = field(default=0, kw_only=True)
-    restore_best: bool = field(default=True, kw_only=True, validator=instance_of(bool))
+    start_epoch: int = field(default=0, kw_only=True, validator=integer(0))
+    restore_best: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def __attrs_post_init__(self) -> None:
-        if not isinstance(self.start_epoch, int) or self.start_epoch < 0:
-            raise ValueError(f"start_epoch must be an integer of 0 or more, got {self.start_epoch!r}")
-        self.rule = Patience(mode=self.mode, patience=self.patience, min_delta=self.min_delta, relative=self.relative)
+        self.rule = Patience(
+            mode=self.mode or "min", patience=self.patience, min_delta=self.min_delta, relative=self.relative
+        )
         self._best: dict[str, Tensor] | None = None
 
     def on_fit_start(self, state: State) -> None:

@@ -2,9 +2,9 @@
 
 import torch
 from attrs import define, field
-from attrs.validators import ge, instance_of
 from torch import Tensor
 
+from fitwatch._options import instance, integer
 from fitwatch.callback import Callback
 from fitwatch.checkpoint import unwrap
 from fitwatch.state import State
@@ -23,8 +23,8 @@ class GradientNorm(Callback):
         per_layer: Whether to log the norm of each module's own parameters too.
     """
 
-    every: int = field(default=1, kw_only=True, validator=[instance_of(int), ge(1)])
-    per_layer: bool = field(default=True, kw_only=True, validator=instance_of(bool))
+    every: int = field(default=1, kw_only=True, validator=integer(1))
+    per_layer: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def on_fit_start(self, state: State) -> None:
         """Group the parameters by layer, once."""

