@@ -209,3 +209,12 @@ def test_a_state_that_cannot_be_read_back_fails_at_the_first_save(tmp_path, data
     trainer.callbacks = [Bad(), fw.Checkpoint(tmp_path)]
     with pytest.raises((ValueError, AttributeError, pickle.PicklingError)):
         trainer.fit(train, val, epochs=1)
+
+
+def test_resume_asked_for_fewer_epochs_than_are_done_trains_no_more(tmp_path, data):
+    """A fit of 2 epochs resumed after 3 ends at once, with the history it had."""
+    trainer, train, val = make(tmp_path, data)
+    trainer.fit(train, val, epochs=3)
+    again, train, val = make(tmp_path, data)
+    assert len(again.fit(train, val, epochs=2, resume="auto").history) == 3
+    assert again.state.progress.step == 12

@@ -18,7 +18,7 @@ def describe(model: nn.Module, optimizer: Optimizer, loss: Any, scheduler: Any, 
         "lr": float(group["lr"]),
         "weight_decay": float(group.get("weight_decay", 0.0)),
         "scheduler": "none" if scheduler is None else type(scheduler).__name__,
-        "loss": getattr(loss, "__name__", type(loss).__name__),
+        "loss_function": getattr(loss, "__name__", type(loss).__name__),
         "class_weights": "none",
         **{name: "none" if value is None else value for name, value in options.items()},
     }

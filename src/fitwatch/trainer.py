@@ -225,7 +225,7 @@ class Trainer:
     def _loop(self, validate_every: int | None) -> None:
         state, hooks, progress = self.state, self._hooks, self.state.progress
         per_epoch = self.scheduler if self.scheduler_interval == "epoch" and not self._plateau else None
-        while not (self._stops() or progress.epoch - progress.first_epoch == state.epochs):
+        while not (self._stops() or self._epochs_done(progress.epoch)):
             self.model.train()
             progress.epoch_step = progress.epoch_batch = 0
             set_epoch = getattr(getattr(state.train_loader, "sampler", None), "set_epoch", None)
@@ -233,7 +233,7 @@ class Trainer:
                 set_epoch(progress.epoch)
             hooks.on_epoch_start(state)
             complete = self._epoch(validate_every)
-            last = self._stops() or progress.epoch + complete - progress.first_epoch == state.epochs
+            last = self._stops() or self._epochs_done(progress.epoch + complete)
             if state.val_loader is None:
                 state.evaluated({})
                 self._step_plateau()
@@ -369,6 +369,10 @@ class Trainer:
         state, progress = self.state, self.state.progress
         at_end = state.max_steps is not None and progress.step - progress.first_step >= state.max_steps
         return at_end or state.stop_reason is not None
+
+    def _epochs_done(self, epoch: int) -> bool:
+        epochs = self.state.epochs  # a resumed fit may be asked for fewer than it has done
+        return epochs is not None and epoch - self.state.progress.first_epoch >= epochs
 
     def _validated(self) -> bool:
         return bool(self.state.history) and self.state.history[-1]["step"] == self.state.progress.step

@@ -17,7 +17,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-Charts = Mapping[str, tuple[str, list[str]]]  # title -> ("lines" or "margin", tags as regular expressions)
+# title -> "lines" and tags as regular expressions, or "margin" and three plain tags: value, lower, upper
+Charts = Mapping[str, tuple[str, list[str]]]
 
 
 class EventFile:
@@ -29,7 +30,7 @@ class EventFile:
 
     Args:
         folder: Made if need be.
-        first_step: Older points at or beyond this step are void: training resumes there.
+        first_step: Steps done before this training; older points beyond it are void.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -39,9 +40,9 @@ class EventFile:
         self._file = (folder / name).open("xb")
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if first_step:
+        if first_step:  # what was measured at the end of this step stays
             start = SessionLog(status=SessionLog.START)
-            self._write(Event(wall_time=time.time(), step=first_step, session_log=start))
+            self._write(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
         self.flush()
 
     def add(self, step: int, values: Iterable[Any]) -> None:

@@ -3,33 +3,58 @@
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from attrs import define, field
-from attrs.validators import instance_of, matches_re
 
+from fitwatch._options import instance
 from fitwatch.callback import Callback
-from fitwatch.state import Marker, Record, State
+from fitwatch.records import Marker
+from fitwatch.state import State
 
-_MARKERS = ("overfitting", "early stop")
+_RUNS = ("train", "val", "best")  # all other sub-runs are bars on the loss chart
+
+# The Custom Scalars page: category -> title -> kind and tags, which for "lines" are regular
+# expressions that are anchored at their start only, and for "margin" are plain: value, lower, upper.
+_PAGE: dict[str, dict[str, tuple[str, list[str]]]] = {
+    "1 Overfitting": {
+        "train and validation loss": ("lines", ["loss$"]),
+        "generalisation gap (shaded)": ("margin", ["overfit/val_loss", "overfit/train_loss", "overfit/val_loss"]),
+        "rise of the validation loss, and its threshold": ("lines", ["overfit/rise$", "overfit/threshold$"]),
+    },
+    "2 Gradients": {
+        "total norm: mean and max of the window": ("lines", ["optim/grad_norm$", "optim/grad_norm_max$"]),
+        "norm per layer": ("lines", ["params/grad_norm/.*$"]),
+    },
+    "3 Optimiser": {"learning rate": ("lines", ["optim/lr$"])},
+}
+
+
+def _is_name(_: Any, option: Any, value: Any) -> None:
+    if not isinstance(value, str) or not value or set(value) & {"/", "\\"}:
+        raise ValueError(f"{option.name} must be a string without slashes, got {value!r}")
 
 
 @define(eq=False, slots=False)
 class TensorBoard(Callback):
     """Writes what is logged to ``<dir>/<name>``, as sub-runs that share their tags and so their charts.
 
-    ``train`` and ``val`` hold the curves, ``best`` a dot at the best evaluation and the settings, and each event, such as
-    overfitting, is a vertical bar in a sub-run of its own. A name that is in use gets a number: ``run``, ``run-2``, ...
-    A resumed fit goes on in its own folder.
+    ``train`` and ``val`` hold the curves, ``best`` a dot at the best evaluation and the settings, and each event, such
+    as overfitting, is a vertical bar in a sub-run of its own. A name that is in use gets a number: ``run``,
+    ``run-2``, ... A resumed fit goes on in its own folder.
 
-    A value logged as ``train/x`` is the tag ``x`` of the sub-run ``train``; ``val/accuracy`` becomes ``metrics/accuracy``.
-    One event is written for each window and sub-run. The command to open the page and a link to the run are printed when
-    training starts and when it ends.
+    A value logged as ``train/x`` is the tag ``x`` of the sub-run ``train``; ``val/accuracy`` becomes
+    ``metrics/accuracy``. One event is written for each window and sub-run. The command to open the page and a link to
+    the run are printed when training starts and when it ends.
 
     Args:
         dir: The folder to open in TensorBoard, holding all runs.
@@ -38,74 +63,109 @@ class TensorBoard(Callback):
     """
 
     dir: Path = field(default=Path("runs"), converter=Path)
-    name: str = field(default="run", kw_only=True, validator=[instance_of(str), matches_re(r"[^/\\]+")])
-    show_link: bool = field(default=True, kw_only=True, validator=instance_of(bool))
+    name: str = field(default="run", kw_only=True, validator=_is_name)
+    show_link: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def __attrs_post_init__(self) -> None:
         self.run_dir: Path | None = None  # known once fitting has started
         self._files: dict[str, Any] = {}
+        self._markers: dict[str, int] = {}  # sub-run of each bar -> its step
+        self._metrics: list[str] = []
+        self._running = False
 
     def on_fit_start(self, state: State) -> None:
-        """Make the run's folder, and write the start report and the layout of the Custom Scalars page.
+        """Make the run's folder.
 
         Raises:
             OSError: The folder can't be made; the message names it.
         """
         self._started, self._pid = time.time(), os.getpid()
         self._first_step = state.progress.step
-        if self.run_dir is None:
-            self.run_dir = _new_folder(self.dir, self.name)
-        if self._first_step:  # events that lie beyond the point of resumption did not happen
-            _remove_markers(self.run_dir, self._first_step)
-        self._write("train", self._first_step, [*self._start_report(state)])
-        if self.show_link:
-            print(f"TensorBoard: tensorboard --logdir {self.dir}\n  {self.link()}")  # noqa: T201 - asked for
+        if self.run_dir is None or self._first_step == 0:
+            self.run_dir, self._markers = _new_folder(self.dir, self.name), {}
+        elif state.resumed:  # what lies beyond the point of resumption did not happen
+            self._markers = {name: step for name, step in self._markers.items() if step < self._first_step}
+            _remove_markers(self.run_dir, keep=self._markers)
+        shutil.rmtree(self.run_dir / "best", ignore_errors=True)  # written anew at the end
+        self._running, self._begun, self._has_layout = True, False, False
+        self._tags: set[str] = set()
+        self._not_finite: set[str] = set()
+        names = [_run_and_tag(name)[1] for name in sorted(state.names)]
+        self._metrics = [tag for tag in names if tag.startswith("metrics/")]
+        self._show_link()
+
+    def on_epoch_start(self, state: State) -> None:
+        """Write the start report, now that every callback had its say in the settings."""
+        if not self._begun:
+            self._begun = True
+            self._write("train", self._first_step, [_start_report(state)])
 
     def on_log(self, state: State) -> None:
         """Write the records: one event for each sub-run."""
         from fitwatch.callbacks import _events  # noqa: PLC0415 - a third of a second that only users of this pay
 
-        groups: dict[str, list[Any]] = {}
+        self.on_epoch_start(state)  # a loop of one's own may have no epochs
+        scalars: dict[str, dict[str, float]] = {}
+        texts: dict[str, dict[str, str]] = {}
         for record in state.records:
+            run, tag = _run_and_tag(record.name)
             if isinstance(record.value, Marker):
                 self._mark(record.name, record.step, record.value)
                 continue
-            run, tag = _run_and_tag(record)
-            make = _events.text if isinstance(record.value, str) else _events.scalar
-            groups.setdefault(run, []).append(make(tag, record.value))
-        for run, values in groups.items():
+            scalars.setdefault(run, {})
+            if isinstance(record.value, str):
+                _append(texts.setdefault(run, {}), tag, record.value)
+                continue
+            scalars[run][tag] = record.value
+            if not math.isfinite(record.value) and record.name not in self._not_finite:
+                self._not_finite.add(record.name)  # infinity is a silent gap in a chart
+                warning = f"`{tag}` is {record.value} at step {record.step}, for the first time."
+                _append(texts.setdefault(run, {}), "report/warnings", warning)
+        self._tags.update(tag for numbers in scalars.values() for tag in numbers)
+        for run, numbers in scalars.items():
+            values = [_events.scalar(tag, value) for tag, value in numbers.items()]
+            values += [_events.text(tag, value) for tag, value in texts.get(run, {}).items()]
+            if run == "train" and "loss" in numbers and not self._has_layout:  # all charts have begun by now
+                self._has_layout = True
+                values.append(_events.layout(_page(self._tags)))
             self._write(run, state.progress.step, values)
 
     def on_fit_end(self, state: State) -> None:
         """Write the dot at the best evaluation and the end report, and close the files."""
-        if self.run_dir is None:
+        if not self._running or self.run_dir is None:
+            return
+        self._running = False
+        if not self._begun and self._first_step == 0:  # refused before the first step: leave no trace
+            with suppress(OSError):  # unless someone keeps files there
+                self.run_dir.rmdir()
+            self.run_dir = None
             return
         best = state.best
-        if best is not None:
-            self._write("best", int(best["step"]), self._best(state, best))
+        values = self._end_report(state) if best is None else [*_best(best), *self._end_report(state)]
+        self._write("best", state.progress.step if best is None else int(best["step"]), values)
         for file in self._files.values():
             file.close()
         self._files = {}
-        if self.show_link:
-            print(f"TensorBoard: tensorboard --logdir {self.dir}\n  {self.link()}")  # noqa: T201 - asked for
+        self._show_link()
 
     def link(self, port: int = 6006) -> str:
         """The address of this run's page in a TensorBoard server on ``dir``."""
-        pins = ["loss", "overfit/gap", "optim/grad_norm_max", "optim/lr"]
+        pins = ["loss", *self._metrics[:1], "overfit/gap", "optim/grad_norm_max"]
         cards = json.dumps([{"plugin": "scalars", "tag": tag} for tag in pins], separators=(",", ":"))
         name = self.run_dir.name if self.run_dir is not None else self.name
+        only = "^" + re.sub(r"[.^$*+?{}\[\]|()]", r"\\\g<0>", name) + "/"
         # smoothing=0: the default of 0.6 moves the apparent minimum by epochs
-        query = f"smoothing=0&runFilter={quote(f'^{name}/')}&pinnedCards={quote(cards)}"
-        return f"http://localhost:{port}/?{query}#timeseries"
+        return f"http://localhost:{port}/?smoothing=0&runFilter={quote(only)}&pinnedCards={quote(cards)}#timeseries"
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's folder."""
-        return {"run_dir": None if self.run_dir is None else str(self.run_dir)}
+        """The run's folder and its bars."""
+        return {"run_dir": None if self.run_dir is None else str(self.run_dir), "markers": dict(self._markers)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back, if it still exists."""
+        """Take them back, if the folder still exists."""
         folder = state_dict["run_dir"]
         self.run_dir = Path(folder) if folder is not None and Path(folder).is_dir() else None
+        self._markers = dict(state_dict["markers"])
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -122,56 +182,72 @@ class TensorBoard(Callback):
     def _mark(self, name: str, step: int, marker: Marker) -> None:
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
+        assert self.run_dir is not None
+        first, number = name, 1
+        while (self.run_dir / name).exists():  # two bars in one sub-run would be joined by a line
+            number += 1
+            name = f"{first} {number}"
+        self._markers[name] = step
         # A line needs two points, and of two points at one step the server keeps one.
         self._write(name, step, [_events.scalar("loss", marker.low)])
         self._write(name, step + 1, [_events.scalar("loss", marker.high)])
 
-    def _start_report(self, state: State) -> list[Any]:
+    def _show_link(self) -> None:
+        if self.show_link and self.run_dir is not None:
+            folder = shlex.quote(str(self.run_dir.parent))
+            print(f"TensorBoard: tensorboard --logdir {folder}\n  {self.link()}")  # noqa: T201 - asked for
+
+    def _end_report(self, state: State) -> list[Any]:
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
-        settings = {**state.settings, "git": _git_revision()}
-        rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-        gap = ["overfit/train_loss$", "overfit/val_loss$"]
-        page = {
-            "1 Overfitting": {
-                "train and validation loss": ("lines", ["loss$"]),
-                "generalisation gap (shaded)": ("margin", ["overfit/val_loss$", *gap]),
-                "rise of the validation loss, and its threshold": (
-                    "lines",
-                    ["overfit/rise$", "overfit/threshold$"],
-                ),
-            },
-            "2 Gradients": {
-                "total norm: mean and max of the window": (
-                    "lines",
-                    ["optim/grad_norm$", "optim/grad_norm_max$"],
-                ),
-                "norm per layer": ("lines", ["params/grad_norm/.*$"]),
-            },
-            "3 Optimiser": {"learning rate": ("lines", ["optim/lr$"])},
-        }
-        return [_events.text("report/start", f"| setting | value |\n|---|---|\n{rows}"), _events.layout(page)]
-
-    def _best(self, state: State, best: dict[str, float]) -> list[Any]:
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
-
-        dots = [Record(n, 0, v) for n, v in best.items() if n.startswith("val/") and math.isfinite(v)]
-        dots = dots or [Record("train/loss", 0, best["train/loss"])]
-        values = [_events.scalar(_run_and_tag(dot)[1], float(dot.value)) for dot in dots]
-        values.append(_events.scalar("report/best_epoch", best["epoch"]))
-        if "val/loss" in best:
-            values.append(_events.scalar("report/gap_at_best", best["val/loss"] - best["train/loss"]))
-        values.append(_events.scalar("report/seconds", time.time() - self._started))
         assert self.run_dir is not None
         settings = {name: value for name, value in state.settings.items() if name != "device"}
-        values += _events.hparams(settings, self.run_dir.name, self._started, succeeded=state.error is None)
-        return values
+        row = _events.hparams(settings, self.run_dir.name, self._started, succeeded=state.error is None)
+        return [_events.scalar("report/seconds", time.time() - self._started), *row]
 
 
-def _run_and_tag(record: Record) -> tuple[str, str]:
-    run, _, tag = record.name.partition("/")
+def _start_report(state: State) -> Any:
+    from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+
+    settings = {**state.settings, "git": _git_revision()}
+    rows = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in settings.items()]
+    return _events.text("report/start", "\n".join(["| setting | value |", "|---|---|", *rows]))
+
+
+def _best(best: Mapping[str, float]) -> list[Any]:
+    from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+
+    dots = {name: v for name, v in best.items() if name.startswith("val/") and math.isfinite(v)}
+    dots = dots or {"train/loss": best["train/loss"]}
+    values = [_events.scalar(_run_and_tag(name)[1], v) for name, v in dots.items()]
+    values.append(_events.scalar("report/best_epoch", best["epoch"]))
+    if "val/loss" in best:
+        values.append(_events.scalar("report/gap_at_best", best["val/loss"] - best["train/loss"]))
+    return values
+
+
+def _page(tags: set[str]) -> dict[str, dict[str, tuple[str, list[str]]]]:
+    """The categories and charts that have something to show."""
+    page = {
+        category: {
+            title: (kind, wanted)
+            for title, (kind, wanted) in charts.items()
+            if any(re.match(pattern, tag) for pattern in wanted for tag in tags)
+        }
+        for category, charts in _PAGE.items()
+    }
+    return {category: charts for category, charts in page.items() if charts}
+
+
+def _append(texts: dict[str, str], tag: str, text: str) -> None:
+    """Add a text; of two under one tag at one step the server would keep one."""
+    texts[tag] = f"{texts[tag]}\n\n{text}" if tag in texts else text
+
+
+def _run_and_tag(name: str) -> tuple[str, str]:
+    run, _, tag = name.partition("/")
     if run not in ("train", "val"):
-        run, tag = "train", record.name
+        run, tag = "train", name
     if "/" not in tag and not tag.startswith("loss"):
         tag = f"metrics/{tag}"
     return run, tag
@@ -193,14 +269,16 @@ def _new_folder(parent: Path, name: str) -> Path:
             return folder
 
 
-def _remove_markers(run_dir: Path, step: int) -> None:
+def _remove_markers(run_dir: Path, *, keep: Collection[str]) -> None:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader  # noqa: PLC0415 - as above
 
-    for folder in (run_dir / name for name in _MARKERS):
+    for folder in run_dir.iterdir():
         files = list(folder.glob("events.out.tfevents.*"))
-        if any(
-            event.step >= step and event.HasField("summary") for f in files for event in EventFileLoader(str(f)).Load()
-        ):
+        if folder.name in (*_RUNS, *keep) or not files:
+            continue
+        # A bar holds two points of one tag; what a user keeps beside it is left alone.
+        events = [event for file in files for event in EventFileLoader(str(file)).Load()]
+        if {value.tag for event in events for value in event.summary.value} == {"loss"}:
             shutil.rmtree(folder)
 
 

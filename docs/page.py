@@ -1,0 +1,85 @@
+"""Makes the pictures of the TensorBoard page: trains on the hypothyroid data, serves the run, and takes screenshots.
+
+Run it from anywhere with the project's Python; it needs playwright and Chromium, as the browser tests do.
+"""
+
+import sys
+import tempfile
+from contextlib import chdir
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import hypothyroid  # noqa: E402 - found through the line above
+from playwright.sync_api import Browser, expect, sync_playwright  # noqa: E402
+
+import fitwatch as fw  # noqa: E402
+from tests._server import serve  # noqa: E402
+from tests.test_browser import CHROMIUM, FLAGS  # noqa: E402
+
+
+def recall(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of the ill that were found."""
+    return (outputs.argmax(1) == 1)[targets == 1].double().mean()
+
+
+def train(folder: Path) -> fw.TensorBoard:
+    """A network that is too large for its data, until early stopping ends it."""
+    torch.manual_seed(0)
+    train_set, val_set, _ = hypothyroid.load()
+    model = nn.Sequential(nn.Linear(25, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    page = fw.TensorBoard(folder, name="hypothyroid", show_link=False)
+    callbacks = [
+        fw.WeightedLoss("balanced"),
+        fw.GradientNorm(),
+        fw.OverfittingDetector(),
+        fw.EarlyStopping("val/loss", patience=15),
+        page,
+    ]
+    trainer = fw.Trainer(
+        model,
+        torch.optim.Adam(model.parameters(), 3e-4),
+        callbacks=callbacks,
+        metrics={"recall": recall},
+        log_every=10,
+        seed=0,
+    )
+    trainer.fit(DataLoader(train_set, batch_size=32, shuffle=True), DataLoader(val_set, batch_size=1024), epochs=100)
+    return page
+
+
+def shoot(browser: Browser, address: str, wait_for: str, path: Path) -> None:
+    """One screenshot, taken when the last of its charts has its line."""
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.goto(address)
+    expect(page.locator(wait_for).first).to_be_attached(timeout=20_000)
+    page.wait_for_timeout(1500)  # the lines slide into place
+    # The selected step is drawn over the bar at the end.
+    page.evaluate("document.querySelectorAll('.fob button').forEach(button => button.click())")
+    page.wait_for_timeout(500)
+    page.screenshot(path=path)
+    page.close()
+
+
+def main() -> None:
+    """Train, serve, and write both pictures."""
+    IMAGES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):  # the page shows the folder's name as it is given
+        run = train(Path("runs"))
+        with serve(Path("runs")) as address, sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+            link = run.link(int(address.rpartition(":")[2]))
+            shoot(browser, link, "metrics-pinned-view svg circle", IMAGES / "tensorboard.png")
+            custom = f"{address}/#custom_scalars&_smoothingWeight=0"
+            shoot(browser, custom, "tf-custom-scalar-margin-chart-card path.area[d]", IMAGES / "custom-scalars.png")
+            browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What a user sees: TensorBoard in a real browser, on the output of a real training."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from tests._server import noisy_data, overfitting_trainer, serve
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+HOW = (
+    "pip install playwright, and a Chromium at /usr/bin/chromium or on the PATH "
+    "(Debian: apt-get install -y --no-install-recommends chromium)"
+)
+try:
+    from playwright.sync_api import expect, sync_playwright
+except ImportError:
+    pytest.skip(f"the browser tests need playwright: {HOW}", allow_module_level=True)
+if not os.access(CHROMIUM, os.X_OK):
+    pytest.skip(f"the browser tests need Chromium: {HOW}", allow_module_level=True)
+
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+FLAGS += ["--disable-3d-apis"]  # without WebGL the charts are SVG, which can be counted
+PINNED = "metrics-pinned-view scalar-card"
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A finished run beside another, a server on both, and a page of a browser."""
+    folder = tmp_path_factory.mktemp("runs")
+    overfitting_trainer(folder, name="other", patience=2).fit(*noisy_data(), epochs=3)
+    trainer = overfitting_trainer(folder)
+    result = trainer.fit(*noisy_data(), epochs=60)
+    with serve(folder) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(20_000)
+        expect.set_options(timeout=20_000)
+        port = int(address.rpartition(":")[2])
+        yield SimpleNamespace(page=page, result=result, address=address, link=trainer.callbacks[-1].link(port))
+        browser.close()
+
+
+@pytest.fixture
+def page(shown):
+    """The page, empty: a new fragment alone would not load anything."""
+    shown.page.goto("about:blank")
+    return shown.page
+
+
+def pinned(page, tag):
+    """The pinned card of a tag."""
+    return page.locator(PINNED).filter(has=page.locator(f'.tag[title="{tag}"]'))
+
+
+def lines(card):
+    """Its curves and bars."""
+    return card.locator("line-chart .series-view > svg path")
+
+
+def dots(card):
+    """Its single points."""
+    return card.locator("line-chart .series-view > svg circle")
+
+
+def test_the_loss_card_shows_both_curves_the_dot_and_the_bars(page, shown):
+    """Pinned, on the first screen: the lines of train and val, two bars and, by itself, the dot."""
+    page.goto(shown.link)
+    card = pinned(page, "loss")
+    expect(dots(card)).to_have_count(1)
+    expect(lines(card)).to_have_count(4)
+    box = card.bounding_box()
+    assert box["y"] + box["height"] < 1000
+    assert box["x"] + box["width"] < 1600
+    bars = [line.bounding_box() for line in lines(card).all()]
+    upright = [bar for bar in bars if bar["height"] > 5 * bar["width"]]
+    assert len(upright) == 2
+    curves = [bar for bar in bars if bar not in upright]
+    left, right = min(c["x"] for c in curves), max(c["x"] + c["width"] for c in curves)
+    dot = dots(card).bounding_box()
+    assert left < dot["x"] < right - 0.5 * (right - left)  # the best epoch is early: after it the model overfits
+    assert max(bar["x"] for bar in upright) > right - 0.05 * (right - left)  # it stopped at the end
+
+
+def test_the_pinned_cards_have_lines(page, shown):
+    """The link pins four cards, in its order, and none of them is empty; the accuracy has the dot too."""
+    page.goto(shown.link)
+    expect(page.locator(PINNED)).to_have_count(4)
+    tags = [tag.get_attribute("title") for tag in page.locator(f"{PINNED} .tag").all()]
+    assert tags == ["loss", "metrics/accuracy", "overfit/gap", "optim/grad_norm_max"]
+    for tag in tags[1:]:
+        expect(lines(pinned(page, tag))).to_have_count(1)
+    expect(dots(pinned(page, "metrics/accuracy"))).to_have_count(1)
+
+
+def test_the_link_lists_this_run_alone(page, shown):
+    """Of the two runs in the folder, the run selector lists the five sub-runs of the one that the link names."""
+    page.goto(shown.link)
+    rows = page.locator("runs-data-table tb-data-table-content-row")
+    expect(rows).to_have_count(5)
+    names = [row.get_attribute("data-id").partition("/")[2] for row in rows.all()]
+    assert names == [f"run/{part}" for part in ("best", "early stop", "overfitting", "train", "val")]
+
+
+def test_a_pin_without_data_shows_no_empty_card(page, shown):
+    """A pin of a tag that no run logged is left out, so that the link can be printed before anything is logged."""
+    page.goto(shown.link.replace("overfit/gap", "overfit/nonesuch"))
+    expect(lines(pinned(page, "optim/grad_norm_max"))).to_have_count(1)
+    expect(page.locator(PINNED)).to_have_count(3)
+
+
+def test_every_chart_of_the_custom_page_has_lines(page, shown):
+    """Three categories; five charts of lines, the first with both curves and both bars, and the shaded gap."""
+    page.goto(f"{shown.address}/#custom_scalars&_smoothingWeight=0&regexInput=%5Erun%2F")
+    titles = page.locator("tf-custom-scalar-dashboard tf-category-paginated-view .heading")
+    expect(titles).to_contain_text(["1 Overfitting", "2 Gradients", "3 Optimiser"])
+    charts = page.locator("tf-custom-scalar-multi-line-chart-card")
+    expect(charts).to_have_count(5)
+    for chart, count in zip(charts.all(), (5, 2, 2, 2, 1), strict=True):  # the dot counts as a line here
+        expect(chart.locator("path.line[d]")).to_have_count(count)
+    expect(page.locator("tf-custom-scalar-margin-chart-card path.area[d]")).to_have_count(1)
+
+
+def test_the_hparams_table_has_a_row_a_run(page, shown):
+    """The table names both runs and has their settings as columns, and the best loss as a value."""
+    page.goto(f"{shown.address}/#hparams")
+    cells = page.locator("vaadin-grid-cell-content")
+    for text in ("run", "other", "class_weights", "balanced", "report/best_epoch"):
+        expect(cells.get_by_text(text, exact=True).first).to_be_visible()
+    loss = shown.result.best.metrics["val/loss"]
+    expect(cells.get_by_text(f"{loss:.5g}", exact=True)).to_be_visible()
+
+
+def test_the_text_page_shows_the_tables(page, shown):
+    """The start report and the class weights are drawn as tables, the warning as text."""
+    page.goto(f"{shown.address}/#text&regexInput=%5Erun%2F")
+    report = page.locator("tf-text-loader").filter(has_text="report/start")
+    expect(report.get_by_role("cell", name="Adam", exact=True)).to_be_visible()
+    weights = page.locator("tf-text-loader").filter(has_text="report/class_weights")
+    expect(weights.get_by_role("columnheader", name="weight", exact=True)).to_be_visible()
+    expect(page.locator("tf-text-loader").filter(has_text="report/warnings")).to_contain_text("Overfitting.")
