@@ -23,8 +23,9 @@ def cost(outputs, targets):
 
 
 def train(name, loss, *callbacks):
-    """One run; its result, and its outputs on the test set."""
+    """One run; its result, its outputs on the test set, and the link to its page."""
     torch.manual_seed(1)
+    page = fw.TensorBoard("runs", name=name, show_link=False)
     model = nn.Sequential(nn.Linear(25, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     trainer = fw.Trainer(
         model,
@@ -36,7 +37,7 @@ def train(name, loss, *callbacks):
             fw.OverfittingDetector(),
             fw.EarlyStopping("val/loss", patience=20),
             fw.ProgressBar(),
-            fw.TensorBoard("runs", name=name, show_link=False),
+            page,
         ],
         metrics={"real-world cost": cost},
         log_every=10,
@@ -48,7 +49,7 @@ def train(name, loss, *callbacks):
     )
     model.eval()
     with torch.no_grad():
-        return result, model(test_set.tensors[0].to(trainer.device)).cpu()
+        return result, model(test_set.tensors[0].to(trainer.device)).cpu(), page.link()
 
 
 def row(name, result, predicted):
@@ -67,9 +68,9 @@ def main():
     print(f"hypothyroid: {len(train_set)} patients to train on, {cases} of them ill;", end=" ")
     print(f"{len(val_set)} to validate, {len(test_set)} to test")
     print(f"cost of a missed case {MISSED:g}, of a false alarm {FALSE_ALARM:g}\n")
-    plain, plain_outputs = train("cross-entropy", fw.CrossEntropy())
-    weighted, weighted_outputs = train("class-weights", fw.CrossEntropy(), fw.WeightedLoss("balanced"))
-    real, real_outputs = train("real-world-costs", fw.RealWorldCrossEntropy(FN_COST, FP_COST))
+    plain, plain_outputs, link = train("cross-entropy", fw.CrossEntropy())
+    weighted, weighted_outputs, _ = train("class-weights", fw.CrossEntropy(), fw.WeightedLoss("balanced"))
+    real, real_outputs, _ = train("real-world-costs", fw.RealWorldCrossEntropy(FN_COST, FP_COST))
 
     head = ["loss", "val loss", *(f"recall {name}" for name in CLASSES), "cost", "best epoch", "stop", "verdict"]
     optimal = fw.cost_optimal_decision(plain_outputs.softmax(1), COSTS)
@@ -86,9 +87,7 @@ def main():
     print("\nval loss is each run's own loss: its scale differs with the weights. cost is per patient of the test set.")
     for name, result in (("cross-entropy", plain), ("class weights", weighted), ("real-world costs", real)):
         print(f"{name}: {result.verdict.evidence}")
-    print(
-        f"\nTensorBoard: .venv/bin/tensorboard --logdir runs\n  {fw.TensorBoard('runs', name='cross-entropy').link()}"
-    )
+    print(f"\nTensorBoard: .venv/bin/tensorboard --logdir runs\n  {link}")
 
 
 if __name__ == "__main__":
