@@ -206,6 +206,24 @@ def test_validation_leaves_modes_as_they_were(data):
     assert {(True, False, True)} == set(modes)
 
 
+def test_a_loss_that_a_callback_puts_in_is_moved_to_the_device(model, data):
+    """A loss set in on_fit_start is moved to the Trainer's device before the first step."""
+    moves = []
+
+    class Moved(fw.CrossEntropy):
+        def to(self, *args, **kwargs):
+            moves.append((args, trainer.state.progress.step))
+            return super().to(*args, **kwargs)
+
+    class Replace(fw.Callback):
+        def on_fit_start(self, state):
+            state.loss = Moved()
+
+    trainer = trainer_of(model, callbacks=[Replace()])
+    trainer.fit(DataLoader(data, 16), epochs=1)
+    assert moves == [((torch.device("cpu"),), 0)]
+
+
 def test_seed_makes_a_fit_repeatable(data):
     """Two fits with the same seed, shuffling and dropout end in the same bits; another seed does not."""
 

@@ -179,6 +179,7 @@ class Trainer:
         self._prepare(resume)
         try:
             self._hooks.on_fit_start(state)
+            self._to_device()  # a callback may have put another loss in
             self._check_metrics()
             self._loop(validate_every)
         except BaseException as error:
