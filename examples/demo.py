@@ -85,6 +85,7 @@ def main():
     for line in [head, ["-" * w for w in widths], *rows]:
         print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
     print("\nval loss is each run's own loss: its scale differs with the weights. cost is per patient of the test set.")
+    print("Epochs count from 0. Verdicts at the end of each run:")
     for name, result in (("cross-entropy", plain), ("class weights", weighted), ("real-world costs", real)):
         print(f"{name}: {result.verdict.evidence}")
     print(f"\nTensorBoard: .venv/bin/tensorboard --logdir runs\n  {link}")

@@ -109,7 +109,7 @@ def test_a_checkpoint_of_mid_epoch_is_refused_with_the_reason(tmp_path, data):
     trainer, train, val = make(tmp_path, data, every_steps=3)
     trainer.fit(train, val, max_steps=3)
     trainer, train, val = make(tmp_path, data)
-    with pytest.raises(ValueError, match=r"step-3.pt was saved in mid-epoch .*after 3 batches"):
+    with pytest.raises(ValueError, match=r"step-3.pt was saved before the end of an epoch .*after 3 batches"):
         trainer.fit(train, val, epochs=2, resume=tmp_path / "step-3.pt")
 
 
@@ -206,7 +206,7 @@ def test_a_state_that_cannot_be_read_back_fails_at_the_first_save(tmp_path, data
             return {"when": np.float64(3.0), "who": self}
 
     trainer, train, val = make(tmp_path, data)
-    trainer.callbacks = [Bad(), fw.Checkpoint(tmp_path)]
+    trainer.callbacks = [Bad(), fw.Checkpoint(tmp_path / "bad")]
     with pytest.raises((ValueError, AttributeError, pickle.PicklingError)):
         trainer.fit(train, val, epochs=1)
 
@@ -218,3 +218,31 @@ def test_resume_asked_for_fewer_epochs_than_are_done_trains_no_more(tmp_path, da
     again, train, val = make(tmp_path, data)
     assert len(again.fit(train, val, epochs=2, resume="auto").history) == 3
     assert again.state.progress.step == 12
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path, data):
+    """A fresh fit does not mix its checkpoints with those of an earlier run, which stay as they were."""
+    trainer, train, val = make(tmp_path, data)
+    trainer.fit(train, val, epochs=2)
+    before = (tmp_path / "epoch-2.pt").read_bytes()
+    other, train, val = make(tmp_path, data)
+    with pytest.raises(FileExistsError, match=r'epoch-2.pt of an earlier run.*resume="auto"'):
+        other.fit(train, val, epochs=1)
+    assert (tmp_path / "epoch-2.pt").read_bytes() == before
+
+
+def test_a_training_that_had_stopped_does_not_go_on(tmp_path, data):
+    """Resuming a training that early stopping had ended trains no more, and gives its reason, history and weights."""
+
+    def again():
+        trainer, train, val = make(tmp_path, data)
+        trainer.callbacks = [fw.EarlyStopping(patience=1, min_delta=10.0), fw.Checkpoint(tmp_path)]
+        return trainer, trainer.fit(train, val, epochs=9, resume="auto")
+
+    (first, stopped), (second, resumed) = again(), again()
+    assert stopped.stop_reason == resumed.stop_reason
+    assert "early stopping" in stopped.stop_reason
+    assert stopped.history == resumed.history
+    assert len(stopped.history) == 2
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)

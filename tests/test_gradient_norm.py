@@ -102,6 +102,20 @@ def test_frozen_unused_and_half_precision_parameters(data):
     assert logged["train/optim/grad_norm"] == pytest.approx(2 * half.weight.grad[0, 0].item(), rel=1e-6)
 
 
+def test_only_what_the_optimizer_moves_is_read(data):
+    """Training a head alone, the backbone's gradients, which nobody clears, are not in the figures."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)).double()
+    keep = Keep()
+    optimizer = torch.optim.SGD(model[1].parameters(), 0.0)
+    fw.Trainer(model, optimizer, callbacks=[fw.GradientNorm(), keep], log_every=1, device="cpu").fit(
+        [(data.tensors[0], data.tensors[1])] * 4, epochs=1
+    )
+    norms = values(keep, "train/optim/grad_norm")
+    head = torch.cat([keep.gradients[0]["1.weight"].flatten(), keep.gradients[0]["1.bias"]]).norm().item()
+    assert [pytest.approx(head, rel=1e-12)] * 4 == list(norms.values())
+    assert not [r for r in keep.records if r.name == "train/params/grad_norm/0"]
+
+
 def test_sparse_gradients(data):
     """The norm of a sparse gradient is that of its dense form."""
     embedding = nn.Embedding(10, 3, sparse=True)

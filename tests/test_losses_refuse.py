@@ -141,3 +141,10 @@ def test_options_are_keyword_only():
     """Smoothing and ignored index can only be given by name."""
     with pytest.raises(TypeError):
         CrossEntropy(None, 0.1)
+
+
+@pytest.mark.parametrize("loss", [BinaryCrossEntropy(), RealWorldCrossEntropy(20.0, 1.0)], ids=["binary", "costs"])
+def test_binary_targets_out_of_range_are_named(loss):
+    """A label outside [0, 1] is refused with its value and its index in the batch."""
+    with pytest.raises(ValueError, match=r"\[0, 1\], got 2.0 at index 3"):
+        loss.sums(torch.zeros(5), torch.tensor([0.0, 1.0, 1.0, 2.0, 0.0]))

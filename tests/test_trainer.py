@@ -224,6 +224,29 @@ def test_a_loss_that_a_callback_puts_in_is_moved_to_the_device(model, data):
     assert moves == [((torch.device("cpu"),), 0)]
 
 
+def test_the_rate_of_every_window_is_logged(model, data):
+    """Each window, also one that an epoch cuts short, has the rate of its last step."""
+    rates = []
+
+    class Keep(fw.Callback):
+        def on_log(self, state):
+            rates.extend((r.step, r.value) for r in state.records if r.name == "train/optim/lr")
+
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    fw.Trainer(model, optimizer, scheduler=scheduler, callbacks=[Keep()], log_every=3, device="cpu").fit(
+        DataLoader(data, 16), DataLoader(data, 64), epochs=2
+    )
+    assert rates == [(3, 0.25), (4, 0.125), (7, 1 / 64), (8, 1 / 128)]
+
+
+def test_a_loss_that_is_no_number_is_warned_of_once(model, data, caplog):
+    """A NaN in the inputs gives one warning that names the step, however long training goes on."""
+    x, y = data.tensors
+    trainer_of(model).fit([(x * float("nan"), y)], epochs=4)
+    assert [record.getMessage() for record in caplog.records] == ["train/loss is nan at step 1"]
+
+
 def test_seed_makes_a_fit_repeatable(data):
     """Two fits with the same seed, shuffling and dropout end in the same bits; another seed does not."""
 
@@ -286,6 +309,16 @@ def test_train_loss_is_kept_over_a_fit_that_never_logs(model, data):
         ({"log_every": True}, "log_every must be an integer of 1 or more, got True"),
         ({"scheduler_interval": "batch"}, "scheduler_interval.*step.*epoch.*batch"),
         ({"scheduler": 3}, "scheduler.*3"),
+        ({"scheduler": torch.optim.lr_scheduler.StepLR}, "scheduler must be an instance"),
+        (
+            {
+                "scheduler": torch.optim.lr_scheduler.StepLR(
+                    torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1), 1
+                )
+            },
+            "scheduler belongs to another optimizer",
+        ),
+        ({"callbacks": fw.GradientNorm}, r"callbacks.*GradientNorm\(\)"),
         ({"seed": "a"}, "seed.*int.*a"),
         ({"device": "cuba"}, "device.*cuba"),
         ({"metrics": print}, "metrics must be of type Mapping, got"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 
 import fitwatch as fw
 
@@ -87,6 +87,32 @@ def test_a_counting_pass_leaves_the_random_generators_alone(model, data, generat
         return net[0].weight
 
     assert torch.equal(run(EXPECTED), run("balanced"))
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"labels": [0, 1]},
+        {"targets": ["cat"] * 64},
+        {"targets": [0] * 64, "target_transform": lambda y: y},
+        {"targets": "0"},
+    ],
+    ids=["names of classes", "strings", "target_transform", "string"],
+)
+def test_exposed_targets_that_are_not_the_loaders_are_not_taken(model, data, attributes):
+    """Labels of another length, strings, and targets under a target_transform are counted by a pass instead."""
+    dataset = Hidden(data)
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    loss, _ = fit(model, DataLoader(dataset, 16))
+    assert torch.allclose(EXPECTED, loss.weight)
+
+
+def test_multi_label_targets_are_refused():
+    """Several labels an example are refused with what to do instead."""
+    dataset = TensorDataset(torch.zeros(8, 4).double(), torch.ones(8, 3).double())
+    with pytest.raises(TypeError, match="3 labels an example.*pos_weight"):
+        fit(nn.Linear(4, 3).double(), DataLoader(dataset, 4), loss=fw.BinaryCrossEntropy())
 
 
 def test_binary_cross_entropy_gets_a_pos_weight(data):

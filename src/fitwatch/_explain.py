@@ -67,6 +67,12 @@ def refuse_logits(output: Tensor, target: Tensor, pos_weight: Tensor | None = No
                 f"pos_weight has {labels} values and needs outputs of shape (N, {labels}); {_shapes(output, target)}"
             )
         _refuse_devices(output, pos_weight)
+    if target.device.type == "cpu" and target.numel():
+        low, high = target.aminmax()
+        if low.item() < 0 or high.item() > 1:  # elsewhere the look would wait for the device
+            index = int(((target < 0) | (target > 1)).flatten().nonzero()[0])
+            value = target.flatten()[index].item()
+            raise ValueError(f"binary targets must be in [0, 1], got {value} at index {index} of the batch")
 
 
 def _refuse_types(output: Tensor, target: Tensor, cause: Exception | None = None) -> None:

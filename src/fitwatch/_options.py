@@ -55,3 +55,10 @@ def instance(kind: type, *, or_none: bool = False) -> Validator:
             raise TypeError(f"{option.name} must be of type {kind.__name__}, got {value!r}{hint}")
 
     return check
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuse arguments that are neither None nor integers of 1 or more."""
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")

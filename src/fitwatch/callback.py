@@ -121,7 +121,7 @@ class Callbacks(Callback):
 
     def __init__(self, callbacks: Iterable[Callback] | Callback = ()) -> None:
         self.callbacks: list[Callback] = []
-        given: Iterable[Any] = [callbacks] if isinstance(callbacks, Callback) else callbacks
+        given: Iterable[Any] = callbacks if isinstance(callbacks, Iterable) else [callbacks]
         for c in given:
             if not isinstance(c, Callback):
                 hint = f" (write {c.__name__}())" if isinstance(c, type) else ""

@@ -2,7 +2,7 @@
 
 A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (a number),
 ``model``, ``optimizer``, ``scheduler``, ``scaler``, ``generators``, ``callbacks`` (by class name), ``progress``,
-``history``, ``train_loss`` (the sums since the last evaluation), ``rng``.
+``history``, ``stop_reason``, ``train_loss`` (the sums since the last evaluation), ``rng``.
 """
 
 import os
@@ -44,6 +44,7 @@ def save(path: Path, state: State) -> None:
         "callbacks": state.callbacks.state_dict() if state.callbacks is not None else {},
         "progress": asdict(state.progress),
         "history": state.history,
+        "stop_reason": state.stop_reason,
         "train_loss": [state.train_loss.total, state.train_loss.weight],
         "rng": rng_state(),
     }
@@ -104,7 +105,8 @@ def load(path: Path, state: State) -> None:
     progress = Progress(**content["progress"])
     if progress.epoch_batch:
         raise ValueError(
-            f"{path} was saved in mid-epoch (epoch {progress.epoch}, after {progress.epoch_batch} batches); "
+            f"{path} was saved before the end of an epoch (epoch {progress.epoch}, after {progress.epoch_batch} "
+            "batches); "
             "training resumes at the boundary of an epoch only: use a checkpoint saved by every_epochs"
         )
     for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
@@ -122,6 +124,7 @@ def load(path: Path, state: State) -> None:
     if state.callbacks is not None:
         state.callbacks.load_state_dict(content["callbacks"])
     state.progress, state.history = progress, content["history"]
+    state.stop_reason = content["stop_reason"]  # a training that had stopped has nothing to go on with
     state.metrics = state.history[-1] if state.history else {}
     state.train_loss.total, state.train_loss.weight = content["train_loss"]
     generators = _generators(state)

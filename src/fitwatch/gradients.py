@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class StepGradient:
     def __init__(self, optimizer: Optimizer, accumulate: int, scaler: torch.amp.GradScaler | None) -> None:
         self.optimizer, self.accumulate, self.scaler = optimizer, accumulate, scaler
         self.weights: list[Tensor | float] = []  # sum(w) of each micro-batch so far
+        self.lr: float | Tensor = 0.0  # of the last step
         self._guess: Tensor | float | None = None  # of the weight of a step, where float16 needs one
 
     def backward(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> None:
@@ -59,6 +61,7 @@ class StepGradient:
 
     def step(self) -> None:
         """Let the optimizer step, and forget the gradients."""
+        self.lr = self.optimizer.param_groups[0]["lr"]
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -89,6 +92,16 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _positive(weight: Tensor | float) -> Tensor | float:
     return torch.where(weight > 0, weight, 1) if isinstance(weight, Tensor) else weight or 1.0
+
+
+def check_scheduler(scheduler: Any, optimizer: Optimizer) -> None:
+    """Refuse what is no scheduler instance, or one of another optimizer; None passes."""
+    if scheduler is None:
+        return
+    if isinstance(scheduler, (type, Optimizer)) or not hasattr(scheduler, "step"):
+        raise TypeError(f"scheduler must be an instance of a torch scheduler, got {scheduler!r}")
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError("scheduler belongs to another optimizer than the one given")
 
 
 def zero_grad(optimizer: Optimizer) -> None:

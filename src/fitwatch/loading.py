@@ -64,22 +64,29 @@ def _last_tensor(batch: Any) -> Tensor | None:
 def exposed_targets(loader: Any) -> Tensor | None:
     """All targets of a loader's data set where it exposes them as ``targets``, ``labels`` or ``tensors``.
 
-    Follows `torch.utils.data.Subset`. Costs no pass over the data. None where they can't be read cheaply.
+    Follows `torch.utils.data.Subset`. Costs no pass over the data. None where they can't be read cheaply, or may not be
+    what the loader gives: another length than the data set, a ``target_transform``, names in place of numbers.
     """
     dataset = loader.dataset if isinstance(loader, DataLoader) else None
-    if isinstance(dataset, Subset):
-        targets = _targets_of(dataset.dataset)
-        return None if targets is None else targets[torch.as_tensor(dataset.indices)]
     return _targets_of(dataset)
 
 
 def _targets_of(dataset: Any) -> Tensor | None:
+    if isinstance(dataset, Subset):
+        targets = _targets_of(dataset.dataset)
+        return None if targets is None else targets[torch.as_tensor(dataset.indices)]
     if isinstance(dataset, TensorDataset):
-        return dataset.tensors[-1]
+        last = dataset.tensors[-1]  # of three it may be a weight
+        return last if len(dataset.tensors) == 2 or not last.is_floating_point() else None
+    if getattr(dataset, "target_transform", None) is not None:
+        return None  # what the model sees is not what stands there
     for name in ("targets", "labels"):
-        targets = getattr(dataset, name, None)
-        if targets is not None and not callable(targets):
-            return torch.as_tensor(targets)
+        try:
+            targets = torch.as_tensor(getattr(dataset, name))
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            continue  # none, or names of classes
+        if targets.ndim and len(targets) == len(dataset):
+            return targets
     return None
 
 

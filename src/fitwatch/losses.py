@@ -175,7 +175,7 @@ class BinaryCrossEntropy(Loss):
     """Cross-entropy of sigmoid outputs, equal to `torch.nn.BCEWithLogitsLoss` in value and gradient.
 
     Outputs are logits of shape (N,), (N, 1), or (N, K) for K labels that do not exclude each other. Targets have
-    the same shape, any dtype, in [0, 1]; the range is not checked, since a look would wait for the device.
+    the same shape, any dtype, in [0, 1]; the range is checked on the CPU only: elsewhere a look waits for the device.
 
     The loss is divided by the number of elements: `pos_weight` changes the scale, as in torch.
 

@@ -1,5 +1,6 @@
 """The facts that hooks read: where training stands, what was measured, what is waiting to be logged."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from fitwatch.metrics import WeightedMean
 from fitwatch.records import Marker, Name, Record, Reduction, Window
+
+logger = logging.getLogger("fitwatch")
 
 
 @define(kw_only=True)
@@ -67,6 +70,7 @@ class State:
     _window_loss: tuple[float, float] = field(default=(0.0, 0.0), init=False)
     _ready: list[Record] = field(factory=list, init=False)
     _unlogged: bool = field(default=False, init=False)
+    _warned: bool = field(default=False, init=False)
     _watched: list[tuple[str, str, str | None]] = field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -128,6 +132,9 @@ class State:
         now = {"epoch": self.progress.epoch, "step": self.progress.step, "train/loss": self.train_loss.value}
         self.metrics = {**now, **values}
         self.history.append(self.metrics)
+        if not (self._warned or math.isfinite(self.train_loss.value)):
+            self._warned = True
+            logger.warning("train/loss is %s at step %d", self.train_loss.value, self.progress.step)
         self.train_loss, self._unlogged = WeightedMean(), True
 
     @property

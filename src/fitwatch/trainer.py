@@ -10,9 +10,9 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import checkpoint, loading
-from fitwatch._options import instance, integer, number, one_of
+from fitwatch._options import check_counts, instance, integer, number, one_of
 from fitwatch.callback import Callback, Callbacks
-from fitwatch.gradients import StepGradient, parameters, zero_grad
+from fitwatch.gradients import StepGradient, check_scheduler, parameters, zero_grad
 from fitwatch.losses import LossSum, as_loss
 from fitwatch.metrics import Metrics, WeightedMean, evaluating
 from fitwatch.result import Result
@@ -73,8 +73,7 @@ class Trainer:
     seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
 
     def __attrs_post_init__(self) -> None:
-        if self.scheduler is not None and not hasattr(self.scheduler, "step"):
-            raise TypeError(f"scheduler must be a torch scheduler with a step method, got {self.scheduler!r}")
+        check_scheduler(self.scheduler, self.optimizer)
         self._hooks = Callbacks(self.callbacks)
         self._metrics = Metrics(self.metrics or {})
         self._unweighted: tuple[Any, WeightedMean] | None = None
@@ -154,9 +153,7 @@ class Trainer:
         """
         if epochs is None and max_steps is None:
             raise ValueError("fit needs epochs= or max_steps=")
-        for name, value in (("epochs", epochs), ("max_steps", max_steps), ("validate_every", validate_every)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
+        check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
         if not (resume is None or isinstance(resume, (str, Path))):
             raise TypeError(f'resume must be a path or "auto", got {resume!r}')
         if validate_every is not None and val_loader is None:
@@ -251,7 +248,7 @@ class Trainer:
     def _epoch(self, validate_every: int | None) -> bool:
         """One pass over the training batches; whether it reached the end."""
         state, progress = self.state, self.state.progress
-        gradient = StepGradient(self.optimizer, self.accumulate, state.scaler)
+        gradient, complete = StepGradient(self.optimizer, self.accumulate, state.scaler), True
         for batch in state.train_loader:
             self._backward(batch, gradient)
             progress.epoch_batch += 1
@@ -260,14 +257,17 @@ class Trainer:
                 self._step(gradient, validate_every)
                 if self._stops():
                     # Only a length can tell that this was the last batch: asking for another would draw it.
-                    return progress.epoch_batch == loading.length(state.train_loader)
+                    complete = progress.epoch_batch == loading.length(state.train_loader)
+                    break
         if gradient.weights:
             self._step(gradient, validate_every)
         if not progress.epoch_batch:
             raise ValueError(
                 f"train_loader gave no batch in epoch {progress.epoch} (a generator can be iterated once only)"
             )
-        return True
+        if progress.epoch_step % self.log_every and not self._validated():  # an epoch ends the log window
+            state.log("train/optim/lr", gradient.lr, reduce="last")
+        return complete
 
     def _backward(self, batch: Any, gradient: StepGradient) -> None:
         """Forward and backward of one micro-batch."""
@@ -289,16 +289,14 @@ class Trainer:
         hooks.on_gradients_ready(state)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip_norm)
-        closes_log = (progress.epoch_step + 1) % self.log_every == 0
-        if closes_log:  # the rate of this step, which the scheduler is about to change
-            state.log("train/optim/lr", self.optimizer.param_groups[0]["lr"], reduce="last")
         gradient.step()
         if self.scheduler is not None and self.scheduler_interval == "step" and not self._plateau:
             self.scheduler.step()
         progress.step += 1
         progress.epoch_step += 1
         hooks.on_step_end(state)
-        if closes_log:
+        if progress.epoch_step % self.log_every == 0:
+            state.log("train/optim/lr", gradient.lr, reduce="last")
             self._log()
         if validate_every is not None and progress.step % validate_every == 0:
             self._validate_and_log()

@@ -39,8 +39,18 @@ class Checkpoint(Callback):
     def __attrs_post_init__(self) -> None:
         self._readable = False
 
-    def on_fit_start(self, state: State) -> None:  # noqa: ARG002 - the hook's signature
-        """Make the folder now: a path that can't be written to is to fail before step 1."""
+    def on_fit_start(self, state: State) -> None:
+        """Make the folder now: a path that can't be written to is to fail before step 1.
+
+        Raises:
+            OSError: The folder can't be made.
+            FileExistsError: It holds another run's checkpoints, which this run would mix with its own.
+        """
+        if state.progress.step == 0 and (old := [*self._files("epoch"), *self._files("step")]):
+            raise FileExistsError(
+                f"{self.dir} holds the checkpoint {old[-1].name} of an earlier run: go on from it with "
+                'fit(resume="auto"), or choose another folder'
+            )
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:

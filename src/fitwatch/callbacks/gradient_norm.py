@@ -7,6 +7,7 @@ from torch import Tensor
 from fitwatch._options import instance, integer
 from fitwatch.callback import Callback
 from fitwatch.checkpoint import unwrap
+from fitwatch.gradients import parameters
 from fitwatch.state import State
 
 
@@ -14,9 +15,10 @@ from fitwatch.state import State
 class GradientNorm(Callback):
     """Logs the 2-norm of the gradients, of the whole step and before clipping.
 
-    Logs ``train/optim/grad_norm`` and ``train/optim/grad_norm_max``, the mean and the maximum over the log window, and
-    ``train/params/grad_norm/<layer>``, the mean over the window per module. Norms of float16 and bfloat16 gradients are
-    taken in float32. A parameter without a gradient counts as 0. Nothing is read back within the step.
+    Reads the parameters that the optimizer holds. Logs ``train/optim/grad_norm`` and ``train/optim/grad_norm_max``, the
+    mean and the maximum over the log window, and ``train/params/grad_norm/<layer>``, the mean over the window per
+    module. Norms of float16 and bfloat16 gradients are taken in float32. A parameter without a gradient counts as 0.
+    Nothing is read back within the step.
 
     Args:
         every: Steps between two readings. At 1, the default, no spike escapes ``grad_norm_max``.
@@ -27,8 +29,17 @@ class GradientNorm(Callback):
     per_layer: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def on_fit_start(self, state: State) -> None:
-        """Group the parameters by layer, once."""
-        named = [(name, p) for name, p in unwrap(state.model).named_parameters() if p.requires_grad]
+        """Group the parameters by layer."""
+        self._group(state)
+
+    def on_epoch_start(self, state: State) -> None:
+        """Group them anew: layers may have been frozen or given to the optimizer in between."""
+        self._group(state)
+
+    def _group(self, state: State) -> None:
+        # Only what the optimizer moves: nobody clears the gradients of the others.
+        moved = {id(p) for p in parameters(state.optimizer) if p.requires_grad}
+        named = [(name, p) for name, p in unwrap(state.model).named_parameters() if id(p) in moved]
         self._parameters = [p for _, p in named]
         layers = [name.rpartition(".")[0] or name for name, _ in named]
         unique = list(dict.fromkeys(layers)) if self.per_layer else []

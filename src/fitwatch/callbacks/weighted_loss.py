@@ -31,6 +31,8 @@ class WeightedLoss(Callback):
     The targets are read from the training data set where it exposes ``targets``, ``labels`` or ``tensors``, else by
     one pass over the loader, which leaves the random generators as they were.
 
+    Counts are those of the data set: a sampler that balances the batches already is not taken into account.
+
     With `BinaryCrossEntropy` the two weights become ``pos_weight`` = w_1 / w_0.
 
     Args:
@@ -76,6 +78,11 @@ class WeightedLoss(Callback):
         classes = 2 if isinstance(state.loss, BinaryCrossEntropy) else self.num_classes
         ignore = getattr(state.loss, "ignore_index", None)
         targets = exposed_targets(state.train_loader)
+        if classes == 2 and targets is not None and targets.ndim > 1 and targets.shape[1] > 1:
+            raise TypeError(
+                f"WeightedLoss weighs classes that exclude each other, got {targets.shape[1]} labels an example; "
+                "give BinaryCrossEntropy a pos_weight of one value per label instead"
+            )
         counts = (
             _count_by_pass(state.train_loader, classes, ignore)
             if targets is None
