@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from fitwatch.state import State
 
@@ -57,11 +57,13 @@ class Callback:
         on_fit_end                            # always, also after an exception, in reverse order
 
     Without a validation set ``state.metrics`` is fresh at ``on_epoch_end``, with ``train/loss`` alone. Callbacks run
-    in list order, only those that override a hook are called for it, and an exception in one ends the fit through
-    ``on_fit_end``, with a note that names callback and hook.
+    in list order (a `Checkpoint` after the others), only those that override a hook are called for it, and an
+    exception in one ends the fit through ``on_fit_end``, with a note that names callback and hook.
 
     A method named ``on_*`` that is no hook is refused when the class is defined.
     """
+
+    runs_last: ClassVar[bool] = False  # after all others, in list order among its like: one that saves their state
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -128,7 +130,8 @@ class Callbacks(Callback):
                 raise TypeError(f"callbacks must hold Callback instances, got {c!r}{hint}")
             self.callbacks += c.callbacks if isinstance(c, Callbacks) else [c]
         self._hooks: dict[str, list[Callable[[State], None]]] = {
-            name: [getattr(c, name) for c in self.callbacks if _overrides(c, name)] for name in HOOKS
+            name: [getattr(c, name) for c in sorted(self.callbacks, key=lambda c: c.runs_last) if _overrides(c, name)]
+            for name in HOOKS
         }
 
     def _run(self, name: str, state: State) -> None:

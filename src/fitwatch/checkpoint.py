@@ -1,8 +1,9 @@
 """Checkpoints: saved so that a complete one exists at every instant, loaded so that no code in one can run.
 
 A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (a number),
-``model``, ``optimizer``, ``scheduler``, ``scaler``, ``generators``, ``callbacks`` (by class name), ``progress``,
-``history``, ``stop_reason``, ``train_loss`` (the sums since the last evaluation), ``rng``.
+``model``, ``loss`` (its parameters), ``optimizer``, ``scheduler``, ``scaler``, ``generators`` (of the loaders),
+``callbacks`` (by class name), ``progress``,
+``history``, ``train_loss`` (the sums since the last evaluation), ``rng``.
 """
 
 import os
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 from attrs import asdict
-from torch import nn
+from torch import Tensor, nn
 
+from fitwatch.loading import generators_of
 from fitwatch.state import Progress, State
 
 FORMAT = 1
@@ -37,14 +39,14 @@ def save(path: Path, state: State) -> None:
     content = {
         "format": FORMAT,
         "model": unwrap(state.model).state_dict(),
+        "loss": _loss_parameters(state),
         "optimizer": state.optimizer.state_dict(),
         "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
-        "generators": [g.get_state() for g in _generators(state)],
+        "generators": [g.get_state() for g in generators_of(state.train_loader, state.val_loader)],
         "callbacks": state.callbacks.state_dict() if state.callbacks is not None else {},
         "progress": asdict(state.progress),
         "history": state.history,
-        "stop_reason": state.stop_reason,
         "train_loss": [state.train_loss.total, state.train_loss.weight],
         "rng": rng_state(),
     }
@@ -103,17 +105,13 @@ def load(path: Path, state: State) -> None:
     """
     content = read(path)
     progress = Progress(**content["progress"])
-    if progress.epoch_batch:
-        raise ValueError(
-            f"{path} was saved before the end of an epoch (epoch {progress.epoch}, after {progress.epoch_batch} "
-            "batches); "
-            "training resumes at the boundary of an epoch only: use a checkpoint saved by every_epochs"
-        )
-    for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
-        if (part is None) != (content[name] is None):
-            raise ValueError(f"{path} was saved {'without' if content[name] is None else 'with'} a {name}")
+    generators = generators_of(state.train_loader, state.val_loader)
+    _refuse(path, content, state, progress, len(generators))
     try:
         unwrap(state.model).load_state_dict(content["model"])
+        with torch.no_grad():
+            for name, parameter in _loss_parameters(state).items():
+                parameter.copy_(content["loss"][name])
         state.optimizer.load_state_dict(content["optimizer"])
         if state.scheduler is not None:
             state.scheduler.load_state_dict(content["scheduler"])
@@ -124,15 +122,8 @@ def load(path: Path, state: State) -> None:
     if state.callbacks is not None:
         state.callbacks.load_state_dict(content["callbacks"])
     state.progress, state.history = progress, content["history"]
-    state.stop_reason = content["stop_reason"]  # a training that had stopped has nothing to go on with
     state.metrics = state.history[-1] if state.history else {}
     state.train_loss.total, state.train_loss.weight = content["train_loss"]
-    generators = _generators(state)
-    if len(generators) != len(content["generators"]):
-        raise ValueError(
-            f"{path} was saved with {len(content['generators'])} random generators in the loaders and their "
-            f"samplers, and these have {len(generators)}: the order of the batches could not be resumed"
-        )
     for generator, saved in zip(generators, content["generators"], strict=True):
         generator.set_state(saved)
     set_rng_state(content["rng"])
@@ -156,13 +147,28 @@ def seed_all(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
-def _generators(state: State) -> list[torch.Generator]:
-    """The generators that the loaders and their samplers own, which the global seed does not reach."""
-    owners = [
-        o for loader in (state.train_loader, state.val_loader) for o in (loader, getattr(loader, "sampler", None))
-    ]
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return [g for i, g in enumerate(found) if isinstance(g, torch.Generator) and not any(g is f for f in found[:i])]
+def _refuse(path: Path, content: dict[str, Any], state: State, progress: Progress, generators: int) -> None:
+    """Raise ValueError if ``content`` can't be resumed from, before anything of ``state`` is changed."""
+    if progress.epoch_batch:
+        raise ValueError(
+            f"{path} was saved before the end of an epoch (epoch {progress.epoch}, after {progress.epoch_batch} "
+            "batches); "
+            "training resumes at the boundary of an epoch only: use a checkpoint saved by every_epochs"
+        )
+    for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
+        if (part is None) != (content[name] is None):
+            raise ValueError(f"{path} was saved {'without' if content[name] is None else 'with'} a {name}")
+    if generators != len(content["generators"]):
+        raise ValueError(
+            f"{path} was saved with {len(content['generators'])} random generators in the loaders and their "
+            f"samplers, and these have {generators}: the order of the batches could not be resumed"
+        )
+
+
+def _loss_parameters(state: State) -> dict[str, Tensor]:
+    """What a loss learns; its class weights are not among it: they are the business of who gave them."""
+    loss = state.loss
+    return {name: p.detach() for name, p in loss.named_parameters()} if isinstance(loss, nn.Module) else {}
 
 
 def rng_state() -> dict[str, Any]:
@@ -183,7 +189,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     kind, python, gauss = state["python"]
     random.setstate((kind, tuple(python), gauss))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     if "numpy" in state:
         import numpy as np  # noqa: PLC0415 - tensorboard brings it along; not worth an import where unused
 

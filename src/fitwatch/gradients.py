@@ -52,22 +52,28 @@ class StepGradient:
         if self.accumulate == 1 or not gradients:
             return
         total = sum(weights)
-        factor = inverse(total, gradients[0])
+        # in float64, which MPS has not: the first gradient's dtype may be less precise than the others'
+        wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64
+        factor = inverse(total, gradients[0].new_empty((), dtype=wide))
         if self._guess is not None:
-            factor = factor / inverse(self._guess, factor)
+            factor = factor * self._guess
             self._guess = _positive(total)
         for same in _by_device_and_dtype(gradients):
             torch._foreach_mul_(same, factor.to(same[0]))  # one kernel for all, as in torch's own clipping
 
-    def step(self) -> None:
-        """Let the optimizer step, and forget the gradients."""
-        self.lr = self.optimizer.param_groups[0]["lr"]
+    def step(self) -> bool:
+        """Let the optimizer step, and forget the gradients; False if the scaler left the step out (overflow)."""
+        lr, stepped = self.optimizer.param_groups[0]["lr"], True
+        self.lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
         if self.scaler is not None:
+            before = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            stepped = self.scaler.get_scale() >= before
         else:
             self.optimizer.step()
         zero_grad(self.optimizer)
+        return stepped
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -76,10 +82,11 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def inverse(weight: Tensor | float, like: Tensor) -> Tensor:
-    """1 / weight as a scalar of like's dtype and device; finite at weight 0, where the gradient is 0 anyway."""
+    """1 / weight as a scalar of like's dtype and device; 0 for weight 0: no weight, no gradient."""
     if isinstance(weight, Tensor):
         if not weight.is_cpu:  # no look at the value: it would wait for the device
-            return weight.to(like.dtype).clamp_min(torch.finfo(like.dtype).tiny).reciprocal()
+            weight = weight.to(like.dtype)
+            return torch.where(weight == 0, 0, 1 / weight)
         weight = weight.item()
     return _scalar(1 / weight if weight else 0.0, like.dtype, like.device)
 

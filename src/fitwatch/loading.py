@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device``: tensors, tuples, lists, mappings, and objects with ``to``."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=device.type == "cuda")  # elsewhere unfinished copies could be read
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(part, device) for part in batch))
     if isinstance(batch, (tuple, list)):
@@ -64,11 +64,15 @@ def _last_tensor(batch: Any) -> Tensor | None:
 def exposed_targets(loader: Any) -> Tensor | None:
     """All targets of a loader's data set where it exposes them as ``targets``, ``labels`` or ``tensors``.
 
-    Follows `torch.utils.data.Subset`. Costs no pass over the data. None where they can't be read cheaply, or may not be
-    what the loader gives: another length than the data set, a ``target_transform``, names in place of numbers.
+    Follows `Subset` and `SubsetRandomSampler`. Costs no pass over the data. None where they can't be read cheaply, or
+    may not be what the loader gives: another length than the data set, a ``target_transform``, names in place of
+    numbers.
     """
     dataset = loader.dataset if isinstance(loader, DataLoader) else None
-    return _targets_of(dataset)
+    targets, sampler = _targets_of(dataset), getattr(loader, "sampler", None)
+    if targets is not None and isinstance(sampler, SubsetRandomSampler):
+        targets = targets[torch.as_tensor(sampler.indices)]
+    return targets
 
 
 def _targets_of(dataset: Any) -> Tensor | None:
@@ -76,18 +80,30 @@ def _targets_of(dataset: Any) -> Tensor | None:
         targets = _targets_of(dataset.dataset)
         return None if targets is None else targets[torch.as_tensor(dataset.indices)]
     if isinstance(dataset, TensorDataset):
-        last = dataset.tensors[-1]  # of three it may be a weight
-        return last if len(dataset.tensors) == 2 or not last.is_floating_point() else None
+        return dataset.tensors[1] if len(dataset.tensors) == 2 else None  # of three, which is it?
     if getattr(dataset, "target_transform", None) is not None:
         return None  # what the model sees is not what stands there
     for name in ("targets", "labels"):
         try:
-            targets = torch.as_tensor(getattr(dataset, name))
+            targets = getattr(dataset, name)
+            targets = targets if isinstance(targets, Tensor) else torch.tensor(targets)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             continue  # none, or names of classes
         if targets.ndim and len(targets) == len(dataset):
             return targets
     return None
+
+
+def generators_of(*loaders: Any) -> list[torch.Generator]:
+    """The generators that loaders and their samplers own, which the global seed does not reach; each once."""
+    found: list[torch.Generator] = []
+    for loader in loaders:
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        owners = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+        for generator in (getattr(owner, "generator", None) for owner in owners):
+            if isinstance(generator, torch.Generator) and not any(generator is f for f in found):
+                found.append(generator)
+    return found
 
 
 def check_loader(name: str, loader: Any) -> None:

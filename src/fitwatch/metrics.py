@@ -27,16 +27,15 @@ def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module is in the mode it was in."""
-    was_training = model.training
-    frozen = [m for m in model.modules() if not m.training]  # layers that the user keeps in eval mode
+    modes = [(module, module.training) for module in model.modules()]  # the user may have frozen some layers
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
-        for module in frozen:
-            module.training = False
+        model.train(modes[0][1])
+        for module, training in modes:
+            module.training = training
 
 
 class WeightedMean:

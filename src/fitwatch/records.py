@@ -45,26 +45,30 @@ class Window:
     """The values logged since the window opened."""
 
     def __init__(self) -> None:
-        self._values: dict[tuple[Name, Reduction], list[Any]] = {}
+        self._values: dict[Name, tuple[Reduction, list[Any]]] = {}
 
     def add(self, name: Name, value: float | Tensor, reduce: Reduction) -> None:
         """Take a value in; costs no synchronisation."""
-        values = self._values.get((name, reduce))
+        how, values = self._values.get(name, (reduce, None))
         if values is None:
             if not (callable(reduce) or reduce in _REDUCTIONS):
                 raise ValueError(f"log({name!r}): reduce must be a function or in {list(_REDUCTIONS)}, got {reduce!r}")
-            values = self._values[name, reduce] = []
-        values.append(value.detach() if isinstance(value, Tensor) else value)
+            values = []
+            self._values[name] = reduce, values
+        elif isinstance(reduce, str) and reduce != how:
+            raise ValueError(f"log({name!r}): reduce was {how!r} for earlier values of this window, now {reduce!r}")
+        # a copy: what it was taken from may change before the window closes
+        values.append(value.detach().clone() if isinstance(value, Tensor) else value)
 
     def close(self, step: int) -> list[Record]:
         """Reduce everything on its device, move it to the host in one transfer, and open a new window."""
         reduced = []
-        for (_, reduce), values in self._values.items():
+        for reduce, values in self._values.values():
             stacked = torch.stack([torch.as_tensor(v) for v in values])
-            stacked = stacked if stacked.is_floating_point() else stacked.double()
+            stacked = stacked if stacked.is_floating_point() else stacked.float()
             reduced.append(reduce(stacked) if callable(reduce) else _REDUCTIONS[reduce](stacked))
         records = []
-        for (name, _), numbers in zip(self._values, to_host(reduced), strict=True):
+        for name, numbers in zip(self._values, to_host(reduced), strict=True):
             names = (name,) if isinstance(name, str) else name
             records += [Record(n, step, v) for n, v in zip(names, numbers, strict=True)]
         self._values = {}

@@ -32,7 +32,7 @@ class Trainer:
 
     Args:
         model: Any module, also one that `torch.compile` returned. Moved to ``device`` when fitting starts.
-        optimizer: Any torch optimizer over the model's parameters.
+        optimizer: Any torch optimizer over the model's parameters that steps without a closure.
         loss: A loss of fitwatch, torch's ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` or ``NLLLoss`` (made exact), or
             any module or function (output, target) -> scalar, which counts as a mean over the batch.
             Default: `CrossEntropy`.
@@ -73,6 +73,8 @@ class Trainer:
     seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
 
     def __attrs_post_init__(self) -> None:
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer must step without a closure, which LBFGS can't")
         check_scheduler(self.scheduler, self.optimizer)
         self._hooks = Callbacks(self.callbacks)
         self._metrics = Metrics(self.metrics or {})
@@ -164,7 +166,7 @@ class Trainer:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise RuntimeError("fit runs in one process: the exact fraction over several ranks is not supported yet")
 
-        self._hooks = Callbacks(self.callbacks)
+        self._hooks, self._metrics = Callbacks(self.callbacks), Metrics(self.metrics or {})
         state = self.state = self._new_state(
             progress=self.state.progress,
             scaler=self.state.scaler,
@@ -204,7 +206,7 @@ class Trainer:
         self._metrics.reset()
         with evaluating(self.model):
             for batch in loader:
-                moved = loading.to_device(batch, self.device)
+                moved = self._move(batch)
                 with self._autocast():
                     total, weight = self._sums(self.validation_step(moved), moved, "validation_step")
                 loss.add(total, weight)
@@ -213,8 +215,7 @@ class Trainer:
             raise ValueError("the validation loader is empty: it gave no batch (a generator can be iterated once only)")
         loss.pull()
         values = {"val/loss": loss.value}
-        if self._unweighted is not None:
-            self._unweighted[1].pull()
+        if self._unweighted is not None and self._unweighted[1].pull()[1]:  # an own validation_step may not feed it
             values["val/loss_unweighted"] = self._unweighted[1].value
         return values | {f"val/{name}": value for name, value in self._metrics.compute().items()}
 
@@ -271,8 +272,7 @@ class Trainer:
 
     def _backward(self, batch: Any, gradient: StepGradient) -> None:
         """Forward and backward of one micro-batch."""
-        if self.device.type != "cpu":
-            batch = loading.to_device(batch, self.device)
+        batch = self._move(batch)
         with self._autocast():
             output = self.training_step(batch)
         total, weight = self._sums(output, batch, "training_step")
@@ -289,8 +289,8 @@ class Trainer:
         hooks.on_gradients_ready(state)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip_norm)
-        gradient.step()
-        if self.scheduler is not None and self.scheduler_interval == "step" and not self._plateau:
+        stepped = gradient.step()
+        if stepped and self.scheduler is not None and self.scheduler_interval == "step" and not self._plateau:
             self.scheduler.step()
         progress.step += 1
         progress.epoch_step += 1
@@ -380,6 +380,9 @@ class Trainer:
         self.model.to(self.device)
         if isinstance(self.state.loss, nn.Module):
             self.state.loss.to(self.device)
+
+    def _move(self, batch: Any) -> Any:
+        return batch if self.device.type == "cpu" else loading.to_device(batch, self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = _AUTOCAST[self.precision]

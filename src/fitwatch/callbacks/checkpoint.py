@@ -19,6 +19,9 @@ class Checkpoint(Callback):
     holds model, optimizer, scheduler, scaler, callbacks, counters, history and random generators.
     A file appears whole or not at all, and older ones go only once the newer is safe on disk.
 
+    It runs after the other callbacks, wherever it stands in the list, since it saves their state. When training resumes
+    from an older file, the newer ones are renamed to ``*.old``.
+
     Training resumes from ``epoch-N.pt``: a file written in mid-epoch has the weights, but can't be resumed to the bit,
     and is refused.
 
@@ -35,6 +38,8 @@ class Checkpoint(Callback):
     every_steps: int | None = field(default=None, kw_only=True, validator=integer(1, or_none=True))
     keep: int = field(default=1, kw_only=True, validator=integer(1))
     best: bool = field(default=True, kw_only=True, validator=instance(bool))
+
+    runs_last = True
 
     def __attrs_post_init__(self) -> None:
         self._readable = False
@@ -55,6 +60,11 @@ class Checkpoint(Callback):
             self.dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"can't make the checkpoint folder {self.dir}: {error}") from error
+        for part in self.dir.glob("*.pt.part-*"):  # of a save that was killed
+            part.unlink()
+        later = [f for f in self._files("epoch") if _count(f) > state.progress.epoch]
+        for file in later + [f for f in self._files("step") if _count(f) > state.progress.step]:
+            file.replace(file.with_name(f"{file.name}.old"))  # resumed before it: "auto" must not find it
 
     def on_step_end(self, state: State) -> None:
         """Save every ``every_steps`` steps."""
@@ -74,8 +84,14 @@ class Checkpoint(Callback):
             self._save(state, "epoch", state.progress.epoch)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that training can resume from, or None."""
+        """The newest checkpoint that training can resume from, or None.
+
+        Raises:
+            ValueError: There are only files that can't be resumed from.
+        """
         files = self._files("epoch")
+        if not files and (steps := self._files("step")):
+            raise ValueError(f"{steps[-1]} was saved before the end of an epoch: there is none to resume from")
         return files[-1] if files else None
 
     def _save_best(self, state: State) -> None:
@@ -93,4 +109,8 @@ class Checkpoint(Callback):
 
     def _files(self, kind: str) -> list[Path]:
         files = [f for f in self.dir.glob(f"{kind}-*.pt") if f.stem.rpartition("-")[2].isdigit()]
-        return sorted(files, key=lambda f: int(f.stem.rpartition("-")[2]))
+        return sorted(files, key=_count)
+
+
+def _count(file: Path) -> int:
+    return int(file.stem.rpartition("-")[2])

@@ -1,5 +1,6 @@
 """Stop when a metric no longer improves, and give back the best weights."""
 
+import copy
 from typing import Any, Literal
 
 from attrs import define, field
@@ -54,6 +55,8 @@ class EarlyStopping(Callback):
         if not state.resumed:
             self.rule.reset()
             self._best = None
+        elif self.rule.wait >= self.rule.patience:  # it had stopped already
+            self._stop(state)
 
     def on_validation_end(self, state: State) -> None:
         """Decide on a fresh validation."""
@@ -68,6 +71,7 @@ class EarlyStopping(Callback):
         """Restore the best weights."""
         if self._best is not None:
             unwrap(state.model).load_state_dict(self._best)
+            self._best = None  # a fit that fails before it begins must not restore them once more
 
     def _decide(self, state: State) -> None:
         if self.monitor not in state.metrics:
@@ -76,19 +80,27 @@ class EarlyStopping(Callback):
         before = self.rule.best
         stop = self.rule.update(state.metrics[self.monitor])
         if state.metrics["epoch"] < self.start_epoch:
-            self.rule.wait, stop = 0, False
+            self.rule.wait, self.rule.reason, stop = 0, None, False
         if self.rule.best != before and self.restore_best:
             self._keep(unwrap(state.model).state_dict())
         if stop:
-            state.request_stop(f"early stopping on {self.monitor}: {self.rule.reason}")
+            self._stop(state)
             state.mark("early stop", state.metrics)
 
+    def _stop(self, state: State) -> None:
+        state.request_stop(f"early stopping on {self.monitor}: {self.rule.reason}")
+
     def _keep(self, weights: dict[str, Any]) -> None:
-        if self._best is None:
-            self._best = {name: w.detach().clone() for name, w in weights.items()}
-        else:
-            for name, w in weights.items():
-                self._best[name].copy_(w)
+        kept = self._best or {}
+        self._best = {}
+        for name, w in weights.items():
+            old = kept.get(name)
+            if not isinstance(w, Tensor):  # an extra state of a module
+                self._best[name] = copy.deepcopy(w)
+            elif isinstance(old, Tensor) and (old.shape, old.dtype, old.device) == (w.shape, w.dtype, w.device):
+                self._best[name] = old.copy_(w)  # no new memory
+            else:
+                self._best[name] = w.detach().clone()
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and the best weights, which may be older than the checkpoint."""

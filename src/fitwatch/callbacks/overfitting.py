@@ -4,11 +4,11 @@ import logging
 import math
 from typing import Any
 
-from attrs import define, evolve, field
+from attrs import asdict, define, evolve, field
 
 from fitwatch._options import instance
 from fitwatch.callback import Callback
-from fitwatch.rules.overfitting import OverfittingRule
+from fitwatch.rules.overfitting import OverfittingRule, Verdict
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
@@ -31,6 +31,7 @@ class OverfittingDetector(Callback):
 
     rule: OverfittingRule = field(factory=OverfittingRule, kw_only=True, validator=instance(OverfittingRule))
     _warned: bool = field(default=False, init=False)
+    _verdict: Verdict | None = field(default=None, init=False)
 
     def on_fit_start(self, state: State) -> None:
         """Begin anew, unless training resumes."""
@@ -38,11 +39,14 @@ class OverfittingDetector(Callback):
             raise ValueError("OverfittingDetector compares train and validation loss: fit needs a val_loader")
         if not state.resumed:
             self.rule = evolve(self.rule)  # a new one with the same options
-            self._warned = False
+            self._warned, self._verdict = False, None
+        state.verdict = self._verdict
 
     def on_validation_end(self, state: State) -> None:
         """Judge."""
-        verdict = state.verdict = self.rule.update(state.metrics["train/loss"], state.metrics["val/loss"])
+        verdict = state.verdict = self._verdict = self.rule.update(
+            state.metrics["train/loss"], state.metrics["val/loss"]
+        )
         measured = {
             "gap": verdict.gap,
             "rise": verdict.rise,
@@ -61,9 +65,11 @@ class OverfittingDetector(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state."""
-        return {"rule": self.rule.state_dict(), "warned": self._warned}
+        verdict = None if self._verdict is None else asdict(self._verdict)
+        return {"rule": self.rule.state_dict(), "warned": self._warned, "verdict": verdict}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back."""
         self.rule.load_state_dict(state_dict["rule"])
         self._warned = state_dict["warned"]
+        self._verdict = None if state_dict["verdict"] is None else Verdict(**state_dict["verdict"])

@@ -86,7 +86,6 @@ class TensorBoard(Callback):
         elif state.resumed:  # what lies beyond the point of resumption did not happen
             self._markers = {name: step for name, step in self._markers.items() if step < self._first_step}
             _remove_markers(self.run_dir, keep=self._markers)
-        shutil.rmtree(self.run_dir / "best", ignore_errors=True)  # written anew at the end
         self._running, self._begun, self._has_layout = True, False, False
         self._tags: set[str] = set()
         self._not_finite: set[str] = set()
@@ -140,6 +139,7 @@ class TensorBoard(Callback):
                 self.run_dir.rmdir()
             self.run_dir = None
             return
+        shutil.rmtree(self.run_dir / "best", ignore_errors=True)  # of an earlier fit
         best = state.best
         values = self._end_report(state) if best is None else [*_best(best), *self._end_report(state)]
         self._write("best", state.progress.step if best is None else int(best["step"]), values)

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from fitwatch._options import integer, one_of
 from fitwatch.callback import Callback
+from fitwatch.checkpoint import rng_state, set_rng_state
 from fitwatch.loading import exposed_targets, input_and_target, length
 from fitwatch.losses import BinaryCrossEntropy
 from fitwatch.state import State
@@ -54,6 +55,11 @@ class WeightedLoss(Callback):
     absent: str = field(default="error", kw_only=True, validator=one_of("error", "zero"))
     beta: float = field(default=0.999, kw_only=True)
 
+    @beta.validator
+    def _check_beta(self, _: Any, value: Any) -> None:
+        if not 0 <= value < 1:
+            raise ValueError(f"beta must be in [0, 1), got {value!r}")
+
     def __attrs_post_init__(self) -> None:
         self._saved: dict[str, Tensor | None] | None = None
 
@@ -64,7 +70,8 @@ class WeightedLoss(Callback):
                 f"WeightedLoss needs a loss that takes class weights, such as fitwatch.CrossEntropy or "
                 f"torch.nn.CrossEntropyLoss, got {type(state.loss).__name__}"
             )
-        if self._saved is None or not state.resumed:  # a resumed run keeps the weights that it had
+        keep = state.resumed and isinstance(self.weights, str)  # a resumed run keeps the weights that it counted
+        if self._saved is None or not keep:
             self._saved = self._find(state)
         weights, counts = self._saved["weights"], self._saved["counts"]
         assert weights is not None
@@ -109,15 +116,20 @@ def _count_by_pass(loader: Iterable[Any], classes: int | None, ignore: int | Non
             "WeightedLoss can't count the targets of an iterator, which a pass would use up; "
             "give it the weights, or a loader that can be iterated again"
         )
-    generators = [getattr(o, "generator", None) for o in (loader, getattr(loader, "sampler", None))]
+    owners = (
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    )
+    generators = [getattr(owner, "generator", None) for owner in owners]
     kept = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
-    counts = torch.zeros(classes or 0, dtype=torch.int64)
-    with torch.random.fork_rng():  # drawing batches moves the generators; training must not notice
-        for batch in tqdm(loader, desc="counting classes", total=length(loader), disable=None, leave=False):
-            new = count_classes(input_and_target(batch)[1], num_classes=classes, ignore_index=ignore)
-            if len(new) > len(counts):
-                counts = torch.cat([counts.to(new.dtype), new.new_zeros(len(new) - len(counts))])
-            counts[: len(new)] += new
+    before = rng_state()  # drawing batches moves the generators; training must not notice
+    counts = torch.zeros(classes or 0, dtype=torch.float64)
+    for batch in tqdm(loader, desc="counting classes", total=length(loader), disable=None, leave=False):
+        new = count_classes(input_and_target(batch)[1], num_classes=classes, ignore_index=ignore).cpu()
+        counts = torch.cat([counts, counts.new_zeros(max(0, len(new) - len(counts)))])
+        counts[: len(new)] += new
+    set_rng_state(before)
     for generator, state in kept:
         generator.set_state(state)
     return counts
