@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import fitwatch as fw
 from fitwatch import checkpoint
@@ -81,6 +81,8 @@ def test_resume_at_an_epoch_is_bit_equal(tmp_path, data, how, own_generator):
     assert expected.history == result.history
     assert expected.best == result.best
     assert expected.verdict == result.verdict
+    finished, train, val = make(tmp_path / "b", data, generator=generator())
+    assert expected.verdict == finished.fit(train, val, epochs=6, resume="auto").verdict
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert resumed.state.progress.step == 24
@@ -246,3 +248,102 @@ def test_a_training_that_had_stopped_does_not_go_on(tmp_path, data):
     assert len(stopped.history) == 2
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_place_of_checkpoint_in_the_list_does_not_matter(tmp_path, data, order):
+    """Without validation, with Checkpoint before or after EarlyStopping, a resumed training stops where a whole one does."""
+
+    def fit(folder, epochs, resume=None):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).double()
+        callbacks = [fw.EarlyStopping("train/loss", patience=2, min_delta=10.0), fw.Checkpoint(folder)]
+        trainer = fw.Trainer(
+            model, torch.optim.SGD(model.parameters(), 0.1), callbacks=callbacks[:: 1 - 2 * order], device="cpu"
+        )
+        return trainer.fit(DataLoader(data, 16), epochs=epochs, resume=resume), model
+
+    whole, expected = fit(tmp_path / "a", 9)
+    fit(tmp_path / "b", 2)
+    resumed, actual = fit(tmp_path / "b", 9, resume="auto")
+    assert whole.history == resumed.history
+    assert torch.equal(expected.weight, actual.weight)
+    assert (tmp_path / "b" / "best.pt").exists()
+
+
+def test_resuming_from_an_older_file_puts_the_newer_ones_aside(tmp_path, data):
+    """After a resume from epoch 1, "auto" does not find epochs of the abandoned training."""
+    trainer, train, val = make(tmp_path, data, keep=5)
+    trainer.fit(train, val, epochs=4)
+    trainer, train, val = make(tmp_path, data, keep=5, crash=2)
+    with pytest.raises(RuntimeError, match="planted"):
+        trainer.fit(train, val, epochs=4, resume=tmp_path / "epoch-1.pt")
+    assert {"epoch-1.pt", "epoch-2.pt", "epoch-3.pt.old", "epoch-4.pt.old", "best.pt"} - {
+        f.name for f in tmp_path.iterdir()
+    } == set()
+    assert trainer.callbacks[3].latest().name == "epoch-2.pt"
+
+
+def test_files_of_mid_epoch_alone_are_no_fresh_start(tmp_path, data):
+    """With step files only, resume="auto" says that there is none to resume from."""
+    trainer, train, val = make(tmp_path, data, every_epochs=None, every_steps=3)
+    trainer.fit(train, val, max_steps=3)
+    again, train, val = make(tmp_path, data, every_epochs=None, every_steps=3)
+    with pytest.raises(ValueError, match="step-3.pt was saved before the end of an epoch"):
+        again.fit(train, val, epochs=2, resume="auto")
+
+
+def test_the_generator_of_a_batch_sampler_is_resumed(tmp_path, data):
+    """A loader whose batch sampler draws from a generator of its own resumes to the bit."""
+
+    def fit(folder, epochs, resume=None):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).double()
+        sampler = RandomSampler(data, generator=torch.Generator().manual_seed(3))
+        loader = DataLoader(data, batch_sampler=BatchSampler(sampler, 16, drop_last=False))
+        trainer = fw.Trainer(
+            model, torch.optim.SGD(model.parameters(), 0.1), callbacks=[fw.Checkpoint(folder)], device="cpu"
+        )
+        trainer.fit(loader, epochs=epochs, resume=resume)
+        return model.weight
+
+    expected = fit(tmp_path / "a", 4)
+    fit(tmp_path / "b", 2)
+    assert torch.equal(expected, fit(tmp_path / "b", 4, resume="auto"))
+
+
+def test_a_compiled_model_and_itself_share_checkpoints(tmp_path, data):
+    """The checkpoint of a compiled model has the plain names, and loads into the plain model."""
+    model = nn.Linear(4, 3).double()
+    compiled = torch.compile(model, backend="eager")
+    fw.Trainer(
+        compiled, torch.optim.SGD(model.parameters(), 0.1), callbacks=[fw.Checkpoint(tmp_path)], device="cpu"
+    ).fit(DataLoader(data, 16), epochs=1)
+    saved = checkpoint.read(tmp_path / "epoch-1.pt")["model"]
+    assert set(saved) == {"weight", "bias"}
+    assert torch.equal(saved["weight"], model.weight)
+
+
+def test_what_a_loss_learns_is_resumed(tmp_path, data):
+    """A loss with a parameter of its own, trained beside the model, resumes to the bit."""
+
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, output, target):
+            return nn.functional.cross_entropy(output * self.scale, target)
+
+    def fit(folder, epochs, resume=None):
+        torch.manual_seed(0)
+        model, loss = nn.Linear(4, 3).double(), Learned().double()
+        optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], 0.1)
+        fw.Trainer(model, optimizer, loss, callbacks=[fw.Checkpoint(folder)], device="cpu").fit(
+            DataLoader(data, 16), epochs=epochs, resume=resume
+        )
+        return loss.scale
+
+    expected = fit(tmp_path / "a", 4)
+    fit(tmp_path / "b", 2)
+    assert torch.equal(expected, fit(tmp_path / "b", 4, resume="auto"))

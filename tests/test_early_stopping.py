@@ -197,3 +197,39 @@ def test_the_detector_needs_a_validation_set(model, data):
     trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=[fw.OverfittingDetector()])
     with pytest.raises(ValueError, match="val_loader"):
         trainer.fit(DataLoader(data, 16), epochs=1)
+
+
+def test_buffers_are_restored_with_the_weights(data):
+    """The statistics of a BatchNorm are those of the best epoch too."""
+    kept = {}
+
+    class Keep(fw.Callback):
+        def on_validation_end(self, state):
+            kept[state.metrics["val/loss"]] = {n: b.clone() for n, b in state.model.named_buffers()}
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+    trainer = fw.Trainer(
+        model, torch.optim.SGD(model.parameters(), 2.0), callbacks=[fw.EarlyStopping(patience=3), Keep()], device="cpu"
+    )
+    trainer.fit(DataLoader(data, 16), DataLoader(data, 64), epochs=8)
+    best = kept[min(kept)]
+    assert min(kept) != list(kept)[-1]
+    assert all(torch.equal(best[name], buffer) for name, buffer in model.named_buffers())
+    assert trainer.validate(DataLoader(data, 64))["val/loss"] == pytest.approx(min(kept), rel=1e-12)
+
+
+def test_a_second_fit_that_fails_to_start_leaves_the_weights_alone():
+    """When another callback refuses the second fit, the best weights of the first are not restored over the user's."""
+
+    class Refuse(fw.Callback):
+        def on_fit_start(self, state):
+            if state.progress.step:
+                raise RuntimeError("planted")
+
+    trainer = Scripted([3, 2, 1, 1], Refuse(), fw.EarlyStopping())
+    trainer.fit([torch.zeros(1, 1)], [torch.zeros(1, 1)], epochs=2)
+    nn.init.constant_(trainer.model.weight, 7.0)
+    with pytest.raises(RuntimeError, match="planted"):
+        trainer.fit([torch.zeros(1, 1)], [torch.zeros(1, 1)], epochs=2)
+    assert trainer.weight == 7.0

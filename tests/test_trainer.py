@@ -435,3 +435,79 @@ def test_wrong_targets_are_named_in_training(model, data):
         trainer_of(model).fit([(x, y.double())], epochs=1)
     with pytest.raises(ValueError, match="64.*60|60.*64"):
         trainer_of(model).fit([(x, y[:60])], epochs=1)
+
+
+def test_validate_leaves_modes_that_differ_from_the_models(data):
+    """Dropout kept in train mode within a model in eval mode stays so after a validation."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).double().eval()
+    model[1].train()
+    trainer_of(model).validate(DataLoader(data, 16))
+    assert [(m.training) for m in model.modules()] == [False, False, True]
+
+
+def test_logged_tensors_are_taken_as_they_are_now(model, data):
+    """A tensor that changes after it was logged is logged with its value of then; a function may reduce the window."""
+    seen = {}
+
+    class Log(fw.Callback):
+        def __init__(self):
+            self.count = torch.zeros(())
+
+        def on_step_end(self, state):
+            self.count += 1
+            state.log("train/a", self.count)
+            state.log("train/b", self.count, reduce=lambda values: values.sum(0))
+            state.log("train/c", state.progress.step, reduce="max")
+            state.log(("train/d", "train/e"), torch.stack([self.count, -self.count]))
+
+        def on_log(self, state):
+            seen.update({r.name: r.value for r in state.records})
+
+    trainer_of(model, callbacks=[Log()], log_every=4).fit(DataLoader(data, 16), epochs=1)
+    assert (seen["train/a"], seen["train/b"], seen["train/c"]) == (2.5, 10.0, 4.0)
+    assert (seen["train/d"], seen["train/e"]) == (2.5, -2.5)
+
+
+def test_a_stop_at_the_last_batch_completes_the_epoch(model, data):
+    """A stop asked for at the last step of an epoch leaves that epoch counted."""
+
+    class Stop(fw.Callback):
+        def on_step_end(self, state):
+            if state.progress.step == 4:
+                state.request_stop("enough")
+
+    trainer = trainer_of(model, callbacks=[Stop()])
+    trainer.fit(DataLoader(data, 16), epochs=3)
+    assert (trainer.state.progress.epoch, trainer.state.progress.epoch_batch) == (1, 0)
+
+
+def test_a_sampler_is_told_the_epoch(model, data):
+    """A sampler with set_epoch gets 0, 1, 2, also over two fits."""
+    told = []
+
+    class Sampler(torch.utils.data.SequentialSampler):
+        def set_epoch(self, epoch):
+            told.append(epoch)
+
+    trainer = trainer_of(model)
+    loader = DataLoader(data, 16, sampler=Sampler(data))
+    trainer.fit(loader, epochs=2)
+    trainer.fit(loader, epochs=1)
+    assert told == [0, 1, 2]
+
+
+def test_a_scheduler_does_not_step_where_the_scaler_left_the_step_out(data):
+    """Under fp16 an overflowing step moves neither the weights nor the learning rate."""
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = model.weight.detach().clone()
+    x, y = data.tensors
+    fw.Trainer(
+        model,
+        optimizer,
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        precision="fp16",
+        device="cpu",
+    ).fit([(x.float() * 1e4, y)], epochs=2)
+    assert torch.equal(before, model.weight)
+    assert optimizer.param_groups[0]["lr"] == 0.1

@@ -224,7 +224,11 @@ def test_float16_with_a_scaler_gives_the_same_gradient(accumulate):
     # an ignored batch comes first: the guess of the weight must survive it
     loader = [(x.float()[:2], torch.full((2,), -100))] * (accumulate > 1)
     loader += list(zip(x.float().chunk(accumulate), y.chunk(accumulate), strict=True))[: accumulate - len(loader)]
-    seen = torch.cat([inputs for inputs, _ in loader]), torch.cat([targets for _, targets in loader])
+    loader = loader * 2  # two windows an epoch: the second is divided by the guess that the first left
+    if accumulate > 1:
+        loader[-1] = (x.float()[20:], y[20:])
+    window = loader[-accumulate:]
+    seen = torch.cat([inputs for inputs, _ in window]), torch.cat([targets for _, targets in window])
     trainer.fit(loader, epochs=8)
     nn.functional.cross_entropy(theirs(seen[0]), seen[1], weight=WEIGHT.float()).backward()
     for expected, actual in zip(theirs.parameters(), keep.seen[-1], strict=True):
@@ -247,3 +251,30 @@ def test_bfloat16_runs_the_model_in_bfloat16_and_the_loss_in_float32():
     result = trainer.fit([(x.float(), y)], epochs=1)
     assert set(seen) == {torch.bfloat16}
     assert result.history[0]["train/loss"] == pytest.approx(expected, rel=0.01)
+
+
+def test_layers_of_different_precision_are_divided_in_full_precision():
+    """Under accumulation the float64 gradients of a model whose first layer is bfloat16 are exact to 1e-12."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.head = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.head(self.first(x.bfloat16()).double())
+
+    x, y = examples(binary=False)
+    ours, theirs = Mixed(), Mixed()
+    keep = KeepGradients()
+    fw.Trainer(
+        ours,
+        torch.optim.SGD(ours.parameters(), 0.1),
+        fw.CrossEntropy(WEIGHT),
+        callbacks=[keep],
+        accumulate=3,
+        device="cpu",
+    ).fit(list(zip(x.split([7, 11, 12]), y.split([7, 11, 12]), strict=True)), epochs=1)
+    weighted_reference(theirs(x), y).backward()
+    assert close([theirs.head.weight.grad, theirs.head.bias.grad], keep.seen[0][2:])

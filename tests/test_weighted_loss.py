@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 import fitwatch as fw
 
@@ -193,3 +193,29 @@ def test_counts_come_from_the_data_not_from_the_sampler(model, data):
     sampler = WeightedRandomSampler([1.0] * 40 + [2.5] * 16 + [5.0] * 8, 64)
     loss, _ = fit(model, DataLoader(data, 16, sampler=sampler))
     assert torch.allclose(EXPECTED, loss.weight)
+
+
+def test_a_split_by_sampler_is_counted_as_drawn(model, data):
+    """A SubsetRandomSampler that draws a part of the data set has that part counted."""
+    part = [*range(20), *range(40, 50), *range(56, 60)]  # 20, 10 and 4 examples
+    loss, _ = fit(model, DataLoader(data, 16, sampler=SubsetRandomSampler(part)))
+    assert torch.allclose(torch.tensor([34 / 60, 34 / 30, 34 / 12]), loss.weight)
+
+
+def test_a_resumed_run_keeps_the_weights_it_counted(tmp_path, model, data):
+    """On resume with other data the counted weights stay; weights given anew are taken."""
+
+    def run(spec, loader, resume=None):
+        trainer = fw.Trainer(
+            model,
+            torch.optim.SGD(model.parameters(), 0.0),
+            callbacks=[fw.WeightedLoss(spec), fw.Checkpoint(tmp_path)],
+            device="cpu",
+        )
+        trainer.fit(loader, epochs=1 if resume is None else 2, resume=resume)
+        return trainer.state.loss.weight
+
+    run("balanced", DataLoader(data, 16))
+    half = DataLoader(Subset(data, range(0, 64, 3)), 16)
+    assert torch.allclose(EXPECTED, run("balanced", half, resume=tmp_path / "epoch-1.pt"))
+    assert torch.equal(torch.tensor([1.0, 2.0, 50.0]), run([1.0, 2.0, 50.0], half, resume=tmp_path / "epoch-2.pt"))
