@@ -45,4 +45,4 @@ def load(seed: int = 0) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
     mean = x[train].nanmean(0)
     std = (x[train] - mean).square().nanmean(0).sqrt().clamp_min(1e-3)
     x = torch.nan_to_num((x - mean) / std)
-    return tuple(TensorDataset(x[part], y[part]) for part in (train, val, test))  # type: ignore[return-value]
+    return tuple(TensorDataset(x[part], y[part]) for part in (train, val, test))

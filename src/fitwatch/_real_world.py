@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,7 @@ class RealWorldCrossEntropy(Loss):
         self._has_weights = bool((fn != 1).any()) or not torch.equal(fp, fn if self._binary else 0 * fp)
         if self._binary:
             # the numbers as given: in fn and fp they are rounded to float32
-            self.fn_cost, self.fp_cost = float(fn_cost), float(fp_cost)  # type: ignore[arg-type]
+            self.fn_cost, self.fp_cost = float(cast(float, fn_cost)), float(cast(float, fp_cost))
         else:
             self.register_buffer("fn_cost", fn)
             self.register_buffer("fp_cost", fp)

@@ -61,12 +61,10 @@ class GradientNorm(Callback):
             state.log(self._names, torch.stack(self._norms(gradients)), reduce=self._summary)
 
     def _norms(self, gradients: list[Tensor | None]) -> list[Tensor]:
-        first = gradients[0]
-        plain = first is not None and all(
-            g is not None and g.dtype == first.dtype and g.device == first.device and not g.is_sparse for g in gradients
-        )
-        if plain and first is not None and first.dtype in (torch.float32, torch.float64):
-            return list(torch._foreach_norm(gradients))  # type: ignore[arg-type]  # noqa: SLF001 - one kernel for all
+        dense = [g for g in gradients if g is not None and not g.is_sparse]
+        kinds = {(g.dtype, g.device) for g in dense}
+        if len(dense) == len(gradients) and len(kinds) == 1 and dense[0].dtype in (torch.float32, torch.float64):
+            return list(torch._foreach_norm(dense))  # one kernel for all
         norms = []
         for gradient in gradients:
             if gradient is None:
