@@ -64,7 +64,7 @@ class GradientNorm(Callback):
         dense = [g for g in gradients if g is not None and not g.is_sparse]
         kinds = {(g.dtype, g.device) for g in dense}
         if len(dense) == len(gradients) and len(kinds) == 1 and dense[0].dtype in (torch.float32, torch.float64):
-            return list(torch._foreach_norm(dense))  # one kernel for all
+            return list(torch._foreach_norm(dense))  # noqa: SLF001 - one kernel for all
         norms = []
         for gradient in gradients:
             if gradient is None:
