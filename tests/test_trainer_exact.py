@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fitwatch as fw
+from fitwatch.gradients import inverse
 
 WEIGHT = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
 FN, FP = torch.tensor([1.0, 3.0, 9.0]), torch.tensor([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]])
@@ -278,3 +279,12 @@ def test_layers_of_different_precision_are_divided_in_full_precision():
     ).fit(list(zip(x.split([7, 11, 12]), y.split([7, 11, 12]), strict=True)), epochs=1)
     weighted_reference(theirs(x), y).backward()
     assert close([theirs.head.weight.grad, theirs.head.bias.grad], keep.seen[0][2:])
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.float64, None])
+def test_off_the_cpu_the_weight_is_not_read(weight):
+    """On a device whose values can't be read (meta) 1 / weight is taken without a look, in the loss's own dtype."""
+    loss = torch.zeros((), device="meta", dtype=torch.float64)
+    given = 7.0 if weight is None else torch.ones((), device="meta", dtype=weight)
+    scale = inverse(given, loss)
+    assert (scale.device.type, scale.dtype, scale.shape) == ("meta", torch.float64, ())

@@ -152,8 +152,7 @@ def _refuse(path: Path, content: dict[str, Any], state: State, progress: Progres
     if progress.epoch_batch:
         raise ValueError(
             f"{path} was saved before the end of an epoch (epoch {progress.epoch}, after {progress.epoch_batch} "
-            "batches); "
-            "training resumes at the boundary of an epoch only: use a checkpoint saved by every_epochs"
+            "batches); training resumes at the boundary of an epoch only: use a checkpoint saved by every_epochs"
         )
     for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
         if (part is None) != (content[name] is None):

@@ -28,7 +28,8 @@ class EarlyStopping(Callback):
         min_delta: What counts as improvement over the last one that counted, 0 or more, in units of the metric.
         relative: Whether ``min_delta`` is a share of that value's magnitude.
         start_epoch: Before this epoch (from 0) nothing counts against the patience.
-        restore_best: Whether to restore the best weights. Keeps one copy of them beside the model.
+        restore_best: Whether to restore the best weights. Keeps one copy of them beside the model, and
+            two for a moment while a better one is taken.
 
     Raises:
         ValueError: An option is out of range; before step 1: ``monitor`` will not exist (lists those that will), or
@@ -47,7 +48,7 @@ class EarlyStopping(Callback):
         self.rule = Patience(
             mode=self.mode or "min", patience=self.patience, min_delta=self.min_delta, relative=self.relative
         )
-        self._best: dict[str, Tensor] | None = None
+        self._best: dict[str, Any] | None = None
 
     def on_fit_start(self, state: State) -> None:
         """Announce the metric; begin anew, unless training resumes."""
@@ -91,16 +92,10 @@ class EarlyStopping(Callback):
         state.request_stop(f"early stopping on {self.monitor}: {self.rule.reason}")
 
     def _keep(self, weights: dict[str, Any]) -> None:
-        kept = self._best or {}
-        self._best = {}
-        for name, w in weights.items():
-            old = kept.get(name)
-            if not isinstance(w, Tensor):  # an extra state of a module
-                self._best[name] = copy.deepcopy(w)
-            elif isinstance(old, Tensor) and (old.shape, old.dtype, old.device) == (w.shape, w.dtype, w.device):
-                self._best[name] = old.copy_(w)  # no new memory
-            else:
-                self._best[name] = w.detach().clone()
+        # A new copy, not one into the old: Ctrl-C half-way must not leave a mixture of two epochs.
+        self._best = {
+            name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w) for name, w in weights.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state and the best weights, which may be older than the checkpoint."""

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from fitwatch._options import integer, one_of
 from fitwatch.callback import Callback
 from fitwatch.checkpoint import rng_state, set_rng_state
-from fitwatch.loading import exposed_targets, input_and_target, length
+from fitwatch.loading import exposed_targets, generators_of, input_and_target, length
 from fitwatch.losses import BinaryCrossEntropy
 from fitwatch.state import State
 from fitwatch.weighting import SCHEMES, as_class_weights, class_weights, count_classes
@@ -47,7 +47,8 @@ class WeightedLoss(Callback):
     Raises:
         ValueError: An unknown scheme; weights that are negative, not finite or all zero; when fitting starts: a class
             without examples.
-        TypeError: When fitting starts: the loss takes no class weights.
+        TypeError: When fitting starts: the loss takes no class weights, an example has several labels, or the loader is
+            an iterator, which counting would use up.
     """
 
     weights: str | Tensor | Sequence[float] | Mapping[int, float] = field(default="balanced", converter=_weights)
@@ -116,13 +117,7 @@ def _count_by_pass(loader: Iterable[Any], classes: int | None, ignore: int | Non
             "WeightedLoss can't count the targets of an iterator, which a pass would use up; "
             "give it the weights, or a loader that can be iterated again"
         )
-    owners = (
-        loader,
-        getattr(loader, "sampler", None),
-        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
-    )
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    kept = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
+    kept = [(g, g.get_state()) for g in generators_of(loader)]
     before = rng_state()  # drawing batches moves the generators; training must not notice
     counts = torch.zeros(classes or 0, dtype=torch.float64)
     for batch in tqdm(loader, desc="counting classes", total=length(loader), disable=None, leave=False):
