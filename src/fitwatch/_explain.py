@@ -75,6 +75,13 @@ def refuse_logits(output: Tensor, target: Tensor, pos_weight: Tensor | None = No
             raise ValueError(f"binary targets must be in [0, 1], got {value} at index {index} of the batch")
 
 
+def refuse_shapes(output: Tensor, target: Tensor) -> None:
+    """Raise the error that says why these are no outputs and targets of one shape."""
+    _refuse_types(output, target)
+    if output.shape != target.shape:
+        raise ValueError(f"outputs and targets must have the same shape: {_shapes(output, target)}")
+
+
 def _refuse_types(output: Tensor, target: Tensor, cause: Exception | None = None) -> None:
     kinds = type(output), type(target)
     if not all(issubclass(kind, Tensor) for kind in kinds):

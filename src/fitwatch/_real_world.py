@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitwatch._explain import refuse_classes, refuse_logits
-from fitwatch._loss import FAILURES, Loss, LossSum, mean_by_example, precise
+from fitwatch._loss import FAILURES, Loss, precise
 from fitwatch.decisions import Costs, check_costs
 
 
@@ -54,12 +54,8 @@ class RealWorldCrossEntropy(Loss):
             self.register_buffer("fn_cost", fn)
             self.register_buffer("fp_cost", fp)
 
-    def sums(self, output: Tensor, target: Tensor) -> LossSum:
-        losses = self._positions(output, target)
-        return LossSum(losses.sum(), losses.numel())
-
-    def per_example(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return mean_by_example(self._positions(output, target))
+    def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
+        return self._positions(output, target), 1.0
 
     def weighted(self, weights: Tensor) -> Loss:
         """Not possible.

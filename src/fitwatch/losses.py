@@ -10,17 +10,16 @@ Outputs in half precision are computed in float32; float32 and float64 keep thei
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fitwatch._explain import refuse_classes, refuse_logits
-from fitwatch._loss import FAILURES, PRECISE, Loss, LossSum, mean_by_example, precise, sum_by_example
+from fitwatch._explain import refuse_logits, refuse_shapes
+from fitwatch._loss import FAILURES, PRECISE, ClassLoss, Loss, LossSum, precise
 from fitwatch._real_world import RealWorldCrossEntropy
-from fitwatch.weighting import as_class_weights
 
 __all__ = ["BinaryCrossEntropy", "CrossEntropy", "Loss", "LossSum", "RealWorldCrossEntropy", "as_loss"]
 
@@ -31,7 +30,7 @@ _SUM = 2  # ATen's number for reduction="sum"
 _INT64 = torch.int64
 
 
-class CrossEntropy(Loss):
+class CrossEntropy(ClassLoss):
     """Cross-entropy of softmax outputs, equal to `torch.nn.CrossEntropyLoss` in value and gradient.
 
     Outputs are logits of shape (N, C), (N, C, d1, ...) or (C,), with C >= 2. Targets are class indices of shape
@@ -51,8 +50,6 @@ class CrossEntropy(Loss):
         ValueError: An option is out of range.
     """
 
-    # The functions that tell this loss from the one on log-probabilities.
-    _log_softmax: ClassVar[Callable[..., Tensor]] = staticmethod(torch.log_softmax)
     _takes_probabilities: ClassVar[bool] = True
 
     weight: Tensor | None
@@ -64,16 +61,14 @@ class CrossEntropy(Loss):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
     ) -> None:
-        super().__init__()
+        super().__init__(weight, ignore_index=ignore_index)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
-        if not isinstance(ignore_index, int):
-            raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")  # noqa: TRY004
-        self.register_buffer("weight", None if weight is None else as_class_weights(weight))
         self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
 
-    def sums(self, output: Tensor, target: Tensor) -> LossSum:  # noqa: D102
+    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:  # noqa: D102
+        if sample_weight is not None:
+            return super().sums(output, target, sample_weight)
         # The hot path. _buffers, since self.weight would go through nn.Module.__getattr__; no checks, since the
         # kernel has its own, and a failure is explained when it happens.
         weight = self._buffers["weight"]
@@ -93,45 +88,9 @@ class CrossEntropy(Loss):
         except FAILURES as error:
             self._refuse(output, target, error)
             raise
-        losses, weights = self._positions(output, target)
-        return LossSum(losses.sum(), weights.sum())
+        return super().sums(output, target)
 
-    def per_example(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        losses, weights = map(sum_by_example, self._positions(output, target))
-        counts = weights != 0
-        return torch.where(counts, losses / torch.where(counts, weights, 1), 0), weights
-
-    def weighted(self, weights: Tensor) -> Self:  # noqa: D102
-        loss = copy.deepcopy(self)
-        loss.weight = as_class_weights(weights)
-        return loss
-
-    def unweighted(self) -> Self:  # noqa: D102
-        loss = copy.deepcopy(self)
-        loss.weight = None
-        return loss
-
-    @property
-    def has_weights(self) -> bool:  # noqa: D102
-        return self._buffers["weight"] is not None
-
-    def extra_repr(self) -> str:
-        """The options, for `repr`."""
-        weight = None if self.weight is None else self.weight.tolist()
-        return f"weight={weight}, label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}"
-
-    def _refuse(self, output: Tensor, target: Tensor, cause: Exception | None = None) -> None:
-        refuse_classes(
-            output,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            probabilities=self._takes_probabilities,
-            cause=cause,
-        )
-
-    def _positions(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted losses, and weights, of all positions: both (N, d1, ...)."""
+    def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:  # noqa: D102
         self._refuse(output, target)
         if output.dim() == 1:
             output, target = output.unsqueeze(0), target.unsqueeze(0)
@@ -143,8 +102,7 @@ class CrossEntropy(Loss):
         smoothing = self.label_smoothing
         if target.is_floating_point():
             target = target.to(log_p.dtype) * (1 - smoothing) + smoothing / log_p.shape[1]
-            losses = -(weighted_log_p * target).sum(1)
-            return losses, torch.ones_like(losses)
+            return -(weighted_log_p * target).sum(1), 1.0
         target = target.long()
         try:
             losses = F.nll_loss(log_p, target, weight, ignore_index=self.ignore_index, reduction="none")
@@ -160,14 +118,25 @@ class CrossEntropy(Loss):
             losses = (1 - smoothing) * losses + smoothing * uniform
         return losses, weights
 
+    def _log_softmax(self, output: Tensor, dim: int) -> Tensor:
+        return torch.log_softmax(output, dim)
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"{super().extra_repr()}, label_smoothing={self.label_smoothing}"
+
+    def _refuse(
+        self, output: Tensor, target: Tensor, cause: Exception | None = None, *, probabilities: bool = True
+    ) -> None:
+        super()._refuse(output, target, cause, probabilities=probabilities and self._takes_probabilities)
+
 
 class _NegativeLogLikelihood(CrossEntropy):
     """`torch.nn.NLLLoss`: cross-entropy of outputs that are log-probabilities already."""
 
     _takes_probabilities = False
 
-    @staticmethod
-    def _log_softmax(output: Tensor, _dim: int) -> Tensor:
+    def _log_softmax(self, output: Tensor, _dim: int) -> Tensor:
         return output
 
 
@@ -177,71 +146,107 @@ class BinaryCrossEntropy(Loss):
     Outputs are logits of shape (N,), (N, 1), or (N, K) for K labels that do not exclude each other. Targets have
     the same shape, any dtype, in [0, 1]; the range is checked on the CPU only: elsewhere a look waits for the device.
 
-    The loss is divided by the number of elements: `pos_weight` changes the scale, as in torch.
+    The loss is divided by the number of elements: `pos_weight` and `neg_weight` change the scale, as in torch.
 
     Args:
         pos_weight: How much a positive counts, greater than 0: a number, or shape () or (K,). Kept as a buffer.
+        neg_weight: How much a negative counts, likewise; 1 by default, as in torch.
 
     Raises:
-        ValueError: `pos_weight` is out of range or has more dimensions.
+        ValueError: A weight is out of range or has more dimensions.
     """
 
     pos_weight: Tensor | None
+    neg_weight: Tensor | None
 
-    def __init__(self, pos_weight: Tensor | Sequence[float] | float | None = None) -> None:
+    def __init__(
+        self,
+        pos_weight: Tensor | Sequence[float] | float | None = None,
+        *,
+        neg_weight: Tensor | Sequence[float] | float | None = None,
+    ) -> None:
         super().__init__()
-        self.register_buffer("pos_weight", None if pos_weight is None else _as_pos_weight(pos_weight))
+        for name, weight in (("pos_weight", pos_weight), ("neg_weight", neg_weight)):
+            self.register_buffer(name, None if weight is None else _as_label_weight(name, weight))
 
-    def sums(self, output: Tensor, target: Tensor) -> LossSum:  # noqa: D102
+    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:  # noqa: D102
+        if sample_weight is not None:
+            return super().sums(output, target, sample_weight)
         return LossSum(self._reduced(output, target, "sum"), output.numel())
 
-    def per_example(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return mean_by_example(self._reduced(output, target, "none"))
+    def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:  # noqa: D102
+        return self._reduced(output, target, "none"), 1.0
 
-    def weighted(self, weights: Tensor) -> Self:
-        """A copy with `pos_weight = weights[1] / weights[0]`, for `weights` of shape (2,)."""
-        weights = as_class_weights(weights)
-        if len(weights) != 2 or not bool((weights > 0).all()):
+    def weighted(self, weights: Tensor, *, keep_scale: bool = False) -> Self:
+        """A copy with weights of the two classes.
+
+        Args:
+            weights: Shape (2,), or (K, 2) for K labels; greater than 0.
+            keep_scale: By default ``pos_weight = weights[1] / weights[0]``, and negatives count 1. True: both count
+                what they are given.
+        """
+        pairs = torch.as_tensor(weights).detach()
+        if pairs.dim() not in (1, 2) or pairs.shape[-1] != 2 or not bool(((pairs > 0) & pairs.isfinite()).all()):
             raise ValueError(
-                f"binary cross-entropy takes the weights of two classes, both greater than 0, got {weights.tolist()}"
+                "binary cross-entropy takes the weights of two classes, shape (2,) or (K, 2) for K labels, all finite "
+                f"and greater than 0, got {pairs.tolist()}"
             )
+        negative, positive = pairs.unbind(-1)
         loss = copy.deepcopy(self)
-        loss.pos_weight = weights[1] / weights[0]
+        loss.pos_weight = _as_label_weight("pos_weight", positive if keep_scale else positive / negative)
+        loss.neg_weight = _as_label_weight("neg_weight", negative) if keep_scale else None
         return loss
 
     def unweighted(self) -> Self:  # noqa: D102
         loss = copy.deepcopy(self)
-        loss.pos_weight = None
+        loss.pos_weight = loss.neg_weight = None
         return loss
 
     @property
     def has_weights(self) -> bool:  # noqa: D102
-        return self._buffers["pos_weight"] is not None
+        return self._buffers["pos_weight"] is not None or self._buffers["neg_weight"] is not None
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
-        return f"pos_weight={None if self.pos_weight is None else self.pos_weight.tolist()}"
+        weights = {"pos_weight": self.pos_weight, "neg_weight": self.neg_weight}
+        return ", ".join(f"{name}={None if w is None else w.tolist()}" for name, w in weights.items())
 
     def _reduced(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
-        pos_weight = self._buffers["pos_weight"]
+        pos_weight, neg_weight = self._buffers["pos_weight"], self._buffers["neg_weight"]
         # Checked first, since torch would broadcast a (K,) pos_weight over whatever fits, a batch of (N,) too.
-        refuse_logits(output, target, pos_weight)
+        for weight in (pos_weight, neg_weight):
+            refuse_logits(output, target, weight)
         logits = precise(output)
         if pos_weight is not None:
             pos_weight = pos_weight.to(logits.dtype)
+        if neg_weight is not None:  # torch's `weight` multiplies both sides
+            neg_weight = neg_weight.to(logits.dtype)
+            pos_weight = (1 if pos_weight is None else pos_weight) / neg_weight
         return F.binary_cross_entropy_with_logits(
-            logits, target.to(logits.dtype), pos_weight=pos_weight, reduction=reduction
+            logits, target.to(logits.dtype), weight=neg_weight, pos_weight=pos_weight, reduction=reduction
         )
 
 
-def _as_pos_weight(pos_weight: Tensor | Sequence[float] | float) -> Tensor:
-    result = torch.as_tensor(pos_weight).detach()
+class MeanSquaredError(Loss):
+    """The squared error, equal to `torch.nn.MSELoss` in value and gradient.
+
+    Outputs and targets have one shape, (N,) or (N, d1, ...): torch would broadcast (N, 1) and (N,) to (N, N). The loss
+    is divided by the number of elements.
+    """
+
+    def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
+        refuse_shapes(output, target)
+        return (precise(output) - target).square(), 1.0
+
+
+def _as_label_weight(name: str, weight: Tensor | Sequence[float] | float) -> Tensor:
+    result = torch.as_tensor(weight).detach().clone()
     if result.dtype not in PRECISE:
         result = result.float()
     if result.dim() > 1 or result.numel() == 0:
-        raise ValueError(f"pos_weight must be a number or have shape (K,), got shape {tuple(result.shape)}")
+        raise ValueError(f"{name} must be a number or have shape (K,), got shape {tuple(result.shape)}")
     if not bool((result.isfinite() & (result > 0)).all()):
-        raise ValueError(f"pos_weight must be finite and greater than 0, got {result.tolist()}")
+        raise ValueError(f"{name} must be finite and greater than 0, got {result.tolist()}")
     return result.reshape(()) if result.numel() == 1 else result
 
 
@@ -249,8 +254,8 @@ def as_loss(loss: Any) -> Any:
     """The exact loss for what a user gave as `loss`.
 
     Args:
-        loss: None for `CrossEntropy()`; an instance of `torch.nn.CrossEntropyLoss`, `BCEWithLogitsLoss` or
-            `NLLLoss` (not of a subclass, which may compute something else), which becomes the loss here that
+        loss: None for `CrossEntropy()`; an instance of `torch.nn.CrossEntropyLoss`, `BCEWithLogitsLoss`, `NLLLoss` or
+            `MSELoss` (not of a subclass, which may compute something else), which becomes the loss here that
             equals it; an object with a method `sums`, or any function of (output, target), which stays as it
             is. A function without `sums` counts as the mean over the examples of the batch; so do
             `BCEWithLogitsLoss` with `weight`, and with a `pos_weight` of several dimensions.
@@ -277,10 +282,16 @@ def as_loss(loss: Any) -> Any:
             f"{kind.__name__}(reduction={loss.reduction!r}) cannot be a training loss, since it {why}: use "
             "reduction='mean'"
         )
+    return _exact(kind, loss)
+
+
+def _exact(kind: type, loss: Any) -> Any:
     if kind is nn.CrossEntropyLoss:
         return CrossEntropy(loss.weight, label_smoothing=loss.label_smoothing, ignore_index=loss.ignore_index)
     if kind is nn.NLLLoss:
         return _NegativeLogLikelihood(loss.weight, ignore_index=loss.ignore_index)
+    if kind is nn.MSELoss:
+        return MeanSquaredError()
     if kind is nn.BCEWithLogitsLoss and loss.weight is None:
         pos_weight = loss.pos_weight
         if pos_weight is None or pos_weight.dim() < 2:
