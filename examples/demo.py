@@ -13,13 +13,7 @@ from torch.utils.data import DataLoader
 import fitwatch as fw
 
 train_set, val_set, test_set = hypothyroid.load()
-# Of two classes, missing one is a false alarm for the other: all costs stand in fn_cost.
-FN_COST, FP_COST = torch.tensor([FALSE_ALARM, MISSED]), torch.zeros(2, 2)
-COSTS = fw.cost_matrix(FN_COST, FP_COST)
-
-
-def cost(outputs, targets):
-    return fw.real_world_cost(outputs, targets, FN_COST, FP_COST)
+COSTS = fw.CostMatrix(MISSED, FALSE_ALARM, classes=CLASSES)
 
 
 def train(name, loss, *callbacks):
@@ -36,10 +30,10 @@ def train(name, loss, *callbacks):
             fw.GradientNorm(),
             fw.OverfittingDetector(),
             fw.EarlyStopping("val/loss", patience=20),
+            fw.RealWorldCost(COSTS),
             fw.ProgressBar(),
             page,
         ],
-        metrics={"real-world cost": cost},
         log_every=10,
         seed=1,
     )
@@ -56,11 +50,12 @@ def row(name, result, predicted):
     targets = test_set.tensors[1]
     counts = fw.confusion_matrix(predicted, targets, 2)
     recalls = (counts.diag() / counts.sum(1)).tolist()
-    costs = (counts * COSTS).sum().item() / len(targets)
+    cost = COSTS.per_example(predicted, targets).mean().item()
     stopped = "patience" if result.stop_reason else "ran its course"
     onset = f"overfits since epoch {result.verdict.onset}" if result.verdict.overfitting else result.verdict.status
-    loss = f"{result.best.metrics['val/loss']:.3f}"
-    return [name, loss, *(f"{r:.3f}" for r in recalls), f"{costs:.3f}", result.best.epoch, stopped, onset]
+    best = result.best.metrics
+    loss, left = f"{best['val/loss']:.3f}", f"{best['val/loss_left']:.0%}"
+    return [name, loss, left, *(f"{r:.3f}" for r in recalls), f"{cost:.3f}", result.best.epoch, stopped, onset]
 
 
 def main():
@@ -70,9 +65,9 @@ def main():
     print(f"cost of a missed case {MISSED:g}, of a false alarm {FALSE_ALARM:g}\n")
     plain, plain_outputs, link = train("cross-entropy", fw.CrossEntropy())
     weighted, weighted_outputs, _ = train("class-weights", fw.CrossEntropy(), fw.WeightedLoss("balanced"))
-    real, real_outputs, _ = train("real-world-costs", fw.RealWorldCrossEntropy(FN_COST, FP_COST))
+    real, real_outputs, _ = train("real-world-costs", fw.RealWorldCrossEntropy(COSTS))
 
-    head = ["loss", "val loss", *(f"recall {name}" for name in CLASSES), "cost", "best epoch", "stop", "verdict"]
+    head = ["loss", "val loss", "left", *(f"recall {name}" for name in CLASSES), "cost", "best epoch", "stop", "verdict"]
     optimal = fw.cost_optimal_decision(plain_outputs.softmax(1), COSTS)
     rows = [
         row("cross-entropy", plain, plain_outputs.argmax(1)),
@@ -84,7 +79,10 @@ def main():
     print()
     for line in [head, ["-" * w for w in widths], *rows]:
         print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
-    print("\nval loss is each run's own loss: its scale differs with the weights. cost is per patient of the test set.")
+    print("\nval loss is each run's own loss: its scale differs with the weights. left: of the loss of the best constant")
+    print("prediction. cost: per patient of the test set;", end=" ")
+    answer, constant = COSTS.cheapest_constant(fw.count_classes(test_set))
+    print(f"calling all of them {CLASSES[answer]} costs {constant:.3f}.")
     print("Epochs count from 0. Verdicts at the end of each run:")
     for name, result in (("cross-entropy", plain), ("class weights", weighted), ("real-world costs", real)):
         print(f"{name}: {result.verdict.evidence}")

@@ -66,11 +66,11 @@ def dots(card):
 
 
 def test_the_loss_card_shows_both_curves_the_dot_and_the_bars(page, shown):
-    """Pinned, on the first screen: the lines of train and val, two bars and, by itself, the dot."""
+    """Pinned, on the first screen: the lines of train, val and the baseline, two bars and, by itself, the dot."""
     page.goto(shown.link)
     card = pinned(page, "loss")
     expect(dots(card)).to_have_count(1)
-    expect(lines(card)).to_have_count(4)
+    expect(lines(card)).to_have_count(5)
     box = card.bounding_box()
     assert box["y"] + box["height"] < 1000
     assert box["x"] + box["width"] < 1600
@@ -96,12 +96,12 @@ def test_the_pinned_cards_have_lines(page, shown):
 
 
 def test_the_link_lists_this_run_alone(page, shown):
-    """Of the two runs in the folder, the run selector lists the five sub-runs of the one that the link names."""
+    """Of the two runs in the folder, the run selector lists the six sub-runs of the one that the link names."""
     page.goto(shown.link)
     rows = page.locator("runs-data-table tb-data-table-content-row")
-    expect(rows).to_have_count(5)
+    expect(rows).to_have_count(6)
     names = [row.get_attribute("data-id").partition("/")[2] for row in rows.all()]
-    assert names == [f"run/{part}" for part in ("best", "early stop", "overfitting", "train", "val")]
+    assert names == [f"run/{part}" for part in ("baseline", "best", "early stop", "overfitting", "train", "val")]
 
 
 def test_a_pin_without_data_shows_no_empty_card(page, shown):
@@ -112,13 +112,13 @@ def test_a_pin_without_data_shows_no_empty_card(page, shown):
 
 
 def test_every_chart_of_the_custom_page_has_lines(page, shown):
-    """Three categories; five charts of lines, the first with both curves and both bars, and the shaded gap."""
+    """Three categories; five charts of lines, the first with both curves, the baseline and both bars, and the shaded gap."""
     page.goto(f"{shown.address}/#custom_scalars&_smoothingWeight=0&regexInput=%5Erun%2F")
     titles = page.locator("tf-custom-scalar-dashboard tf-category-paginated-view .heading")
     expect(titles).to_contain_text(["1 Overfitting", "2 Gradients", "3 Optimiser"])
     charts = page.locator("tf-custom-scalar-multi-line-chart-card")
     expect(charts).to_have_count(5)
-    for chart, count in zip(charts.all(), (5, 2, 2, 2, 1), strict=True):  # the dot counts as a line here
+    for chart, count in zip(charts.all(), (6, 2, 2, 2, 1), strict=True):  # the dot counts as a line here
         expect(chart.locator("path.line[d]")).to_have_count(count)
     expect(page.locator("tf-custom-scalar-margin-chart-card path.area[d]")).to_have_count(1)
 

@@ -51,7 +51,7 @@ def curve(history, name):
 
 def bars(folder):
     """The bars of a run."""
-    return sorted(f.name for f in folder.iterdir() if f.name not in ("train", "val", "best"))
+    return sorted(f.name for f in folder.iterdir() if f.name not in ("train", "val", "best", "baseline"))
 
 
 def tensorboard(trainer):
@@ -176,6 +176,7 @@ def test_one_event_per_window_and_sub_run(runs):
     assert count == {
         "train": 2 + windows + evaluations,
         "val": 1 + evaluations,
+        "baseline": 1 + evaluations,
         "best": 2,
         "overfitting": 3,
         "early stop": 3,

@@ -39,7 +39,7 @@ def test_epochs_steps_and_history_are_counted(model, data):
     assert count.steps == [(0, 1, 1), (0, 2, 2), (0, 3, 3), (0, 4, 4), (1, 5, 1), (1, 6, 2), (1, 7, 3), (1, 8, 4)]
     assert count.epochs == [1, 2]
     assert [(entry["epoch"], entry["step"]) for entry in result.history] == [(0, 4), (1, 8)]
-    assert {"epoch", "step", "train/loss", "val/loss"} == set(result.history[0])
+    assert {"epoch", "step", "train/loss", "val/loss", "val/loss_left"} == set(result.history[0])
     assert result.stop_reason is None
 
 
@@ -404,11 +404,11 @@ def test_what_steps_return_is_checked(model, data):
 
 
 def test_other_batches_say_what_to_override(model, data):
-    """A batch that is no (input, target) tuple is refused with what to override."""
+    """A batch that does not follow the convention is refused with what it is and what to override."""
     x, y = data.tensors
-    with pytest.raises(TypeError, match="tuple of 3.*override training_step"):
-        trainer_of(model).fit([(x, x, y)], epochs=1)
-    with pytest.raises(TypeError, match="dict.*override training_step"):
+    with pytest.raises(TypeError, match="tuple of 4.*override training_step"):
+        trainer_of(model).fit([(x, x, y, y)], epochs=1)
+    with pytest.raises(TypeError, match="dict with the keys 'x', 'y'.*override training_step"):
         trainer_of(model).fit([{"x": x, "y": y}], epochs=1)
 
 

@@ -1,11 +1,26 @@
 """Class weights from the training data."""
 
+import math
+import statistics
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import fitwatch as fw
+from fitwatch._imbalanced import ExpectedCost, Focal
+from fitwatch.weighting import SCHEMES
 
 
 def fit(model, loader, spec="balanced", loss=None, **options):
@@ -40,6 +55,50 @@ class Hidden(Dataset):
 
     def __getitem__(self, i):
         return self.data[i]
+
+
+class Stream(IterableDataset):
+    """Has no length and no index."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+def weighed(loss, loader, spec="balanced", **options):
+    """The loss with the weights that the callback gives it."""
+    model = nn.Linear(1, 1)
+    state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters()), loss=loss, train_loader=loader)
+    fw.WeightedLoss(spec, **options).on_fit_start(state)
+    return state.loss
+
+
+def formula(scheme, counts):
+    """The published weights, in a loop."""
+    total, size = sum(counts), len(counts)
+    of = {
+        "balanced": lambda n: total / (size * n),
+        "inverse": lambda n: total / n,
+        "sqrt_inverse": lambda n: math.sqrt(total / n),
+        "median_frequency": lambda n: statistics.median(counts) / n,
+        "effective_number": lambda n: (1 - 0.999) / (1 - 0.999**n),
+    }[scheme]
+    return [of(n) for n in counts]
+
+
+def as_loaders(x, y):
+    """The same examples, from everything that can be counted."""
+    data = TensorDataset(x, y)
+    return {
+        "loader": DataLoader(data, 16, shuffle=True),
+        "batches": list(DataLoader(data, 16)),
+        "subset": DataLoader(Subset(TensorDataset(torch.cat([x, x]), torch.cat([y, y])), range(len(y))), 16),
+        "parts": DataLoader(ConcatDataset([TensorDataset(x[:9], y[:9]), TensorDataset(x[9:], y[9:])]), 16),
+        "hidden": DataLoader(Hidden(data), 16),
+        "stream": DataLoader(Stream(Hidden(data)), 16),
+    }
 
 
 EXPECTED = torch.tensor([64 / (3 * 40), 64 / (3 * 16), 64 / (3 * 8)])
@@ -87,32 +146,6 @@ def test_a_counting_pass_leaves_the_random_generators_alone(model, data, generat
         return net[0].weight
 
     assert torch.equal(run(EXPECTED), run("balanced"))
-
-
-@pytest.mark.parametrize(
-    "attributes",
-    [
-        {"labels": [0, 1]},
-        {"targets": ["cat"] * 64},
-        {"targets": [0] * 64, "target_transform": lambda y: y},
-        {"targets": "0"},
-    ],
-    ids=["names of classes", "strings", "target_transform", "string"],
-)
-def test_exposed_targets_that_are_not_the_loaders_are_not_taken(model, data, attributes):
-    """Labels of another length, strings, and targets under a target_transform are counted by a pass instead."""
-    dataset = Hidden(data)
-    for name, value in attributes.items():
-        setattr(dataset, name, value)
-    loss, _ = fit(model, DataLoader(dataset, 16))
-    assert torch.allclose(EXPECTED, loss.weight)
-
-
-def test_multi_label_targets_are_refused():
-    """Several labels an example are refused with what to do instead."""
-    dataset = TensorDataset(torch.zeros(8, 4).double(), torch.ones(8, 3).double())
-    with pytest.raises(TypeError, match="3 labels an example.*pos_weight"):
-        fit(nn.Linear(4, 3).double(), DataLoader(dataset, 4), loss=fw.BinaryCrossEntropy())
 
 
 def test_binary_cross_entropy_gets_a_pos_weight(data):
@@ -173,9 +206,12 @@ def test_weights_of_the_wrong_length_are_refused(model, data):
 
 
 def test_losses_that_take_no_weights_are_refused(model, data):
-    """A user's own loss and a loss that carries costs are refused by name."""
-    with pytest.raises(TypeError, match="class weights.*MSELoss"):
-        fit(model, DataLoader(data, 16), loss=nn.MSELoss())
+    """A function, a loss of another kind and a loss that carries costs are refused by name, before any counting."""
+    for loss, name in ((nn.MSELoss(), "MeanSquaredError"), (nn.functional.cross_entropy, "function")):
+        with pytest.raises(TypeError, match=f"class weights.*{name}"):
+            fit(model, iter([1]), loss=loss)  # which counting would refuse
+    with pytest.raises(TypeError, match="class weights.*ExpectedCost"):
+        fit(model, iter([1]), loss=ExpectedCost(1 - torch.eye(3)))
     with pytest.raises(TypeError, match="costs"):
         fit(model, DataLoader(data, 16), loss=fw.RealWorldCrossEntropy(torch.ones(3), torch.zeros(3, 3)))
 
@@ -219,3 +255,306 @@ def test_a_resumed_run_keeps_the_weights_it_counted(tmp_path, model, data):
     half = DataLoader(Subset(data, range(0, 64, 3)), 16)
     assert torch.allclose(EXPECTED, run("balanced", half, resume=tmp_path / "epoch-1.pt"))
     assert torch.equal(torch.tensor([1.0, 2.0, 50.0]), run([1.0, 2.0, 50.0], half, resume=tmp_path / "epoch-2.pt"))
+
+
+# -- schemes, kinds of targets, sources --------------------------------------------------------------------------------
+
+SOURCES = ["loader", "batches", "subset", "parts", "hidden", "stream", "counts"]
+X = torch.zeros(64, 1)
+Y = torch.tensor([0] * 40 + [1] * 16 + [2] * 8)
+LABELS = torch.stack([Y == 0, Y == 2, Y > 0], 1)  # 40, 8 and 24 positives
+PAIRS = [[24, 40], [56, 8], [40, 24]]
+
+
+def sources(y, source, counts):
+    """A loader, and the counts where they are given in place of counting."""
+    if source == "counts":
+        return iter([]), {"counts": counts}  # counting an iterator would be refused
+    return as_loaders(X, y)[source], {}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_classes_are_weighed_by_every_scheme(scheme, source):
+    """Class indices, with some of them ignored or not, give each class the formula of its count."""
+    loader, given = sources(Y, source, [40, 16, 8])
+    assert weighed(fw.CrossEntropy(), loader, scheme, **given).weight.tolist() == pytest.approx(
+        formula(scheme, [40, 16, 8]), rel=1e-6
+    )
+    y = torch.where(torch.arange(64) % 4 == 0, 9, Y)
+    loader, given = sources(y, source, [30, 12, 6])
+    loss = weighed(fw.CrossEntropy(ignore_index=9), loader, scheme, **given)
+    assert loss.weight.tolist() == pytest.approx(formula(scheme, [30, 12, 6]), rel=1e-6)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_labels_are_weighed_by_every_scheme(scheme, source):
+    """Binary cross-entropy gets one pos_weight for one label, and one for each of K labels."""
+    loader, given = sources(LABELS[:, 1].double(), source, [56, 8])
+    low, high = formula(scheme, [56, 8])
+    assert weighed(fw.BinaryCrossEntropy(), loader, scheme, **given).pos_weight.item() == pytest.approx(high / low)
+    loader, given = sources(LABELS.double(), source, PAIRS)
+    loss = weighed(fw.BinaryCrossEntropy(), loader, scheme, **given)
+    expected = [high / low for low, high in (formula(scheme, pair) for pair in PAIRS)]
+    assert loss.pos_weight.tolist() == pytest.approx(expected, rel=1e-6)
+    assert loss.neg_weight is None
+
+
+@pytest.mark.parametrize(
+    "y", [LABELS[:, 1].double(), LABELS[:, 1:2].float(), LABELS[:, 1].long()], ids=["N", "N1", "int"]
+)
+def test_losses_of_one_logit_get_the_weights_of_two_classes(y):
+    """A loss with class weights and one logit gets two of them from targets that are 0 or 1."""
+    loss = weighed(Focal(), as_loaders(X, y)["loader"], "inverse")
+    assert loss.weight.tolist() == pytest.approx([64 / 56, 64 / 8])
+
+
+def test_masks_of_one_label_are_one_problem_of_two_classes():
+    """Binary cross-entropy over pixels weighs all pixels together."""
+    y = torch.zeros(2, 1, 4, 4)
+    y[0, 0, 0, :2] = 1
+    for shape in ((2, 1, 4, 4), (2, 4, 4)):
+        assert weighed(fw.BinaryCrossEntropy(), [(X, y.view(shape))]).pos_weight.item() == pytest.approx(30 / 2)
+
+
+def test_weights_of_the_examples_count():
+    """The counts are sums of the weights of the examples: a masked half halves the count of its class."""
+    w = torch.where((Y == 0) & (torch.arange(64) % 2 == 0), 0.0, 1.0)
+    for loader in (DataLoader(TensorDataset(X, Y, w), 16), list(DataLoader(TensorDataset(X, Y, w), 16))):
+        loss = weighed(fw.CrossEntropy(), loader)
+        assert loss.weight.tolist() == pytest.approx(formula("balanced", [20, 16, 8]), rel=1e-6)
+    mask = torch.ones(64, 3)
+    mask[:10, 1] = 0  # ten negatives of label 1 that nobody looked at
+    loss = weighed(fw.BinaryCrossEntropy(), DataLoader(TensorDataset(X, LABELS.float(), mask), 16))
+    assert loss.pos_weight.tolist() == pytest.approx([24 / 40, 46 / 8, 40 / 24])
+
+
+def test_a_label_that_lacks_a_class_is_an_error_or_keeps_weight_1():
+    """A label without positives is named; with absent="zero" its pos_weight is 1."""
+    y = LABELS.double() * torch.tensor([1, 0, 1])
+    with pytest.raises(ValueError, match="the positives of label 1 are absent"):
+        weighed(fw.BinaryCrossEntropy(), [(X, y)])
+    loss = weighed(fw.BinaryCrossEntropy(), [(X, y)], absent="zero")
+    assert loss.pos_weight.tolist() == pytest.approx([24 / 40, 1, 40 / 24])
+
+
+@pytest.mark.parametrize("counts", [[1, -1], [[1, 2, 3]], [math.nan, 1], []], ids=str)
+def test_bad_counts_are_refused_when_built(counts):
+    """Counts that are none, and counts beside given weights, are refused at once."""
+    with pytest.raises(ValueError, match="counts must"):
+        fw.WeightedLoss(counts=counts)
+    with pytest.raises(ValueError, match="the weights are given"):
+        fw.WeightedLoss([1.0, 2.0], counts=[3, 4])
+
+
+def test_counts_that_do_not_fit_the_loss_are_refused():
+    """Counts of labels for a loss of classes, and of three classes for a binary loss, are errors that say so."""
+    with pytest.raises(ValueError, match=r"shape \(C,\).*\(3, 2\)"):
+        weighed(fw.CrossEntropy(), [], counts=PAIRS)
+    with pytest.raises(ValueError, match="two classes"):
+        weighed(fw.BinaryCrossEntropy(), [], counts=[1, 2, 3])
+
+
+# -- the mean weight ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [*SCHEMES, [1.0, 5.0, 2.0]], ids=str)
+def test_normalize_gives_classes_a_mean_weight_of_1(spec):
+    """With normalize the mean weight over the examples is 1, for every scheme and for given weights."""
+    for loader in (as_loaders(X, Y)["loader"], as_loaders(X, Y)["stream"]):
+        weight = weighed(fw.CrossEntropy(), loader, spec, normalize=True).weight
+        assert weight[Y].double().mean().item() == pytest.approx(1, rel=1e-6)
+        plain = formula(spec, [40, 16, 8]) if isinstance(spec, str) else spec
+        assert (weight / weight[0]).tolist() == pytest.approx([w / plain[0] for w in plain], rel=1e-6)
+
+
+@pytest.mark.parametrize("spec", [*SCHEMES, [1.0, 5.0]], ids=str)
+@pytest.mark.parametrize("labels", [1, 3])
+def test_normalize_gives_labels_a_mean_weight_of_1(spec, labels):
+    """With normalize the weights of the positives and negatives of each label have a mean of 1; their ratio stays."""
+    y = LABELS[:, :labels].double()
+    loss = weighed(fw.BinaryCrossEntropy(), [(X, y)], spec, normalize=True)
+    losses, _ = loss.unreduced(torch.zeros_like(y), y)
+    weights = losses / math.log(2)  # the loss of every element is ln 2
+    assert weights.mean(0).tolist() == pytest.approx([1] * labels, rel=1e-6)
+    for label in range(labels):
+        low, high = formula(spec, PAIRS[label]) if isinstance(spec, str) else spec
+        ratio = weights[y[:, label] == 1, label][0] / weights[y[:, label] == 0, label][0]
+        assert ratio.item() == pytest.approx(high / low, rel=1e-6)
+
+
+# -- the schedule ------------------------------------------------------------------------------------------------------
+
+
+class Watch(fw.Callback):
+    """Records the weights in force in each epoch, the validation loss computed by hand, and the texts."""
+
+    def __init__(self, x, y, full):
+        self.x, self.y, self.full = x, y, full
+        self.weights, self.validated, self.texts = {}, [], []
+
+    def on_batch_end(self, state):
+        self.weights.setdefault(state.progress.epoch, []).append(state.loss.weight)
+
+    def on_validation_end(self, state):
+        state.model.eval()
+        with torch.no_grad():
+            expected = F.cross_entropy(state.model(self.x), self.y, weight=self.full)
+            unweighted = F.cross_entropy(state.model(self.x), self.y)
+        state.model.train()
+        self.validated.append((state.metrics, expected.item(), unweighted.item()))
+
+    def on_log(self, state):
+        self.texts += [r.value for r in state.records if r.name == "train/report/class_weights"]
+
+
+def scheduled(data, epochs, *, lr=0.1, folder=None, resume=None, spec="balanced", **options):
+    """A fit with a schedule, from the same start each time."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)).double()
+    watch = Watch(*data.tensors, EXPECTED.double())
+    callbacks = [fw.WeightedLoss(spec, **options), watch, *([fw.Checkpoint(folder)] if folder else [])]
+    trainer = fw.Trainer(net, torch.optim.SGD(net.parameters(), lr, momentum=0.9), callbacks=callbacks, device="cpu")
+    loader = DataLoader(data, 16, shuffle=True)
+    trainer.fit(loader, DataLoader(data, 16), epochs=epochs, resume=resume)
+    return watch, trainer
+
+
+@pytest.mark.parametrize(
+    ("options", "powers"),
+    [
+        ({"start_epoch": 2}, [0, 0, 1, 1]),
+        ({"ramp_epochs": 1}, [1 / 2, 1, 1, 1]),
+        ({"start_epoch": 1, "ramp_epochs": 2}, [0, 1 / 3, 2 / 3, 1]),
+    ],
+    ids=str,
+)
+def test_weights_come_in_by_the_schedule(data, options, powers):
+    """Every batch of an epoch has the weights to the power of that epoch; power 0 is the loss without weights."""
+    watch, _ = scheduled(data, 4, **options)
+    for epoch, power in enumerate(powers):
+        for weight in watch.weights[epoch]:
+            assert (weight is None) == (power == 0)
+            if power:
+                expected = [w**power for w in EXPECTED.tolist()]
+                assert weight.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_validation_has_the_full_weights_from_the_first_epoch(data):
+    """val/loss is the loss under the full weights in every epoch, beside that without."""
+    watch, _ = scheduled(data, 4, start_epoch=1, ramp_epochs=2)
+    assert len(watch.validated) == 4
+    for metrics, expected, unweighted in watch.validated:
+        assert metrics["val/loss"] == pytest.approx(expected, rel=1e-6)
+        assert metrics["val/loss_unweighted"] == pytest.approx(unweighted, rel=1e-12)
+
+
+def test_without_a_schedule_validation_measures_the_loss_of_training(data):
+    """Only a schedule sets a loss for validation alone."""
+    _, trainer = scheduled(data, 1)
+    assert trainer.state.eval_loss is None
+    _, trainer = scheduled(data, 1, start_epoch=1)
+    assert trainer.state.eval_loss.has_weights
+    assert not trainer.state.loss.has_weights
+
+
+def test_the_ramp_keeps_the_mean_weight_and_the_zeros(data):
+    """With normalize the mean weight is 1 in every epoch of a ramp, and a weight of 0 is 0 in all of it."""
+    watch, _ = scheduled(data, 4, spec=[1.0, 0.0, 4.0], normalize=True, start_epoch=1, ramp_epochs=2)
+    y = data.tensors[1]
+    assert watch.weights[0][0] is None
+    for epoch, power in ((1, 1 / 3), (2, 2 / 3), (3, 1)):
+        weight = watch.weights[epoch][0]
+        assert weight[y].double().mean().item() == pytest.approx(1, rel=1e-6)
+        assert weight[1] == 0
+        assert (weight[2] / weight[0]).item() == pytest.approx(4**power, rel=1e-6)
+
+
+def test_a_schedule_of_labels():
+    """Binary cross-entropy with K labels has a pos_weight of the power of the epoch; with normalize both sides grow."""
+    for normalize in (False, True):
+        model = nn.Linear(1, 3).double()
+        state = fw.State(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters()),
+            loss=fw.BinaryCrossEntropy(),
+            train_loader=[(X, LABELS.double())],
+        )
+        callback = fw.WeightedLoss(normalize=normalize, start_epoch=1, ramp_epochs=1)
+        callback.on_fit_start(state)
+        assert not state.loss.has_weights
+        state.progress.epoch = 1
+        callback.on_epoch_start(state)
+        ratio = state.loss.pos_weight / (state.loss.neg_weight if normalize else 1)
+        assert ratio.tolist() == pytest.approx([math.sqrt(low / high) for low, high in PAIRS], rel=1e-6)
+        y = LABELS.double()
+        losses, _ = state.loss.unreduced(torch.zeros_like(y), y)
+        if normalize:
+            assert (losses / math.log(2)).mean(0).tolist() == pytest.approx([1, 1, 1], rel=1e-6)
+
+
+def test_the_report_tells_the_schedule(data):
+    """The table has the counts and the plan, and the epochs in which the weights begin and are complete say so."""
+    watch, _ = scheduled(data, 5, start_epoch=1, ramp_epochs=2)
+    table, begin, full = watch.texts
+    assert "| 0 | 40 | 0.5333 |" in table
+    assert table.endswith(
+        "In training the weights grow from epoch 1 on and are in force in full from epoch 3 on (the first is epoch 0). "
+        "Before, training is unweighted. Validation has them in full throughout."
+    )
+    assert begin == "Epoch 1: the class weights begin to grow."
+    assert full == "Epoch 3: the class weights are in force in full."
+    assert len(scheduled(data, 3)[0].texts) == 1
+    assert len(scheduled(data, 3, start_epoch=1)[0].texts) == 2
+
+
+def test_the_report_of_labels():
+    """Labels have a row each, with the counts and weights of both sides."""
+    model = nn.Linear(1, 1)
+    state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters()), loss=fw.BinaryCrossEntropy())
+    fw.WeightedLoss(counts=[[3_000_001, 10], [5, 15]]).on_fit_start(state)
+    state.flush()
+    assert state.records[0].value.splitlines()[0].startswith("| label | negatives | positives |")
+    assert state.records[0].value.splitlines()[2:] == [
+        "| 0 | 3000001 | 10 | 0.5 | 1.5e+05 |",
+        "| 1 | 5 | 15 | 2 | 0.6667 |",
+    ]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_resumed_run_is_at_its_place_in_the_schedule(tmp_path, data, cut):
+    """Cut before, in and after the ramp, a run goes on with the same weights and ends in the same parameters."""
+    options = {"start_epoch": 1, "ramp_epochs": 2, "normalize": True}
+    whole, expected = scheduled(data, 5, **options)
+    scheduled(data, cut, folder=tmp_path, **options)
+    rest, trainer = scheduled(data, 5, folder=tmp_path, resume="auto", **options)
+    assert sorted(rest.weights) == list(range(cut, 5))
+    for epoch, weights in rest.weights.items():
+        for one, other in zip(weights, whole.weights[epoch], strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+    for one, other in zip(trainer.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert [e["val/loss"] for e in trainer.state.history] == [e["val/loss"] for e in expected.state.history]
+
+
+def test_a_resumed_run_keeps_the_counts_it_scaled_given_weights_with(tmp_path, data):
+    """Given weights that were normalised stay as they were when the data set has changed in between."""
+    before, _ = scheduled(data, 1, folder=tmp_path, spec=[1.0, 2.0, 5.0], normalize=True)
+    other = TensorDataset(data.tensors[0][::3], data.tensors[1][::3])
+    after, _ = scheduled(other, 2, folder=tmp_path, resume="auto", spec=[1.0, 2.0, 5.0], normalize=True)
+    assert torch.equal(before.weights[0][0], after.weights[1][0])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"start_epoch": -1}, ValueError, "start_epoch must be 0 or more, got -1"),
+        ({"ramp_epochs": 1.5}, TypeError, "ramp_epochs must be an integer of 0 or more, got 1.5"),
+        ({"normalize": 1}, TypeError, "normalize must be of type bool, got 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, error, match):
+    """Epochs are integers of 0 or more."""
+    with pytest.raises(error, match=match):
+        fw.WeightedLoss(**options)

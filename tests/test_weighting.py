@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fitwatch.weighting import SCHEMES, as_class_weights, class_weights, count_classes
+from fitwatch.weighting import SCHEMES, as_class_weights, class_weights, normalized
 
 COUNTS = [5000, 120, 3, 77]
 
@@ -61,9 +61,9 @@ def test_effective_number_keeps_its_digits(beta):
 
 
 def test_balanced_weights_balance():
-    """Under balanced weights the counted labels of every class weigh N / K together."""
+    """Under balanced weights the labels of every class weigh N / K together."""
     y = torch.tensor([0] * 50 + [1] * 7 + [2] * 3)
-    weight = class_weights(count_classes(y))[y]
+    weight = class_weights([50, 7, 3])[y]
     assert [weight[y == c].sum().item() for c in range(3)] == pytest.approx([20, 20, 20])
 
 
@@ -88,9 +88,12 @@ def test_an_absent_class(scheme):
         (([1, -2],), {}, "at least 0"),
         (([1, float("nan")],), {}, "finite"),
         (([1, float("inf")],), {}, "finite"),
-        (([[1, 2]],), {}, r"shape \(1, 2\)"),
+        (([[1, 2, 3]],), {}, r"\(K, 2\) .* shape \(1, 3\)"),
+        (([[[1, 2]]],), {}, r"shape \(1, 1, 2\)"),
+        (([[1, -2]],), {}, "at least 0"),
         (([],), {}, r"shape \(0,\)"),
         (([0, 0],), {"absent": "zero"}, "all 2 classes have count 0"),
+        (([[0, 0]] * 3,), {"absent": "zero"}, "all 3 labels have count 0"),
     ],
 )
 def test_class_weights_refuses(arguments, options, match):
@@ -129,62 +132,61 @@ def test_as_class_weights_refuses(weights, match):
         as_class_weights(weights)
 
 
-def test_count_classes_counts_indices_of_any_shape():
-    """Integer labels of any form and shape are counted as Python counts them."""
-    y = torch.randint(0, 5, (3, 4, 5), generator=torch.Generator().manual_seed(0))
-    expected = [y.flatten().tolist().count(c) for c in range(5)]
-    for targets in (y, y.int(), y.byte(), y.tolist(), y.numpy(), y.numpy().astype(np.uint16)):
-        counts = count_classes(targets)
-        assert (counts.tolist(), counts.dtype) == (expected, torch.int64)
-    assert count_classes(y, num_classes=7).tolist() == [*expected, 0, 0]
+FORMULAS = {
+    "balanced": lambda n, rest: (n + rest) / (2 * n),
+    "inverse": lambda n, rest: (n + rest) / n,
+    "sqrt_inverse": lambda n, rest: math.sqrt((n + rest) / n),
+    "median_frequency": lambda n, rest: (n + rest) / 2 / n,
+    "effective_number": lambda n, rest: (1 - 0.999) / (1 - 0.999**n),
+}
+LABELS = [[90, 10], [50, 50], [3, 97]]
 
 
-def test_count_classes_leaves_ignored_labels_out():
-    """Labels to ignore do not count, whether they are negative, in range or beyond."""
-    for ignored in (-100, 1, 255):
-        assert count_classes([0, 2, ignored, 2], ignore_index=ignored, num_classes=3).tolist() == [1, 0, 2]
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_label_is_a_problem_of_two_classes(scheme):
+    """Counts of shape (K, 2) give each label the formula of its own two counts."""
+    weights = class_weights(LABELS, scheme)
+    formula = FORMULAS[scheme]
+    expected = [[formula(a, b), formula(b, a)] for a, b in LABELS]
+    assert (weights.shape, weights.dtype) == ((3, 2), torch.float32)
+    for row, numbers in zip(weights.tolist(), expected, strict=True):
+        assert row == pytest.approx(numbers, rel=1e-6)
 
 
-def test_count_classes_of_binary_targets():
-    """Bools and floats that are all 0 or 1 are two classes, even where only one occurs."""
-    assert count_classes([True, False, True]).tolist() == [1, 2]
-    assert count_classes(torch.tensor([0.0, 0, 1])).tolist() == [2, 1]
-    assert count_classes(torch.zeros(3, 1)).tolist() == [3, 0]
+def test_a_label_that_lacks_a_class():
+    """What a label lacks is named with its side; on request both its weights are 1, and the others keep theirs."""
+    counts = [[90, 10], [100, 0], [0, 0]]
+    named = "^the positives of label 1, the negatives of label 2, the positives of label 2 are absent.*for weight 1$"
+    with pytest.raises(ValueError, match=named):
+        class_weights(counts)
+    for normalize in (False, True):
+        rows = class_weights(counts, absent="zero", normalize=normalize).tolist()
+        assert rows[0] == pytest.approx([100 / 180, 100 / 20])
+        assert rows[1:] == [[1, 1], [1, 1]]
 
 
-def test_count_classes_of_probabilities():
-    """Rows of probabilities are summed in float64."""
-    rows = torch.tensor([[0.25, 0.75, 0], [0.5, 0.25, 0.25]])
-    counts = count_classes(rows)
-    assert (counts.tolist(), counts.dtype) == ([0.75, 1, 0.25], torch.float64)
-    bf16 = torch.randn(50, 10, generator=torch.Generator().manual_seed(0)).softmax(1).bfloat16()
-    assert count_classes(bf16).tolist() == pytest.approx(bf16.double().sum(0).tolist())
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_normalized_weights_have_a_mean_of_1(scheme):
+    """With normalize the mean weight over the data is 1, of each label by itself, and the ratios stay."""
+    for counts in (COUNTS, [5000, 0, 3], LABELS):
+        plain = class_weights(counts, scheme, absent="zero").double()
+        scaled = class_weights(counts, scheme, absent="zero", normalize=True).double()
+        numbers = torch.tensor(counts, dtype=torch.float64)
+        for n, w, before in zip(
+            numbers.view(-1, numbers.shape[-1]),
+            scaled.view(-1, numbers.shape[-1]),
+            plain.view(-1, numbers.shape[-1]),
+            strict=True,
+        ):
+            assert sum(n * w).item() / sum(n).item() == pytest.approx(1, rel=1e-6)
+            assert (w / w[0]).tolist() == pytest.approx((before / before[0]).tolist(), rel=1e-6)
 
 
-def test_count_classes_of_nothing():
-    """No targets are zeros where the number of classes is known, and an error where it is not."""
-    for empty in ([], torch.zeros(0, dtype=torch.int64), torch.zeros(0)):
-        assert count_classes(empty, num_classes=2).tolist() == [0, 0]
-        with pytest.raises(ValueError, match="no targets to count"):
-            count_classes(empty)
-    with pytest.raises(ValueError, match="no targets to count"):
-        count_classes([-1, -1], ignore_index=-1)
-
-
-@pytest.mark.parametrize(
-    ("targets", "options", "match"),
-    [
-        ([0, 1, 5], {"num_classes": 3}, "label 5 at index 2 .*0..2"),
-        ([[0, 1], [-1, 1]], {}, "label -1 at index 2 .*at least 0"),
-        ([-1, 0, -2], {"ignore_index": -1, "num_classes": 2}, "label -2 at index 2 .*0..1 and ignore_index=-1"),
-        ([0.0, 1.0, 2.0], {}, "must be integers; got 2.0 at index 2"),
-        ([0.0, float("nan")], {}, "nan at index 1"),
-        ([[0.5, 0.5], [0.5, 0.9]], {}, "row 1"),
-        ([[1.5, -0.5]], {}, "row 0"),
-        ([[0.5, 0.5]], {"num_classes": 3}, "2 classes, not 3"),
-    ],
-)
-def test_count_classes_refuses(targets, options, match):
-    """A label out of range is named with its index in the targets as given, and floats must be labels or rows of p."""
-    with pytest.raises(ValueError, match=match):
-        count_classes(targets, **options)
+def test_normalized_scales_given_weights():
+    """Weights of shape (2,) are scaled for each label; other lengths, and weights without any example, are refused."""
+    scaled = normalized(torch.tensor([1.0, 3.0]), torch.tensor([[3, 1], [1, 3]]))
+    assert scaled.tolist() == [pytest.approx([4 / 6, 12 / 6]), pytest.approx([4 / 10, 12 / 10])]
+    with pytest.raises(ValueError, match="3 class weights, and counts of 2 classes"):
+        normalized(torch.ones(3), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="every example has weight 0"):
+        normalized(torch.tensor([0.0, 1.0]), torch.tensor([5, 0]))

@@ -1,39 +1,62 @@
 """fitwatch: a small PyTorch Trainer that is exact about weighted losses and honest about overfitting."""
 
+from fitwatch.baseline import Baseline
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.callbacks.early_stopping import EarlyStopping
 from fitwatch.callbacks.gradient_norm import GradientNorm
 from fitwatch.callbacks.overfitting import OverfittingDetector
 from fitwatch.callbacks.progress_bar import ProgressBar
+from fitwatch.callbacks.real_world_cost import RealWorldCost
 from fitwatch.callbacks.tensorboard import TensorBoard
 from fitwatch.callbacks.weighted_loss import WeightedLoss
-from fitwatch.decisions import confusion_matrix, cost_matrix, cost_optimal_decision, real_world_cost
-from fitwatch.losses import BinaryCrossEntropy, CrossEntropy, Loss, LossSum, RealWorldCrossEntropy
+from fitwatch.counting import count_classes
+from fitwatch.decisions import CostMatrix, confusion_matrix, cost_optimal_decision, real_world_cost
+from fitwatch.losses import (
+    LDAM,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    ExpectedCost,
+    Focal,
+    LogitAdjusted,
+    Loss,
+    LossSum,
+    MeanSquaredError,
+    RealWorldCrossEntropy,
+)
 from fitwatch.metrics import WeightedMean
-from fitwatch.records import Marker, Record
+from fitwatch.records import Image, Marker, Record
 from fitwatch.result import Best, Result
 from fitwatch.rules.overfitting import OverfittingRule, Verdict, diagnose
 from fitwatch.state import Progress, State
 from fitwatch.trainer import Trainer
 from fitwatch.weighting import class_weights
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - sorted() order, not that of isort
+    "Baseline",
     "Best",
     "BinaryCrossEntropy",
     "Callback",
     "Callbacks",
     "Checkpoint",
+    "CostMatrix",
     "CrossEntropy",
     "EarlyStopping",
+    "ExpectedCost",
+    "Focal",
     "GradientNorm",
+    "Image",
+    "LDAM",
+    "LogitAdjusted",
     "Loss",
     "LossSum",
     "Marker",
+    "MeanSquaredError",
     "OverfittingDetector",
     "OverfittingRule",
     "Progress",
     "ProgressBar",
+    "RealWorldCost",
     "RealWorldCrossEntropy",
     "Record",
     "Result",
@@ -45,8 +68,8 @@ __all__ = [
     "WeightedMean",
     "class_weights",
     "confusion_matrix",
-    "cost_matrix",
     "cost_optimal_decision",
+    "count_classes",
     "diagnose",
     "real_world_cost",
 ]

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitwatch._explain import refuse_classes, refuse_logits
-from fitwatch._loss import FAILURES, Loss, precise
-from fitwatch.decisions import Costs, check_costs
+from fitwatch._explain import refuse_logits
+from fitwatch._loss import FAILURES, PRECISE, Loss, as_classes, precise
+from fitwatch._real_world_kernel import real_world_losses
+from fitwatch.decisions import CostMatrix, Costs, as_cost_matrix, check_costs
 
 
 class RealWorldCrossEntropy(Loss):
@@ -26,14 +27,20 @@ class RealWorldCrossEntropy(Loss):
 
         l = -fn_cost[y] log p[y] - sum over j != y of fp_cost[y, j] log(1 - p[j]).
 
+    A matrix of costs, or a `CostMatrix`, is split into the two: what a miss of the class costs at least, and what the
+    single mistakes cost on top. So equal costs are plain cross-entropy. Of two classes, either kind of costs takes
+    either kind of outputs, with class 1 as the positive one.
+
     Every position has weight 1: the loss is the mean, not divided by the sum of the costs, nor by the number of
     classes as in the authors' own code. Values and gradients are exact to rounding however wrong and
     confident the logits are.
 
     Args:
-        fn_cost: Cost of a false negative: a number, or the cost of missing each class, shape (C,).
+        fn_cost: Cost of a false negative: a number, or the cost of missing each class, shape (C,). Alone: a
+            `CostMatrix`, or a matrix of shape (C, C), row true, column predicted, zero diagonal.
         fp_cost: Cost of a false positive: a number, or the cost of calling class i (row) a j (column), shape
             (C, C), zero diagonal. Tensors are kept as buffers.
+        ignore_index: Class index of positions that do not count, for outputs of several classes; none by default.
 
     Raises:
         ValueError: Costs that are negative, not finite, all 0, or of shapes that do not fit.
@@ -42,20 +49,35 @@ class RealWorldCrossEntropy(Loss):
     fn_cost: Tensor | float
     fp_cost: Tensor | float
 
-    def __init__(self, fn_cost: Costs, fp_cost: Costs) -> None:
+    def __init__(
+        self, fn_cost: Costs | CostMatrix, fp_cost: Costs | None = None, *, ignore_index: int | None = None
+    ) -> None:
         super().__init__()
-        fn, fp = check_costs(fn_cost, fp_cost)
-        self._binary = fn.dim() == 0
-        self._has_weights = bool((fn != 1).any()) or not torch.equal(fp, fn if self._binary else 0 * fp)
-        if self._binary:
+        self.ignore_index = ignore_index
+        if isinstance(fn_cost, CostMatrix) or fp_cost is None:
+            costs = as_cost_matrix(fn_cost)
+            fn, fp = costs.fn_cost, costs.fp_cost
+        else:
+            fn, fp = check_costs(fn_cost, fp_cost)
+        plain = fn if fn.dim() == 0 else torch.zeros_like(fp)
+        self._has_weights = bool((fn != 1).any()) or not torch.equal(fp, plain)
+        if fn.dim() == 0:
             # the numbers as given: in fn and fp they are rounded to float32
             self.fn_cost, self.fp_cost = float(cast(float, fn_cost)), float(cast(float, fp_cost))
         else:
-            self.register_buffer("fn_cost", fn)
-            self.register_buffer("fp_cost", fp)
+            self.register_buffer("fn_cost", fn.clone())
+            self.register_buffer("fp_cost", fp.clone())
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
-        return self._positions(output, target), 1.0
+        fn, fp = self.fn_cost, self.fp_cost
+        one_logit = isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape == target.shape
+        if not (isinstance(fn, Tensor) and isinstance(fp, Tensor)):
+            if one_logit or not _is_of_two(output, target):
+                return _one_logit(output, target, fn, fp), 1.0
+            fn, fp = output.new_tensor([fp, fn]), output.new_zeros(2, 2)
+        elif one_logit and len(fn) == 2 and output.dim() > 0 and (output.dim() == 1 or output.shape[1] == 1):
+            return _one_logit(output, target, fn[1] + fp[1, 0], fn[0] + fp[0, 1]), 1.0
+        return self._classes(output, target, fn, fp)
 
     def weighted(self, weights: Tensor) -> Loss:
         """Not possible.
@@ -71,8 +93,9 @@ class RealWorldCrossEntropy(Loss):
     def unweighted(self) -> RealWorldCrossEntropy:
         """The loss whose costs are those of plain cross-entropy: 1 for a miss, in binary form 1 and 1."""
         if isinstance(self.fn_cost, Tensor) and isinstance(self.fp_cost, Tensor):
-            return RealWorldCrossEntropy(torch.ones_like(self.fn_cost), torch.zeros_like(self.fp_cost))
-        return RealWorldCrossEntropy(1.0, 1.0)
+            ones, zeros = torch.ones_like(self.fn_cost), torch.zeros_like(self.fp_cost)
+            return RealWorldCrossEntropy(ones, zeros, ignore_index=self.ignore_index)
+        return RealWorldCrossEntropy(1.0, 1.0, ignore_index=self.ignore_index)
 
     @property
     def has_weights(self) -> bool:
@@ -84,49 +107,34 @@ class RealWorldCrossEntropy(Loss):
         fn, fp = (c.tolist() if isinstance(c, Tensor) else c for c in (self.fn_cost, self.fp_cost))
         return f"fn_cost={fn}, fp_cost={fp}"
 
-    def _positions(self, output: Tensor, target: Tensor) -> Tensor:
-        """Losses of all positions, (N, d1, ...)."""
-        if isinstance(self.fn_cost, Tensor) and isinstance(self.fp_cost, Tensor):
-            return _multiclass(output, target, self.fn_cost, self.fp_cost)
-        refuse_logits(output, target, single=True)
-        z = precise(output)
-        y = target.to(z.dtype)
-        # logsigmoid and not softplus, which torch cuts off at 20
-        return -self.fn_cost * y * F.logsigmoid(z) - self.fp_cost * (1 - y) * F.logsigmoid(-z)
+    def _classes(self, output: Tensor, target: Tensor, fn: Tensor, fp: Tensor) -> tuple[Tensor, Tensor | float]:
+        # On the CPU a wrong index raises in the kernel, so the common case needs no look at the targets before.
+        if isinstance(output, Tensor) and output.is_cpu and output.dim() == 2 and output.dtype in PRECISE:
+            try:
+                if target.dtype is torch.int64 and target.shape == output.shape[:1] and output.shape[1] == len(fn):
+                    return real_world_losses(output, target, fn.to(output.dtype), fp.to(output.dtype)), 1.0
+            except FAILURES:
+                pass  # an index that is ignored, or one that the next line explains
+        logits, labels, counts = as_classes(output, target, fn, self.ignore_index)
+        flat = real_world_losses(logits.flatten(0, -2), labels.flatten(), fn.to(logits.dtype), fp.to(logits.dtype))
+        return torch.where(counts, flat.view_as(labels), 0), counts.to(logits.dtype)
 
 
-def _multiclass(output: Tensor, target: Tensor, fn_cost: Tensor, fp_cost: Tensor) -> Tensor:
-    refuse_classes(output, target, fn_cost, probabilities=False)
-    if output.dim() == 1:
-        output, target = output.unsqueeze(0), target.unsqueeze(0)
-    z = precise(output).movedim(1, -1)
-    log_p = z.log_softmax(-1)
-    target = target.long()
-    try:
-        log_p_true = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    except FAILURES as error:
-        refuse_classes(output, target, fn_cost, probabilities=False, cause=error)
-        raise
-    missed = fn_cost.to(log_p.dtype)[target] * log_p_true
-    return -missed - (fp_cost.to(log_p.dtype)[target] * _log_one_minus_p(z, log_p)).sum(-1)
+def _is_of_two(output: Tensor, target: Tensor) -> bool:
+    """Whether these are the logits and the indices of two classes."""
+    return (
+        isinstance(output, Tensor)
+        and isinstance(target, Tensor)
+        and output.dim() > 1
+        and output.shape[1] == 2
+        and not target.is_floating_point()
+        and target.shape == output.shape[:1] + output.shape[2:]
+    )
 
 
-def _log_one_minus_p(z: Tensor, log_p: Tensor) -> Tensor:
-    """log(1 - p), to rounding, from logits z and log p = log_softmax(z), over the last dimension.
-
-    log1p(-p) is exact up to p = 1/2. Beyond, 1 - p cancels (at a logit gap of 17 in float32 it is 0, and with it the
-    gradient of the worst mistakes), so there it is logsumexp(other z) - logsumexp(all z). Only one p can be above 1/2.
-    """
-    p = log_p.exp()
-    large = p > 0.5
-    others_top, others = _logsumexp(z.masked_fill(large, -torch.inf))
-    all_top, everything = _logsumexp(z)
-    log_others = (others_top - all_top) + (others - everything)
-    # masked before log1p: its infinity at p = 1 would turn into nan in the backward pass
-    return torch.where(large, log_others, torch.log1p(-p.masked_fill(large, 0)))
-
-
-def _logsumexp(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Logsumexp as a sum of two: the largest z and the rest, so that large logits do not swamp a small difference."""
-    top = z.detach().amax(-1, keepdim=True)
-    return top, (z - top).logsumexp(-1, keepdim=True)
+def _one_logit(output: Tensor, target: Tensor, fn_cost: Tensor | float, fp_cost: Tensor | float) -> Tensor:
+    refuse_logits(output, target, single=True)
+    z = precise(output)
+    y = target.to(z.dtype)
+    # logsigmoid and not softplus, which torch cuts off at 20
+    return -fn_cost * y * F.logsigmoid(z) - fp_cost * (1 - y) * F.logsigmoid(-z)

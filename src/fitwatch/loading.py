@@ -1,11 +1,10 @@
-"""Batches and data sets: moving them, counting them, finding their targets."""
+"""Batches and loaders: taking them apart, moving them, counting them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -21,24 +20,31 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch.to(device) if hasattr(batch, "to") else batch
 
 
-def input_and_target(batch: Any) -> tuple[Any, Any]:
-    """The two parts of an ``(input, target)`` batch.
+def parts(batch: Any) -> Sequence[Any]:
+    """The input, the target and, if the batch carries them, the weights of the examples: two or three parts.
+
+    A batch is a tuple or list ``(input, target)`` or ``(input, target, sample_weight)``, or a mapping with these keys.
 
     Raises:
         TypeError: The batch is something else; the message says what to override.
     """
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
+    if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        return batch if len(batch) == 2 or batch[2] is not None else batch[:2]
+    if isinstance(batch, Mapping) and "input" in batch and "target" in batch:
+        weight = batch.get("sample_weight")
+        return (batch["input"], batch["target"]) if weight is None else (batch["input"], batch["target"], weight)
     kind = type(batch).__name__
-    given = f"a {kind} of {len(batch)}" if isinstance(batch, (tuple, list, Mapping)) else f"a {kind}"
+    given = f"a {kind} of {len(batch)}" if isinstance(batch, (tuple, list)) else f"a {kind}"
+    if isinstance(batch, Mapping):
+        given += f" with the keys {', '.join(map(repr, batch))}"
     raise TypeError(
-        f"a batch must be a tuple (input, target), got {given}; "
-        "for other batches override training_step and validation_step"
+        "a batch must be a tuple (input, target) or (input, target, sample_weight), or a dict with these keys, got "
+        f"{given}; for other batches override training_step and validation_step"
     )
 
 
 def batch_size(batch: Any) -> int:
-    """Examples in a batch: the first dimension of the last tensor found in it (the target, by custom).
+    """Examples in a batch: the first dimension of the last tensor found in it (the target or the weights, by custom).
 
     Raises:
         TypeError: There is no tensor in the batch.
@@ -59,39 +65,6 @@ def _last_tensor(batch: Any) -> Tensor | None:
         parts = batch
     tensors = [t for t in map(_last_tensor, parts) if t is not None]
     return tensors[-1] if tensors else None
-
-
-def exposed_targets(loader: Any) -> Tensor | None:
-    """All targets of a loader's data set where it exposes them as ``targets``, ``labels`` or ``tensors``.
-
-    Follows `Subset` and `SubsetRandomSampler`. Costs no pass over the data. None where they can't be read cheaply, or
-    may not be what the loader gives: another length than the data set, a ``target_transform``, names in place of
-    numbers.
-    """
-    dataset = loader.dataset if isinstance(loader, DataLoader) else None
-    targets, sampler = _targets_of(dataset), getattr(loader, "sampler", None)
-    if targets is not None and isinstance(sampler, SubsetRandomSampler):
-        targets = targets[torch.as_tensor(sampler.indices)]
-    return targets
-
-
-def _targets_of(dataset: Any) -> Tensor | None:
-    if isinstance(dataset, Subset):
-        targets = _targets_of(dataset.dataset)
-        return None if targets is None else targets[torch.as_tensor(dataset.indices)]
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[1] if len(dataset.tensors) == 2 else None  # of three, which is it?
-    if getattr(dataset, "target_transform", None) is not None:
-        return None  # what the model sees is not what stands there
-    for name in ("targets", "labels"):
-        try:
-            targets = getattr(dataset, name)
-            targets = targets if isinstance(targets, Tensor) else torch.tensor(targets)
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            continue  # none, or names of classes
-        if targets.ndim and len(targets) == len(dataset):
-            return targets
-    return None
 
 
 def generators_of(*loaders: Any) -> list[torch.Generator]:

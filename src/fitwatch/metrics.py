@@ -1,5 +1,6 @@
 """Measuring without waiting for the device: exact weighted means and metrics over a whole data set."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,18 +84,19 @@ class Metrics:
 
     A function gets all outputs and all targets at once, so that it is exact whatever the batches were, and also
     where it is no mean (recall, F1, AUC). An object with ``update``, ``compute`` and ``reset`` (torchmetrics') is
-    fed batch by batch; prefer it where the outputs of the whole set are too large to keep.
+    fed batch by batch; prefer it where the outputs of the whole set are too large to keep. A function, or an
+    ``update``, with a parameter ``sample_weight`` gets the weights of the examples as well.
 
     Args:
         metrics: Name -> function of (outputs, targets) giving a number, or such an object.
     """
 
     def __init__(self, metrics: Mapping[str, Any]) -> None:
-        self._functions: dict[str, Callable[[Any, Any], Any]] = {}
+        self._functions: dict[str, Callable[..., Any]] = {}
         self._objects: dict[str, Any] = {}
         for name, metric in metrics.items():
-            if name in ("loss", "loss_unweighted"):
-                raise ValueError(f"metrics can't be named {name!r}: val/{name} is the validation loss")
+            if name in ("loss", "loss_unweighted", "loss_left"):
+                raise ValueError(f"metrics can't be named {name!r}: val/{name} is taken by the validation loss")
             if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
                 self._objects[name] = metric
             elif callable(metric):
@@ -104,26 +106,30 @@ class Metrics:
                     f"metrics[{name!r}] must be a function (outputs, targets) -> number or an object with "
                     f"update, compute and reset, got {type(metric).__name__}"
                 )
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything seen."""
+        calls = {**self._functions, **{name: metric.update for name, metric in self._objects.items()}}
+        self._weighted = {name for name, call in calls.items() if _takes_weights(call)}
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
+        self._weights: list[Tensor] = []
         self._batches = 0
         for metric in self._objects.values():
             metric.reset()
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in a batch: ``outputs`` and ``targets`` with the examples along their first dimension."""
+    def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+        """Take in a batch: all three with the examples along their first dimension."""
         self._batches += 1
+        if self._weighted and sample_weight is None:
+            sample_weight = torch.ones(len(outputs), device=outputs.device)
         if self._functions:
             self._outputs.append(outputs.detach())
             self._targets.append(targets.detach())
-        for metric in self._objects.values():
+            if self._weighted and sample_weight is not None:
+                self._weights.append(sample_weight.detach())
+        for name, metric in self._objects.items():
             if isinstance(metric, nn.Module):  # torchmetrics keep their state on a device of their own
                 metric.to(outputs.device)
-            metric.update(outputs.detach(), targets)
+            weights = {"sample_weight": sample_weight} if name in self._weighted else {}
+            metric.update(outputs.detach(), targets, **weights)
 
     def compute(self) -> dict[str, float]:
         """All values by name.
@@ -141,8 +147,17 @@ class Metrics:
         values = {name: metric.compute() for name, metric in self._objects.items()}
         if self._functions:
             outputs, targets = torch.cat(self._outputs), torch.cat(self._targets)
-            values |= {name: function(outputs, targets) for name, function in self._functions.items()}
+            weights = {"sample_weight": torch.cat(self._weights)} if self._weights else {}
+            for name, function in self._functions.items():
+                values[name] = function(outputs, targets, **(weights if name in self._weighted else {}))
         try:
             return {name: float(values[name]) for name in names}
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"a metric must be a single number, got {values}") from error
+
+
+def _takes_weights(function: Callable[..., Any]) -> bool:
+    try:
+        return "sample_weight" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a built-in has no signature
+        return False

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from fitwatch.metrics import to_host
@@ -27,18 +27,27 @@ class Marker:
 
 
 @frozen
+class Image:
+    """A picture: the bytes of a PNG file, and its size in pixels."""
+
+    png: bytes = field(repr=False)
+    width: int
+    height: int
+
+
+@frozen
 class Record:
     """One logged value, on the host.
 
     Attributes:
         name: ``train/...`` or ``val/...``; for a `Marker`, the name of the event.
         step: Optimizer steps completed when it was measured.
-        value: A number, a Markdown text, or a `Marker`.
+        value: A number, a Markdown text, a `Marker`, or an `Image`.
     """
 
     name: str
     step: int
-    value: float | str | Marker
+    value: float | str | Marker | Image
 
 
 class Window:

@@ -2,6 +2,7 @@
 
 from attrs import frozen
 
+from fitwatch.baseline import Baseline
 from fitwatch.rules.overfitting import Verdict
 from fitwatch.state import State
 
@@ -25,12 +26,14 @@ class Result:
             without a validation set); None if no value was finite.
         stop_reason: None if training ran its course, else why it stopped.
         verdict: The overfitting verdict, if a detector was attached.
+        baseline: The validation loss of predictions that are the same for every input, where it is known.
     """
 
     history: list[dict[str, float]]
     best: Best | None
     stop_reason: str | None
     verdict: Verdict | None
+    baseline: Baseline | None = None
 
     @classmethod
     def of(cls, state: State) -> "Result":
@@ -41,4 +44,5 @@ class Result:
             best=None if best is None else Best(epoch=int(best["epoch"]), step=int(best["step"]), metrics=best),
             stop_reason=state.stop_reason,
             verdict=state.verdict,
+            baseline=state.baseline,
         )

@@ -1,10 +1,14 @@
-"""The settings of a training, for reports."""
+"""The settings of a training: checked, and described for reports."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fitwatch import loading
+from fitwatch._options import check_counts
 from fitwatch.checkpoint import unwrap
 
 
@@ -22,3 +26,21 @@ def describe(model: nn.Module, optimizer: Optimizer, loss: Any, scheduler: Any, 
         "class_weights": "none",
         **{name: "none" if value is None else value for name, value in options.items()},
     }
+
+
+def check_fit(
+    train_loader: Any, val_loader: Any, *, epochs: Any, max_steps: Any, validate_every: Any, resume: Any
+) -> None:
+    """Refuse arguments of `Trainer.fit` that are out of range, or can't go together."""
+    if epochs is None and max_steps is None:
+        raise ValueError("fit needs epochs= or max_steps=")
+    check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
+    if not (resume is None or isinstance(resume, (str, Path))):
+        raise TypeError(f'resume must be a path or "auto", got {resume!r}')
+    if validate_every is not None and val_loader is None:
+        raise ValueError("validate_every needs a val_loader")
+    loading.check_loader("train_loader", train_loader)
+    if val_loader is not None:
+        loading.check_loader("val_loader", val_loader)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise RuntimeError("fit runs in one process: the exact fraction over several ranks is not supported yet")

@@ -9,8 +9,9 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
+from fitwatch.baseline import Baseline
 from fitwatch.metrics import WeightedMean
-from fitwatch.records import Marker, Name, Record, Reduction, Window
+from fitwatch.records import Image, Marker, Name, Record, Reduction, Window
 
 logger = logging.getLogger("fitwatch")
 
@@ -42,7 +43,8 @@ class State:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    loss: Any  # callbacks may replace it in on_fit_start
+    loss: Any  # callbacks may replace it in on_fit_start and on_epoch_start
+    eval_loss: Any = None  # what validation measures, where that is another loss than training's
     scheduler: Any = None
     scaler: Any = None  # the GradScaler under fp16
     train_loader: Iterable[Any] = ()
@@ -59,6 +61,8 @@ class State:
     history: list[dict[str, float]] = field(factory=list)
     metrics: dict[str, float] = field(factory=dict)
     names: set[str] = field(factory=set)  # metrics to come; a callback that adds one announces it in on_fit_start
+    val_metrics: dict[str, Any] = field(factory=dict)  # what validation measures; see add_metric
+    baseline: Baseline | None = None  # of the validation loss, once it is known
     monitor: str = ""  # the metric that says which evaluation is best
     mode: str = "min"
     records: list[Record] = field(factory=list)  # what on_log is to write
@@ -74,22 +78,25 @@ class State:
     _watched: list[tuple[str, str, str | None]] = field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.names |= {"train/loss"} if self.val_loader is None else {"train/loss", "val/loss"}
+        self.names.add("train/loss")
+        if self.val_loader is not None:
+            self.names |= {"val/loss", *(f"val/{name}" for name in self.val_metrics)}
         self.monitor = self.monitor or ("train/loss" if self.val_loader is None else "val/loss")
 
-    def log(self, name: Name, value: float | str | Tensor | Marker, *, reduce: Reduction = "mean") -> None:
+    def log(self, name: Name, value: float | str | Tensor | Marker | Image, *, reduce: Reduction = "mean") -> None:
         """Log a value; a tensor stays on its device until the window closes.
 
         Args:
             name: ``train/...`` or ``val/...``; or a tuple of n such names.
-            value: A number, a 0-dim tensor (n names: a 1-dim tensor), a Markdown text, or a `Marker`.
+            value: A number, a 0-dim tensor (n names: a 1-dim tensor), a Markdown text, a `Marker`, or an
+                `Image`.
             reduce: What stands for the window: the ``"mean"``, ``"max"`` or ``"last"`` of its values, or a function of
                 all of them stacked, shape (values, ...), that gives as many numbers as there are names.
 
         Raises:
             ValueError: ``reduce`` is unknown.
         """
-        if isinstance(value, (str, Marker)):
+        if isinstance(value, (str, Marker, Image)):
             self._ready.append(Record(str(name), self.progress.step, value))
         else:
             self._window.add(name, value, reduce)
@@ -98,6 +105,23 @@ class State:
         """Draw a bar named ``name`` on the loss chart, at the evaluation ``entry`` of the history."""
         low = entry["train/loss"]
         self._ready.append(Record(name, int(entry["step"]), Marker(low, entry.get("val/loss", low))))
+
+    def add_metric(self, name: str, metric: Any) -> None:
+        """Have validation measure ``val/<name>``, from ``on_fit_start`` on.
+
+        Args:
+            name: Without ``val/``.
+            metric: As in the Trainer's ``metrics``: a function of (outputs, targets), or an object.
+
+        Raises:
+            ValueError: There is a metric of this name, or nothing is validated.
+        """
+        if self.val_loader is None:
+            raise ValueError(f"val/{name} can't be measured: fit has no val_loader")
+        if name in self.val_metrics:
+            raise ValueError(f"there are two metrics named {name!r}")
+        self.val_metrics[name] = metric
+        self.names.add(f"val/{name}")
 
     def request_stop(self, reason: str) -> None:
         """Ask for the end of training. All callbacks finish first; the first reason given is kept."""

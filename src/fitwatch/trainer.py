@@ -10,13 +10,14 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import checkpoint, loading
-from fitwatch._options import check_counts, instance, integer, number, one_of
+from fitwatch._options import instance, integer, number, one_of
 from fitwatch.callback import Callback, Callbacks
+from fitwatch.evaluation import Evaluation, expected_baseline
 from fitwatch.gradients import StepGradient, check_scheduler, parameters, zero_grad
-from fitwatch.losses import LossSum, as_loss
-from fitwatch.metrics import Metrics, WeightedMean, evaluating
+from fitwatch.losses import LossSum, apply, as_loss
+from fitwatch.metrics import Metrics, evaluating
 from fitwatch.result import Result
-from fitwatch.settings import describe
+from fitwatch.settings import check_fit, describe
 from fitwatch.state import Progress, State
 
 _NO_AUTOCAST = nullcontext()
@@ -77,8 +78,8 @@ class Trainer:
             raise TypeError("optimizer must step without a closure, which LBFGS can't")
         check_scheduler(self.scheduler, self.optimizer)
         self._hooks = Callbacks(self.callbacks)
-        self._metrics = Metrics(self.metrics or {})
-        self._unweighted: tuple[Any, WeightedMean] | None = None
+        Metrics(self.metrics or {})  # refuses a wrong one now
+        self._evaluation: Evaluation | None = None  # while one runs
         scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.state = self._new_state(progress=Progress(), scaler=scaler)
 
@@ -90,8 +91,8 @@ class Trainer:
         Returns:
             A `LossSum`, or a scalar tensor, which counts as the mean over the batch's examples.
         """
-        input, target = loading.input_and_target(batch)
-        return self.compute_loss(self.model(input), target)
+        input, target, *weight = loading.parts(batch)
+        return self.compute_loss(self.model(input), target, *weight)
 
     def validation_step(self, batch: Any) -> LossSum | Tensor:
         """The loss of a batch in eval mode, without gradients.
@@ -101,10 +102,10 @@ class Trainer:
         Returns:
             As for `training_step`.
         """
-        input, target = loading.input_and_target(batch)
+        input, target, *weight = loading.parts(batch)
         output = self.model(input)
-        self.update_metrics(output, target)
-        return self.compute_loss(output, target)
+        self.update_metrics(output, target, *weight)
+        return self.compute_loss(output, target, *weight)
 
     def batch_size(self, batch: Any) -> int:
         """Examples in a batch; override it for own batch formats. Asked where a step returns a scalar."""
@@ -112,19 +113,25 @@ class Trainer:
 
     # -- to call -------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, output: Any, target: Any) -> LossSum | Tensor:
-        """The loss in force, which callbacks may have given weights: a `LossSum` where it is exact, else its scalar."""
-        loss = self.state.loss
-        sums = getattr(loss, "sums", None)
-        result: LossSum | Tensor = loss(output, target) if sums is None else sums(output, target)
-        return result
+    def compute_loss(self, output: Any, target: Any, sample_weight: Any = None) -> LossSum | Tensor:
+        """The loss in force, which callbacks may have given weights: a `LossSum` where it is exact, else its scalar.
 
-    def update_metrics(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take a validation batch into the metrics, and into ``val/loss_unweighted`` where class weights are on."""
-        self._metrics.update(outputs, targets)
-        if self._unweighted is not None:
-            loss, mean = self._unweighted
-            mean.add(*loss.sums(outputs, targets))
+        Args:
+            output: What the loss takes.
+            target: Likewise.
+            sample_weight: How much each example counts, shape (N,), or each position; see `Loss.sums`.
+
+        Raises:
+            TypeError: There are weights, and the loss is a function that gives a mean.
+        """
+        loss = self.state.loss if self._evaluation is None else self._evaluation.loss
+        return apply(loss, output, target, sample_weight)
+
+    def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+        """Take a batch into the metrics, and what else validation measures; for ``validation_step``."""
+        if self._evaluation is None:
+            raise RuntimeError("update_metrics is for validation_step: no validation is running")
+        self._evaluation.update(outputs, targets, sample_weight)
 
     def fit(
         self,
@@ -153,20 +160,9 @@ class Trainer:
             TypeError: A loader is no iterable, or a step returned no loss.
             RuntimeError: ``torch.distributed`` is initialised: several ranks are not supported yet.
         """
-        if epochs is None and max_steps is None:
-            raise ValueError("fit needs epochs= or max_steps=")
-        check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
-        if not (resume is None or isinstance(resume, (str, Path))):
-            raise TypeError(f'resume must be a path or "auto", got {resume!r}')
-        if validate_every is not None and val_loader is None:
-            raise ValueError("validate_every needs a val_loader")
-        loading.check_loader("train_loader", train_loader)
-        if val_loader is not None:
-            loading.check_loader("val_loader", val_loader)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise RuntimeError("fit runs in one process: the exact fraction over several ranks is not supported yet")
-
-        self._hooks, self._metrics = Callbacks(self.callbacks), Metrics(self.metrics or {})
+        options = {"epochs": epochs, "max_steps": max_steps, "validate_every": validate_every, "resume": resume}
+        check_fit(train_loader, val_loader, **options)
+        self._hooks = Callbacks(self.callbacks)
         state = self.state = self._new_state(
             progress=self.state.progress,
             scaler=self.state.scaler,
@@ -200,24 +196,23 @@ class Trainer:
             ValueError: The loader gives no batch.
         """
         self._to_device()
-        loss, batches = WeightedMean(), 0
-        weighted = getattr(self.state.loss, "has_weights", False)
-        self._unweighted = (self.state.loss.unweighted(), WeightedMean()) if weighted else None
-        self._metrics.reset()
-        with evaluating(self.model):
-            for batch in loader:
-                moved = self._move(batch)
-                with self._autocast():
-                    total, weight = self._sums(self.validation_step(moved), moved, "validation_step")
-                loss.add(total, weight)
-                batches += 1
-        if not batches:
-            raise ValueError("the validation loader is empty: it gave no batch (a generator can be iterated once only)")
-        loss.pull()
-        values = {"val/loss": loss.value}
-        if self._unweighted is not None and self._unweighted[1].pull()[1]:  # an own validation_step may not feed it
-            values["val/loss_unweighted"] = self._unweighted[1].value
-        return values | {f"val/{name}": value for name, value in self._metrics.compute().items()}
+        state = self.state
+        known = state.baseline if loader is state.val_loader and state.history else None
+        evaluation = Evaluation(state.loss if state.eval_loss is None else state.eval_loss, state.val_metrics, known)
+        self._evaluation = evaluation
+        try:
+            with evaluating(self.model):
+                for batch in loader:
+                    moved = self._move(batch)
+                    with self._autocast():
+                        total, weight = self._sums(self.validation_step(moved), moved, "validation_step")
+                    evaluation.add(total, weight)
+            values = evaluation.values()
+        finally:
+            self._evaluation = None
+        if loader is state.val_loader:
+            state.baseline = evaluation.baseline
+        return values
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -320,7 +315,6 @@ class Trainer:
     def _new_state(self, **given: Any) -> State:
         names = ("accumulate", "clip_norm", "precision", "device", "seed")
         options = {name: getattr(self, name) for name in names} | {"device": str(self.device)}
-        val_metrics = self.metrics or {} if given.get("val_loader") is not None else {}
         return State(
             model=self.model,
             optimizer=self.optimizer,
@@ -330,7 +324,7 @@ class Trainer:
             device=self.device,
             log_every=self.log_every,
             settings=describe(self.model, self.optimizer, self.loss, self.scheduler, **options),
-            names={f"val/{name}" for name in val_metrics},
+            val_metrics=dict(self.metrics or {}),
             **given,
         )
 
@@ -350,8 +344,10 @@ class Trainer:
     def _check_metrics(self) -> None:
         """Refuse now, not after an epoch, to monitor what will not be measured."""
         state = self.state
-        if state.val_loader is not None and getattr(state.loss, "has_weights", False):
+        loss = state.loss if state.eval_loss is None else state.eval_loss
+        if state.val_loader is not None and getattr(loss, "has_weights", False):
             state.names.add("val/loss_unweighted")
+        state.baseline = expected_baseline(loss, state.train_loader, state.val_loader)
         if self._plateau:
             state.watch(self.scheduler_monitor, self.scheduler.mode, by="ReduceLROnPlateau")
         state.check_watched()
@@ -378,8 +374,9 @@ class Trainer:
 
     def _to_device(self) -> None:
         self.model.to(self.device)
-        if isinstance(self.state.loss, nn.Module):
-            self.state.loss.to(self.device)
+        for loss in (self.state.loss, self.state.eval_loss):
+            if isinstance(loss, nn.Module):
+                loss.to(self.device)
 
     def _move(self, batch: Any) -> Any:
         return batch if self.device.type == "cpu" else loading.to_device(batch, self.device)

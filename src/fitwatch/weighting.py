@@ -1,7 +1,6 @@
 """From class counts to class weights: how much each class should count in a loss.
 
-`count_classes` counts the labels, `class_weights` turns counts into weights, `as_class_weights` checks
-weights that you chose yourself.
+`class_weights` turns counts into weights, `as_class_weights` checks weights that you chose yourself.
 """
 
 from __future__ import annotations
@@ -54,11 +53,12 @@ def _as_tensor(values: Any) -> Tensor:
 
 
 def class_weights(
-    counts: Tensor | Sequence[float],
+    counts: Tensor | Sequence[float] | Sequence[Sequence[float]],
     scheme: str = "balanced",
     *,
     beta: float = 0.999,
     absent: str = "error",
+    normalize: bool = False,
 ) -> Tensor:
     """Weights of the classes from their counts.
 
@@ -75,15 +75,19 @@ def class_weights(
     The scale of the weights cancels in a cross-entropy that divides by the sum of the weights.
 
     Args:
-        counts: Shape (C,): examples of each class, whole numbers or fractions, at least 0.
+        counts: Shape (C,): examples of each class, whole numbers or fractions, at least 0. Or shape (K, 2): negatives
+            and positives of K labels that do not exclude each other, each a problem of two classes by itself.
         scheme: A name of the table.
         beta: For `"effective_number"` only, in [0, 1): 0 weighs all classes alike, close to 1 is close to
             inverse counts.
         absent: What to do about a class with count 0: `"error"`, or `"zero"` to give it weight 0. The other
-            classes then get the weights of a problem without it: N, K and the median are over those present.
+            classes then get the weights of a problem without it: N, K and the median are over those present. A label
+            that lacks one of its two classes has nothing to balance: with `"zero"` both its weights are 1.
+        normalize: Whether to scale the weights to a mean of 1 over the data (for each label), sum n_c w_c = N, so that
+            they leave the scale of a loss that does not divide by their sum.
 
     Returns:
-        Shape (C,), float32, on the device of `counts`.
+        The shape of `counts`, float32, on their device.
 
     Raises:
         ValueError: The scheme or an option is unknown or out of range, a count is negative or not finite, a
@@ -95,25 +99,68 @@ def class_weights(
         raise ValueError(f"absent must be 'error' or 'zero', got {absent!r}")
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {beta!r}")
-    numbers = _as_tensor(counts).double()
-    if numbers.dim() != 1 or len(numbers) == 0:
-        raise ValueError(f"counts must have shape (C,) with C >= 1, got shape {tuple(numbers.shape)}")
-    if not bool((numbers.isfinite() & (numbers >= 0)).all()):
-        raise ValueError(f"counts must be finite and at least 0, got {numbers.tolist()}")
+    numbers = as_counts(counts)
     present = numbers > 0
     if not bool(present.any()):
-        raise ValueError(f"all {len(numbers)} classes have count 0: there is nothing to weigh")
+        what = "classes" if numbers.dim() == 1 else "labels"
+        raise ValueError(f"all {len(numbers)} {what} have count 0: there is nothing to weigh")
     if absent == "error" and not bool(present.all()):
-        missing = (~present).nonzero().flatten().tolist()
-        names = ", ".join(map(str, missing))
-        which = f"class {names} is" if len(missing) == 1 else f"classes {names} are"
         raise ValueError(
-            f"{which} absent from the training data, so there is no {scheme!r} weight: check the labels and "
-            "the split, or give absent='zero' for weight 0"
+            f"{_missing(present)} absent from the training data, so there is no {scheme!r} weight: check the labels "
+            f"and the split, or give absent='zero' for weight {0 if present.dim() == 1 else 1}"
         )
-    weights = torch.zeros_like(numbers)
-    weights[present] = _FORMULAS[scheme](numbers[present], beta)
-    return weights.float()
+    formula = _FORMULAS[scheme]
+    if numbers.dim() == 1:
+        weights = torch.zeros_like(numbers)
+        weights[present] = formula(numbers[present], beta)
+    else:
+        weights = torch.ones_like(numbers)
+        for label in present.all(1).nonzero().flatten().tolist():
+            weights[label] = formula(numbers[label], beta)
+    return (normalized(weights, numbers) if normalize else weights).float()
+
+
+def normalized(weights: Tensor, counts: Tensor) -> Tensor:
+    """The weights, scaled to a mean of 1 over the data.
+
+    Args:
+        weights: Shape (C,) or (K, 2).
+        counts: Shape (C,), or (K, 2), where each label is scaled by itself.
+
+    Returns:
+        The shape of both together, the dtype of `weights`.
+
+    Raises:
+        ValueError: The numbers of classes differ, or every example has weight 0.
+    """
+    if weights.shape[-1] != counts.shape[-1]:
+        raise ValueError(f"there are {weights.shape[-1]} class weights, and counts of {counts.shape[-1]} classes")
+    counts = counts.to(weights.device).double()
+    numbers = counts.sum(-1, keepdim=True)
+    # a label without an example keeps its weights
+    mean = torch.where(numbers > 0, (counts * weights).sum(-1, keepdim=True) / numbers, 1)
+    if not bool((mean > 0).all()):
+        raise ValueError(
+            f"every example has weight 0: the weights are {weights.tolist()}, the counts {counts.tolist()}"
+        )
+    return (weights / mean).to(weights.dtype)
+
+
+def as_counts(counts: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+    """Check counts of classes, shape (C,), or of labels, shape (K, 2), and give them as a tensor of float64.
+
+    Raises:
+        ValueError: Another shape, empty, negative or not finite.
+    """
+    numbers = _as_tensor(counts).double()
+    if numbers.dim() not in (1, 2) or numbers.numel() == 0 or (numbers.dim() == 2 and numbers.shape[1] != 2):
+        raise ValueError(
+            "counts must have shape (C,) with C >= 1, or (K, 2) for the negatives and positives of K labels, got "
+            f"shape {tuple(numbers.shape)}"
+        )
+    if not bool((numbers.isfinite() & (numbers >= 0)).all()):
+        raise ValueError(f"counts must be finite and at least 0, got {numbers.tolist()}")
+    return numbers
 
 
 def as_class_weights(weights: Tensor | Sequence[float] | Mapping[int, float]) -> Tensor:
@@ -150,81 +197,10 @@ def as_class_weights(weights: Tensor | Sequence[float] | Mapping[int, float]) ->
     return result
 
 
-def count_classes(
-    targets: Tensor | Sequence[Any] | Any, *, num_classes: int | None = None, ignore_index: int | None = None
-) -> Tensor:
-    """How often each class occurs in the targets.
-
-    Args:
-        targets: A tensor, an array or a (nested) sequence, read by its dtype:
-
-            - integers of any shape are class indices;
-            - bools, and floats of shape (N,) or (N, 1) that are all 0 or 1, are labels of a binary problem;
-            - floats of shape (N, C) with C >= 2 are class probabilities, rows in [0, 1] that sum to 1.
-        num_classes: C. By default the largest label plus 1 (2 for a binary problem): give it where the last
-            class may be absent.
-        ignore_index: A label that does not count, for class indices.
-
-    Returns:
-        Shape (C,): int64 counts, or float64 sums of the probabilities.
-
-    Raises:
-        ValueError: A label is negative or at least `num_classes` (named, with its index in the flattened
-            targets), a float is neither a binary label nor a probability, or there are no targets and no
-            `num_classes`.
-    """
-    labels = _as_tensor(targets)
-    if labels.is_floating_point():
-        if labels.dim() == 2 and labels.shape[1] > 1:
-            return _sum_probabilities(labels, num_classes)
-        _refuse_unless_binary(labels)
-    if num_classes is None and labels.numel() and (labels.is_floating_point() or labels.dtype is torch.bool):
-        num_classes = 2
-    labels = labels.flatten().long()
-    kept = labels if ignore_index is None else labels[labels != ignore_index]
-    if len(kept) == 0:
-        if num_classes is None:
-            raise ValueError("there are no targets to count: give num_classes, or targets with at least one label")
-        return torch.zeros(num_classes, dtype=torch.int64, device=kept.device)
-    low, high = (int(bound) for bound in kept.aminmax())
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        _refuse_label(labels, num_classes, ignore_index)
-    return torch.bincount(kept, minlength=num_classes or 0)
-
-
-def _refuse_unless_binary(labels: Tensor) -> None:
-    wrong = (labels != 0) & (labels != 1)
-    if bool(wrong.any()):
-        index = int(wrong.flatten().nonzero()[0])
-        raise ValueError(
-            "floating-point targets must be binary labels 0 and 1, or probabilities of shape (N, C), and "
-            f"class indices must be integers; got {labels.flatten()[index].item()} at index {index} of targets "
-            f"of shape {tuple(labels.shape)}"
-        )
-
-
-def _refuse_label(labels: Tensor, num_classes: int | None, ignore_index: int | None) -> None:
-    wrong = labels < 0
-    if num_classes is not None:
-        wrong |= labels >= num_classes
-    if ignore_index is not None:
-        wrong &= labels != ignore_index
-    index = int(wrong.nonzero()[0])
-    allowed = "at least 0" if num_classes is None else f"0..{num_classes - 1}"
-    also = "" if ignore_index is None else f" and ignore_index={ignore_index}"
-    raise ValueError(f"label {int(labels[index])} at index {index} is out of range: allowed are {allowed}{also}")
-
-
-def _sum_probabilities(rows: Tensor, num_classes: int | None) -> Tensor:
-    if num_classes not in (None, rows.shape[1]):
-        raise ValueError(f"targets of shape {tuple(rows.shape)} have {rows.shape[1]} classes, not {num_classes}")
-    rows = rows.double()
-    # 0.01: bfloat16 keeps about three digits
-    wrong = ~((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() < 0.01))
-    if bool(wrong.any()):
-        index = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"floating-point targets of shape {tuple(rows.shape)} must be probabilities, at least 0 with sum "
-            f"1 in every row; row {index} is {rows[index].tolist()}"
-        )
-    return rows.sum(0)
+def _missing(present: Tensor) -> str:
+    """What is not there, as the subject of a sentence, with its verb."""
+    absent = (~present).nonzero().tolist()
+    if present.dim() == 2:
+        return ", ".join(f"the {('negatives', 'positives')[side]} of label {label}" for label, side in absent) + " are"
+    names = ", ".join(str(label) for (label,) in absent)
+    return f"class {names} is" if len(absent) == 1 else f"classes {names} are"

@@ -17,6 +17,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from fitwatch.records import Image
+
 # title -> "lines" and tags as regular expressions, or "margin" and three plain tags: value, lower, upper
 Charts = Mapping[str, tuple[str, list[str]]]
 
@@ -70,6 +72,12 @@ def text(tag: str, markdown: str) -> Any:
     """A text card; a Markdown table in it needs a header row."""
     metadata = text_metadata.create_summary_metadata(display_name="", description="")
     return _string(tag, metadata, markdown.encode(), TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]))
+
+
+def image(tag: str, picture: Image) -> Any:
+    """A picture."""
+    encoded = Summary.Image(height=picture.height, width=picture.width, encoded_image_string=picture.png)
+    return Summary.Value(tag=tag, image=encoded)
 
 
 def layout(categories: Mapping[str, Charts]) -> Any:

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from attrs import define, field
 
 from fitwatch._options import instance
 from fitwatch.callback import Callback
-from fitwatch.records import Marker
+from fitwatch.records import Image, Marker
 from fitwatch.state import State
 
-_RUNS = ("train", "val", "best")  # all other sub-runs are bars on the loss chart
+_RUNS = ("train", "val", "best", "baseline")  # all other sub-runs are bars on the loss chart
 
 # The Custom Scalars page: category -> title -> kind and tags, which for "lines" are regular
 # expressions that are anchored at their start only, and for "margin" are plain: value, lower, upper.
@@ -106,6 +106,7 @@ class TensorBoard(Callback):
         self.on_epoch_start(state)  # a loop of one's own may have no epochs
         scalars: dict[str, dict[str, float]] = {}
         texts: dict[str, dict[str, str]] = {}
+        images: dict[str, list[Any]] = {}
         for record in state.records:
             run, tag = _run_and_tag(record.name)
             if isinstance(record.value, Marker):
@@ -114,6 +115,9 @@ class TensorBoard(Callback):
             scalars.setdefault(run, {})
             if isinstance(record.value, str):
                 _append(texts.setdefault(run, {}), tag, record.value)
+                continue
+            if isinstance(record.value, Image):
+                images.setdefault(run, []).append(_events.image(tag, record.value))
                 continue
             scalars[run][tag] = record.value
             if not math.isfinite(record.value) and record.name not in self._not_finite:
@@ -124,10 +128,13 @@ class TensorBoard(Callback):
         for run, numbers in scalars.items():
             values = [_events.scalar(tag, value) for tag, value in numbers.items()]
             values += [_events.text(tag, value) for tag, value in texts.get(run, {}).items()]
+            values += images.get(run, [])
             if run == "train" and "loss" in numbers and not self._has_layout:  # all charts have begun by now
                 self._has_layout = True
                 values.append(_events.layout(_page(self._tags)))
             self._write(run, state.progress.step, values)
+        if state.baseline is not None and "loss" in scalars.get("val", ()):  # a level line in the chart of the loss
+            self._write("baseline", state.progress.step, [_events.scalar("loss", state.baseline.constant)])
 
     def on_fit_end(self, state: State) -> None:
         """Write the dot at the best evaluation and the end report, and close the files."""
@@ -203,15 +210,46 @@ class TensorBoard(Callback):
         assert self.run_dir is not None
         settings = {name: value for name, value in state.settings.items() if name != "device"}
         row = _events.hparams(settings, self.run_dir.name, self._started, succeeded=state.error is None)
-        return [_events.scalar("report/seconds", time.time() - self._started), *row]
+        seconds = time.time() - self._started
+        report = _events.text("report/end", _summary(state, seconds))
+        return [_events.scalar("report/seconds", seconds), report, *row]
+
+
+def _summary(state: State, seconds: float) -> str:
+    """The table of the end report."""
+    best, rows = state.best, []
+    if best is not None:
+        rows.append(("best epoch (from 0)", f"{best['epoch']:g}, by {state.monitor}"))
+        rows += [(f"{name} at the best epoch", f"{v:.6g}") for name, v in best.items() if name not in ("epoch", "step")]
+    rows += _baseline(state)
+    rows.append(("epochs, steps", f"{state.progress.epoch}, {state.progress.step}"))
+    rows.append(("seconds", f"{seconds:.1f}"))
+    rows.append(("ended by", repr(state.error) if state.error else state.stop_reason or "the end of training"))
+    if state.verdict is not None:
+        rows.append(("verdict", f"{state.verdict.status}: {state.verdict.evidence}"))
+    return _table("result", rows)
+
+
+def _baseline(state: State) -> list[tuple[str, str]]:
+    """What the validation loss is to be compared with."""
+    if state.baseline is None:
+        return []
+    rows = [("val/loss of the best constant prediction", f"{state.baseline.constant:.6g}")]
+    if math.isfinite(state.baseline.uniform):
+        rows.append(("val/loss of equal logits", f"{state.baseline.uniform:.6g}"))
+    return rows
+
+
+def _table(title: str, rows: Iterable[tuple[str, Any]]) -> str:
+    lines = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows]
+    return "\n".join([f"| {title} | value |", "|---|---|", *lines])
 
 
 def _start_report(state: State) -> Any:
     from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
-    settings = {**state.settings, "git": _git_revision()}
-    rows = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in settings.items()]
-    return _events.text("report/start", "\n".join(["| setting | value |", "|---|---|", *rows]))
+    settings = {**state.settings, **dict(_baseline(state)), "git": _git_revision()}
+    return _events.text("report/start", _table("setting", settings.items()))
 
 
 def _best(best: Mapping[str, float]) -> list[Any]:

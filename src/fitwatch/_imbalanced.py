@@ -1,0 +1,229 @@
+"""Losses for classes that are rare, or whose mistakes differ in cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fitwatch._cross_entropy import CrossEntropy
+from fitwatch._loss import ClassLoss, Loss, LossSum, as_classes, as_two_classes
+from fitwatch.decisions import CostMatrix, as_cost_matrix
+
+
+class Focal(ClassLoss):
+    """Cross-entropy that fades out what is right already (Lin et al. 2017, arXiv 1708.02002, eq. 5).
+
+    With p = softmax(logits), or (1 - sigmoid(z), sigmoid(z)) for one logit z, and y the true class::
+
+        l = -(1 - p[y])^gamma log p[y]
+
+    Outputs are logits of shape (N, C), (N, C, d1, ...) or (C,), targets class indices of shape (N,), (N, d1, ...) or
+    (); or one logit, shape (N,) or (N, 1), with targets 0 and 1 of the same shape. As in `CrossEntropy`, the weight of
+    a position is that of its class, and the loss is divided by the sum of the weights; the paper's alpha is
+    ``weight=[1 - alpha, alpha]``, and it divides by the number of positives.
+
+    Exact to rounding however confident the logits are, also for gamma < 1.
+
+    Args:
+        gamma: How fast the right ones fade, at least 0; 0 is `CrossEntropy`.
+        weight: Weights of the classes, shape (C,). Kept as a buffer.
+        ignore_index: Class index of positions that do not count.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    def __init__(
+        self, gamma: float = 2.0, *, weight: Tensor | Sequence[float] | None = None, ignore_index: int = -100
+    ) -> None:
+        super().__init__(weight, ignore_index=ignore_index)
+        self.gamma = _at_least_0("gamma", gamma)
+
+    def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
+        logits, labels, counts = as_classes(output, target, self.weight, self.ignore_index)
+        weights = self._weights(labels, counts, logits.dtype)
+        log_odds = _log_odds(logits, labels)
+        # (1 - p)^gamma through its logarithm: the power of a 0 that was rounded has no gradient below gamma = 1
+        fading = (self.gamma * F.logsigmoid(-log_odds)).exp()
+        return -weights * fading * F.logsigmoid(log_odds), weights
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"gamma={self.gamma}, {super().extra_repr()}"
+
+
+class LogitAdjusted(CrossEntropy):
+    """Cross-entropy whose logits know how frequent the classes are (Menon et al. 2021, arXiv 2007.07314, eq. 10).
+
+    ::
+
+        l = CrossEntropy(logits + tau log(counts / sum(counts)))
+
+    At tau = 1 it is the balanced softmax (Ren et al. 2020, arXiv 2007.10740, eq. 4). A model trained with it is used
+    without it: the arg-max of its logits is the decision for classes that are equally frequent. The loss itself stays
+    adjusted in validation, so that it means the same in both.
+
+    Outputs and targets are those of `CrossEntropy`, and also one logit, shape (N,) or (N, 1), with targets 0 and 1.
+
+    Args:
+        counts: How many training examples each class has, shape (C,), all greater than 0; any multiple does.
+        tau: How much the frequencies count, at least 0; 0 is `CrossEntropy`.
+        weight: As for `CrossEntropy`.
+        label_smoothing: As for `CrossEntropy`.
+        ignore_index: As for `CrossEntropy`.
+
+    Raises:
+        ValueError: An option is out of range, or a count is not greater than 0.
+    """
+
+    adjustment: Tensor
+
+    def __init__(
+        self,
+        counts: Tensor | Sequence[float],
+        *,
+        tau: float = 1.0,
+        weight: Tensor | Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(weight, label_smoothing=label_smoothing, ignore_index=ignore_index)
+        self.tau = _at_least_0("tau", tau)
+        numbers = _counts(counts)
+        self.register_buffer("adjustment", self.tau * (numbers / numbers.sum()).log())
+
+    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
+        return super().sums(*as_two_classes(output, target), sample_weight)
+
+    def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
+        return super().unreduced(*as_two_classes(output, target))
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"tau={self.tau}, {super().extra_repr()}"
+
+    def _per_class(self) -> Tensor | None:
+        return self.adjustment
+
+    def _log_softmax(self, output: Tensor, dim: int) -> Tensor:
+        adjustment = self.adjustment.to(output.dtype).view(-1, *[1] * (output.dim() - 2))
+        return torch.log_softmax(output + adjustment, dim)
+
+
+class LDAM(ClassLoss):
+    """Cross-entropy with a larger margin for rarer classes (Cao et al. 2019, arXiv 1906.07413, eq. 10 to 13).
+
+    With z the logits, y the true class and n the counts::
+
+        l = CrossEntropy(scale (z - margin[y] at y)),    margin[c] = max_margin (min(n) / n[c])^(1/4)
+
+    The paper takes cosines as logits (features and the rows of the last layer normalised to length 1), which is what
+    the defaults of ``scale`` and ``max_margin`` are for, and switches class weights on late: see `WeightedLoss`'s
+    ``start_epoch``. Outputs and targets are those of `Focal`; the loss is divided by the sum of the weights.
+
+    Args:
+        counts: How many training examples each class has, shape (C,), all greater than 0; any multiple does.
+        max_margin: The margin of the rarest class, at least 0, in units of the logits.
+        scale: What the logits are multiplied with, greater than 0.
+        weight: Weights of the classes, shape (C,). Kept as a buffer.
+        ignore_index: Class index of positions that do not count.
+
+    Raises:
+        ValueError: An option is out of range, or a count is not greater than 0.
+    """
+
+    margin: Tensor
+
+    def __init__(
+        self,
+        counts: Tensor | Sequence[float],
+        *,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        weight: Tensor | Sequence[float] | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(weight, ignore_index=ignore_index)
+        self.max_margin, self.scale = _at_least_0("max_margin", max_margin), _at_least_0("scale", scale)
+        if not self.scale:
+            raise ValueError("scale must be greater than 0, got 0")
+        numbers = _counts(counts)
+        self.register_buffer("margin", self.max_margin * (numbers.min() / numbers) ** 0.25)
+
+    def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
+        logits, labels, counts = as_classes(output, target, self.margin, self.ignore_index)
+        true = labels.unsqueeze(-1)
+        margin = self.margin.to(logits.dtype)[true]
+        log_p = (self.scale * logits.scatter_add(-1, true, -margin)).log_softmax(-1)
+        weights = self._weights(labels, counts, logits.dtype)
+        return -weights * log_p.gather(-1, true).squeeze(-1), weights
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"max_margin={self.max_margin}, scale={self.scale}, {super().extra_repr()}"
+
+
+class ExpectedCost(Loss):
+    """What decisions drawn from the probabilities of the model cost (Galdran et al. 2020, arXiv 2010.00291).
+
+    With p = softmax(logits), y the true class and C the cost matrix::
+
+        l = sum over j of C[y, j] p[j]
+
+    in units of the costs. Outputs and targets are those of `Focal`; every position has weight 1. The gradient vanishes
+    where the model is sure, also where it is wrong: the paper adds the loss to a cross-entropy.
+
+    Args:
+        costs: A `CostMatrix`, or a matrix of shape (C, C): row true, column predicted. Kept as a buffer.
+        ignore_index: Class index of positions that do not count.
+
+    Raises:
+        ValueError: The costs are not valid, see `CostMatrix`.
+    """
+
+    costs: Tensor
+
+    def __init__(self, costs: CostMatrix | Tensor | Sequence[Sequence[float]], *, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.register_buffer("costs", as_cost_matrix(costs).matrix.clone())
+        self.ignore_index = ignore_index
+
+    def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
+        logits, labels, counts = as_classes(output, target, self.costs, self.ignore_index)
+        weights = counts.to(logits.dtype)
+        return (self.costs.to(logits.dtype)[labels] * logits.softmax(-1)).sum(-1) * weights, weights
+
+    def extra_repr(self) -> str:
+        """The options, for `repr`."""
+        return f"costs={self.costs.tolist()}, ignore_index={self.ignore_index}"
+
+
+def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """log(p / (1 - p)) of the true class, (N, ...), from logits (N, ..., C).
+
+    z_y minus the logsumexp of the others. Their largest is taken off both first: large logits would swamp the rest.
+    """
+    true = labels.unsqueeze(-1)
+    others = logits.scatter(-1, true, -torch.inf)
+    top = others.detach().amax(-1, keepdim=True)
+    return (logits.gather(-1, true) - top).squeeze(-1) - (others - top).logsumexp(-1)
+
+
+def _at_least_0(name: str, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of 0 or more, got {value!r}")
+    return value
+
+
+def _counts(counts: Tensor | Sequence[float]) -> Tensor:
+    numbers = torch.as_tensor(counts).detach()
+    numbers = numbers.to(torch.float64 if numbers.dtype is torch.float64 else torch.float32)
+    if numbers.dim() != 1 or len(numbers) < 2:
+        raise ValueError(f"counts must have shape (C,) with C >= 2, got shape {tuple(numbers.shape)}")
+    if not bool((numbers.isfinite() & (numbers > 0)).all()):
+        raise ValueError(f"counts must be finite and greater than 0 for every class, got {numbers.tolist()}")
+    return numbers

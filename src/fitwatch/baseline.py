@@ -1,0 +1,145 @@
+"""What a loss value means: the loss of a model that learned nothing from its inputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from fitwatch._cross_entropy import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, NegativeLogLikelihood
+from fitwatch._imbalanced import ExpectedCost
+from fitwatch._loss import ClassLoss, as_sample_weight
+from fitwatch._real_world import RealWorldCrossEntropy
+
+MOST_CLASSES = 1000
+"""With more classes there is no baseline: the search for the best constant takes C^2 numbers a step."""
+
+
+@frozen
+class Baseline:
+    """The loss of predictions that are the same for every input.
+
+    Attributes:
+        constant: Of the best constant prediction, which is the least that a model reaches without its inputs. For
+            cross-entropy it is the entropy of the (weighted) class shares, for the squared error the variance.
+        uniform: Of equal logits for all classes: ln C for plain cross-entropy. NaN for a regression.
+    """
+
+    constant: float
+    uniform: float
+
+    def left(self, loss: float) -> float:
+        """The share of ``constant`` that ``loss`` still is: at 1 nothing is learned, 0 is perfect."""
+        return loss / self.constant if self.constant else math.nan
+
+
+class TargetSums:
+    """What the baseline of a loss has to know of the targets, gathered over batches, on the host.
+
+    Args:
+        loss: Any loss. There is no baseline for a function, a `Loss` of the user's own, or more than `MOST_CLASSES`
+            classes.
+    """
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+        self._known = isinstance(
+            loss, (ClassLoss, BinaryCrossEntropy, RealWorldCrossEntropy, ExpectedCost, MeanSquaredError)
+        )
+        self._kind = ""
+        self._sums: Tensor | None = None
+
+    def update(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> None:
+        """Take a batch in; ``output`` is asked for its shape only."""
+        if not (self._known and isinstance(output, Tensor) and isinstance(target, Tensor)):
+            return
+        target = target.detach().cpu()
+        weight = None if sample_weight is None else sample_weight.detach().cpu()
+        one_logit = output.dim() < 2 or output.shape[1] == 1
+        if isinstance(self.loss, MeanSquaredError):
+            y, w = _columns(target, weight)
+            self._add("moments", torch.stack([w.sum(0), (w * y).sum(0), (w * y * y).sum(0)]))
+        elif output.shape != target.shape:
+            classes = output.shape[0 if output.dim() == 1 else 1]
+            if classes <= MOST_CLASSES:
+                self._add("classes", self._count(target, weight, classes))
+        elif one_logit or not isinstance(self.loss, CrossEntropy):
+            y, w = _columns(target, weight)
+            self._add("labels", torch.stack([(w * (1 - y)).sum(0), (w * y).sum(0)]))
+        elif output.shape[1] <= MOST_CLASSES:
+            rows = target.double().movedim(1, -1)
+            w = torch.ones(rows.shape[:-1]) if weight is None else as_sample_weight(weight, rows[..., 0])
+            self._add("probabilities", (rows * w.unsqueeze(-1)).flatten(0, -2).sum(0))
+
+    def baseline(self) -> Baseline | None:
+        """The baseline on the targets seen so far; None where there is none."""
+        sums = self._sums
+        if sums is None or not bool(sums.any()):
+            return None
+        if self._kind == "moments":
+            weight, first, second = sums
+            return Baseline(constant=float((second - first**2 / weight).sum() / weight.sum()), uniform=math.nan)
+        loss = self.loss
+        if isinstance(loss, NegativeLogLikelihood):  # takes log-probabilities, the search is over logits
+            loss = CrossEntropy(loss.weight, ignore_index=loss.ignore_index)
+        return _search(copy.deepcopy(loss).cpu().double(), self._kind, sums)
+
+    def _add(self, kind: str, sums: Tensor) -> None:
+        self._kind, self._sums = kind, sums if self._sums is None else self._sums + sums
+
+    def _count(self, target: Tensor, weight: Tensor | None, classes: int) -> Tensor:
+        positions = target.reshape(-1) if target.dim() < 2 else target
+        weights = torch.ones(positions.shape, dtype=torch.float64)
+        if weight is not None:
+            weights = as_sample_weight(weight, weights)
+        ignore_index = getattr(self.loss, "ignore_index", None)
+        if ignore_index is not None:
+            kept = positions != ignore_index
+            positions, weights = positions[kept], weights[kept]
+        counts = torch.zeros(classes, dtype=torch.float64)
+        return counts.index_add_(0, positions.flatten().long(), weights.flatten())
+
+
+def _columns(target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Targets and weights of all positions, (positions, K), one column for each constant that is free."""
+    y = target.double()
+    w = torch.ones_like(y) if weight is None else as_sample_weight(weight, y)
+    if y.dim() < 2:
+        return y.reshape(-1, 1), w.reshape(-1, 1)
+    return y.movedim(1, -1).flatten(0, -2), w.movedim(1, -1).flatten(0, -2)
+
+
+def _search(loss: Any, kind: str, sums: Tensor) -> Baseline:
+    """The baseline from the loss of one example of each kind of target, weighed with their sums, in float64."""
+    if kind == "labels":
+        targets = torch.tensor([[0.0], [1.0]], dtype=sums.dtype).expand_as(sums)
+        start = (sums[1] / sums[0]).log().nan_to_num(0.0)
+    else:
+        targets = torch.arange(len(sums)) if kind == "classes" else torch.eye(len(sums), dtype=sums.dtype)
+        start = (sums / sums.sum()).log()
+
+    def value(constant: Tensor) -> Tensor:
+        losses, weights = loss.unreduced(constant.expand(len(targets), -1), targets)
+        total: Tensor = (losses * sums).sum()
+        return total / (torch.as_tensor(weights, dtype=sums.dtype).expand_as(losses) * sums).sum()
+
+    uniform = float(value(torch.zeros_like(start)))
+    if isinstance(loss, ExpectedCost):  # linear in the probabilities: least at a corner, which no logits reach
+        counts = sums.T.flatten() if kind == "labels" else sums
+        return Baseline(constant=float((counts @ loss.costs).min() / counts.sum()), uniform=uniform)
+    constant = start.clamp(-30, 30).requires_grad_()  # where the optimum is, for a plain cross-entropy
+    optimizer = torch.optim.LBFGS([constant], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss_value = value(constant)
+        torch.autograd.backward(loss_value)
+        return loss_value
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return Baseline(constant=float(value(constant.detach())), uniform=uniform)

@@ -1,0 +1,89 @@
+"""One pass over a validation set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fitwatch._loss import ClassLoss
+from fitwatch.baseline import Baseline, TargetSums
+from fitwatch.counting import exposed_targets
+from fitwatch.losses import BinaryCrossEntropy, MeanSquaredError
+from fitwatch.metrics import Metrics, WeightedMean
+
+
+class Evaluation:
+    """What one pass over a data set measures; the values stay on their device until its end.
+
+    Args:
+        loss: The loss that is measured; with class weights, it is measured without them as well.
+        metrics: Name -> function or object, as for `Metrics`.
+        baseline: That of the loss on this data set, if it is known; else the targets are counted.
+    """
+
+    def __init__(self, loss: Any, metrics: Mapping[str, Any], baseline: Baseline | None = None) -> None:
+        self.loss, self.baseline = loss, baseline
+        self._mean, self._batches = WeightedMean(), 0
+        self._metrics = Metrics(metrics)
+        self._unweighted = (loss.unweighted(), WeightedMean()) if getattr(loss, "has_weights", False) else None
+        self._targets = TargetSums(loss) if baseline is None else None
+
+    def add(self, total: Tensor, weight: Tensor | float) -> None:
+        """Take in the loss of a batch, as sums."""
+        self._mean.add(total, weight)
+        self._batches += 1
+
+    def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+        """Take in the outputs and targets of a batch: for the metrics, the baseline and the loss without weights."""
+        self._metrics.update(outputs, targets, sample_weight)
+        if self._unweighted is not None:
+            loss, mean = self._unweighted
+            mean.add(*(loss.sums(outputs, targets, sample_weight)))
+        if self._targets is not None:
+            self._targets.update(outputs, targets, sample_weight)
+
+    def values(self) -> dict[str, float]:
+        """Everything by name: ``val/loss``, ``val/loss_unweighted``, ``val/loss_left``, ``val/<metric>``, ...
+
+        Raises:
+            ValueError: No batch was added.
+        """
+        if not self._batches:
+            raise ValueError("the validation loader is empty: it gave no batch (a generator can be iterated once only)")
+        self._mean.pull()
+        values = {"val/loss": self._mean.value}
+        if self._unweighted is not None and self._unweighted[1].pull()[1]:  # an own validation_step may not feed it
+            values["val/loss_unweighted"] = self._unweighted[1].value
+        if self._targets is not None:
+            self.baseline, self._targets = self._targets.baseline(), None
+        if self.baseline is not None:
+            values["val/loss_left"] = self.baseline.left(self._mean.value)
+        return values | {f"val/{name}": value for name, value in self._metrics.compute().items()}
+
+
+def expected_baseline(loss: Any, train_loader: Any, val_loader: Any) -> Baseline | None:
+    """The baseline before any validation, where both data sets show their targets; else None.
+
+    The number of classes is taken from the labels; the first validation, which sees the outputs, says it for sure.
+    """
+    if not (isinstance(train_loader, DataLoader) and isinstance(val_loader, DataLoader)):
+        return None
+    train, val = exposed_targets(train_loader), exposed_targets(val_loader)
+    if train is None or val is None or not (len(train[0]) and len(val[0])):
+        return None
+    targets, weight = val
+    output = targets
+    if not isinstance(loss, (BinaryCrossEntropy, MeanSquaredError)) and not targets.is_floating_point():
+        both = torch.stack([*train[0].aminmax(), *targets.aminmax()])
+        if int(both.min()) < 0 or targets.dtype is torch.bool:  # ignored labels or wrong ones: the validation will tell
+            return None
+        output = torch.empty((len(targets), int(both.max()) + 1, *targets.shape[1:]), device="meta")
+    elif isinstance(loss, ClassLoss) and targets.dim() != 2:
+        return None
+    sums = TargetSums(loss)
+    sums.update(output, targets, weight)
+    return sums.baseline()

@@ -1,0 +1,126 @@
+"""What `RealWorldCost` measures is what counting by hand gives, and its pictures show it."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import fitwatch as fw
+from fitwatch._confusion_image import confusion_image
+
+COSTS = fw.CostMatrix([1.0, 2, 9], [[0.0, 0, 1], [4, 0, 0], [0, 3, 0]], classes=["low", "mid", "high"])
+
+
+def data(n=120, num_classes=3):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=generator)
+    return x, (x @ torch.randn(4, num_classes, generator=generator)).argmax(1)
+
+
+def trainer_of(*callbacks, outputs=3, **options):
+    torch.manual_seed(0)
+    model = nn.Linear(4, outputs)
+    return fw.Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), callbacks=callbacks, **options)
+
+
+def test_both_costs_are_those_of_the_decisions_and_can_be_monitored():
+    """val/cost is the cost of arg-max, val/cost_optimal that of least expected cost, over ragged batches, at any epoch."""
+    x, y = data()
+    loader = list(zip(x.split(50), y.split(50), strict=True))
+    trainer = trainer_of(fw.RealWorldCost(COSTS), fw.EarlyStopping("val/cost", patience=3, restore_best=False))
+    result = trainer.fit(loader, loader, epochs=3)
+    with torch.no_grad():
+        logits = trainer.model(x)
+    by_hand = {"val/cost": 0.0, "val/cost_optimal": 0.0}
+    for p, target in zip(logits.double().softmax(1).tolist(), y.tolist(), strict=True):
+        expected = [sum(p[k] * COSTS.matrix[k, j].item() for k in range(3)) for j in range(3)]
+        by_hand["val/cost"] += COSTS.matrix[target, p.index(max(p))].item() / 120
+        by_hand["val/cost_optimal"] += COSTS.matrix[target, expected.index(min(expected))].item() / 120
+    for name, cost in by_hand.items():
+        assert result.history[-1][name] == pytest.approx(cost)
+    assert result.best.metrics == min(result.history, key=lambda entry: entry["val/cost"])
+
+
+def test_one_logit_positions_weights_and_ignored_labels():
+    """One logit, segmentation outputs, weights of examples and ignored labels give the cost of what counts."""
+    x, y = data(num_classes=2)
+    weight = (torch.arange(120) % 3).float()
+    costs = fw.CostMatrix(20, 1)
+    loader = [(x, y.float().unsqueeze(1), weight)]
+    trainer = trainer_of(fw.RealWorldCost(costs), loss=fw.BinaryCrossEntropy(), outputs=1)
+    result = trainer.fit(loader, loader, epochs=1)
+    with torch.no_grad():
+        positive = trainer.model(x).squeeze(1) > 0
+    paid = torch.where(positive & (y == 0), 1.0, torch.where(~positive & (y == 1), 20.0, 0.0))
+    assert result.history[-1]["val/cost"] == pytest.approx(((paid * weight).sum() / weight.sum()).item())
+
+    torch.manual_seed(0)
+    images, masks = torch.randn(6, 2, 5, 5), torch.randint(0, 3, (6, 5, 5))
+    masks[:, 0] = -100
+    model = nn.Conv2d(2, 3, 1)
+    trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), callbacks=fw.RealWorldCost(COSTS))
+    result = trainer.fit([(images, masks)], [(images, masks)], epochs=1)
+    with torch.no_grad():
+        called = model(images).argmax(1)
+    kept = masks >= 0
+    expected = COSTS.matrix[masks[kept], called[kept]].mean().item()
+    assert result.history[-1]["val/cost"] == pytest.approx(expected)
+
+
+def test_pictures_and_table_of_the_best_evaluation(tmp_path):
+    """At each new best evaluation TensorBoard gets both confusion matrices as PNG, and a table with the savings."""
+    x, y = data()
+    trainer = trainer_of(fw.RealWorldCost(COSTS), fw.TensorBoard(tmp_path, show_link=False))
+    trainer.fit([(x, y)], [(x, y)], epochs=3)
+    events = EventAccumulator(str(tmp_path / "run" / "val"), size_guidance={"images": 0}).Reload()
+    assert set(events.Tags()["images"]) == {"decisions/cost", "decisions/cost_optimal"}
+    pictures = events.Images("decisions/cost")
+    assert [event.step for event in pictures] == [1, 2, 3]  # the loss falls in each of the three epochs
+    with Image.open(io.BytesIO(pictures[-1].encoded_image_string)) as picture:
+        assert (picture.format, picture.size) == ("PNG", (pictures[-1].width, pictures[-1].height))
+    table = events.Tensors("report/costs")[-1].tensor_proto.string_val[0].decode()
+    constant = min((COSTS.matrix[y, j]).mean().item() for j in range(3))
+    cost = trainer.state.history[-1]["val/cost"]
+    assert f"| most probable class | {cost:.6g} | {1 - cost / constant:.1%} |" in table
+    assert f"{constant:.6g}" in table
+
+
+def test_it_is_refused_before_the_first_step():
+    """Without a validation set, beside a metric of the same name, and with costs of other classes, it says so."""
+    x, y = data()
+    with pytest.raises(ValueError, match="no val_loader"):
+        trainer_of(fw.RealWorldCost(COSTS)).fit([(x, y)], epochs=1)
+    with pytest.raises(ValueError, match="two metrics named 'cost'"):
+        trainer_of(fw.RealWorldCost(COSTS), metrics={"cost": lambda o, t: 0.0}).fit([(x, y)], [(x, y)], epochs=1)
+    with pytest.raises(ValueError, match="zero diagonal"):
+        fw.RealWorldCost([[1, 1], [1, 0]])
+    with pytest.raises(ValueError, match=r"outputs of shape \(120, 3\) are of 3 classes, the costs of 2"):
+        trainer_of(fw.RealWorldCost([[0, 1], [1, 0]])).fit([(x, y)], [(x, y)], epochs=1)
+
+
+@pytest.mark.parametrize("number", [2, 5, 12, 13, 40])
+def test_the_picture_is_blue_on_the_diagonal_and_orange_where_it_costs(number):
+    """The cell of the dearest mistake is orange, a diagonal cell with all of its row blue, an empty one white."""
+    counts = torch.diag(torch.full((number,), 50.0))
+    counts[0, 1] = 25
+    picture = confusion_image(counts, [f"a long name of class {i}" for i in range(number)], 1 - torch.eye(number))
+    with Image.open(io.BytesIO(picture.png)) as opened:
+        pixels = opened.convert("RGB")
+    assert (pixels.width, pixels.height) == (picture.width, picture.height)
+    assert pixels.width < 1400
+    colours = {colour for _, colour in pixels.getcolors(1 << 24)}
+    blue = [c for c in colours if c[2] > c[0] + 100]
+    orange = [c for c in colours if c[0] > c[2] + 150]
+    assert blue
+    assert orange
+    assert (255, 255, 255) in colours
+
+
+def test_the_picture_takes_empty_rows_large_numbers_and_weights():
+    """Rows without examples, millions and fractions are drawn, with and without costs."""
+    counts = torch.tensor([[1234567.0, 2.5], [0, 0]])
+    for costs in (None, torch.tensor([[0.0, 3], [1, 0]])):
+        assert confusion_image(counts, ["a", "b"], costs, title="a title").png.startswith(b"\x89PNG")
