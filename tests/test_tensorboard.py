@@ -176,11 +176,24 @@ def test_one_event_per_window_and_sub_run(runs):
     assert count == {
         "train": 2 + windows + evaluations,
         "val": 1 + evaluations,
-        "baseline": 1 + evaluations,
+        "baseline": 1 + evaluations + 2 * (evaluations - 1),  # with a dash and a gap between any two
         "best": 2,
         "overfitting": 3,
         "early stop": 3,
     }
+
+
+def test_the_baseline_is_a_dashed_line(runs):
+    """Its points are the loss of the best constant prediction at every evaluation, with one infinity between any two."""
+    events = EventAccumulator(str(runs.run / "baseline"), size_guidance={"scalars": 0}).Reload().Scalars("loss")
+    steps = [event.step for event in events]
+    assert steps == sorted(set(steps))
+    finite = [event for event in events if math.isfinite(event.value)]
+    assert all(math.isclose(e.value, runs.result.baseline.constant, rel_tol=1e-6) for e in finite)
+    evaluations = [entry["step"] for entry in runs.result.history]
+    assert set(evaluations) <= {event.step for event in finite}
+    gaps = [event.step for event in events if not math.isfinite(event.value)]
+    assert all(a < gap < b for a, gap, b in zip(evaluations, gaps, evaluations[1:], strict=True))
 
 
 def test_few_files(runs):

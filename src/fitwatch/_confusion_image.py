@@ -34,7 +34,7 @@ def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None
 
     table = counts.detach().cpu().double()
     number, blocks = len(table), len(table) > MOST_CLASSES
-    cell = max(4, 720 // number) if blocks else max(96, min(128, 300 // number))
+    cell = max(4, 720 // number) if blocks else max(96, 200 // number)
     height = cell if blocks else 78
     left, top, bottom = (34, 62, 34) if blocks else (108, 78, 34)
     size = (max(left + number * cell + 14, 330), top + number * height + bottom)

@@ -48,9 +48,10 @@ def _is_name(_: Any, option: Any, value: Any) -> None:
 class TensorBoard(Callback):
     """Writes what is logged to ``<dir>/<name>``, as sub-runs that share their tags and so their charts.
 
-    ``train`` and ``val`` hold the curves, ``best`` a dot at the best evaluation and the settings, and each event, such
-    as overfitting, is a vertical bar in a sub-run of its own. A name that is in use gets a number: ``run``,
-    ``run-2``, ... A resumed fit goes on in its own folder.
+    ``train`` and ``val`` hold the curves, ``best`` a dot at the best evaluation and the settings, ``baseline`` the loss
+    of the best constant prediction as a dashed line, and each event, such as overfitting, is a vertical bar in a
+    sub-run of its own. A name that is in use gets a number: ``run``, ``run-2``, ... A resumed fit goes on in its own
+    folder.
 
     A value logged as ``train/x`` is the tag ``x`` of the sub-run ``train``; ``val/accuracy`` becomes
     ``metrics/accuracy``. One event is written for each window and sub-run. The command to open the page and a link to
@@ -89,6 +90,7 @@ class TensorBoard(Callback):
         self._running, self._begun, self._has_layout = True, False, False
         self._tags: set[str] = set()
         self._not_finite: set[str] = set()
+        self._level_step: int | None = None  # up to where the baseline is drawn
         names = [_run_and_tag(name)[1] for name in sorted(state.names)]
         self._metrics = [tag for tag in names if tag.startswith("metrics/")]
         self._show_link()
@@ -133,8 +135,8 @@ class TensorBoard(Callback):
                 self._has_layout = True
                 values.append(_events.layout(_page(self._tags)))
             self._write(run, state.progress.step, values)
-        if state.baseline is not None and "loss" in scalars.get("val", ()):  # a level line in the chart of the loss
-            self._write("baseline", state.progress.step, [_events.scalar("loss", state.baseline.constant)])
+        if state.baseline is not None and "loss" in scalars.get("val", ()):
+            self._level(state.progress.step, state.baseline.constant)
 
     def on_fit_end(self, state: State) -> None:
         """Write the dot at the best evaluation and the end report, and close the files."""
@@ -198,6 +200,17 @@ class TensorBoard(Callback):
         # A line needs two points, and of two points at one step the server keeps one.
         self._write(name, step, [_events.scalar("loss", marker.low)])
         self._write(name, step + 1, [_events.scalar("loss", marker.high)])
+
+    def _level(self, step: int, value: float) -> None:
+        """Go on with the dashed line of the baseline, in the chart of the loss."""
+        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+
+        last, self._level_step = self._level_step, step
+        if last is not None and step - last >= 4:  # TensorBoard has no dashes, but leaves a gap at infinity
+            gap = last + (step - last) * 6 // 10
+            self._write("baseline", gap, [_events.scalar("loss", value)])
+            self._write("baseline", gap + 1, [_events.scalar("loss", math.inf)])
+        self._write("baseline", step, [_events.scalar("loss", value)])
 
     def _show_link(self) -> None:
         if self.show_link and self.run_dir is not None:
