@@ -31,11 +31,13 @@ class Trainer:
     The gradient of every step is that of sum(w l) / sum(w) over all examples of the step, however they were cut into
     micro-batches, and the losses reported are the same fraction over the epoch and over the validation set.
 
+    A batch is ``(input, target)`` or ``(input, target, sample_weight)``, or a mapping with these keys.
+
     Args:
         model: Any module, also one that `torch.compile` returned. Moved to ``device`` when fitting starts.
         optimizer: Any torch optimizer over the model's parameters that steps without a closure.
-        loss: A loss of fitwatch, torch's ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` or ``NLLLoss`` (made exact), or
-            any module or function (output, target) -> scalar, which counts as a mean over the batch.
+        loss: A loss of fitwatch, torch's ``CrossEntropyLoss``, ``BCEWithLogitsLoss``, ``NLLLoss`` or ``MSELoss`` (made
+            exact), or any module or function (output, target) -> scalar, which counts as a mean over the batch.
             Default: `CrossEntropy`.
         callbacks: Called in this order.
         scheduler: A learning-rate scheduler of torch.
