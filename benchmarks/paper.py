@@ -93,8 +93,10 @@ def train(sizes, loss, callbacks, batches, val=None, *, seed, epochs):
     layers = []
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        nn.init.xavier_uniform_(layers[-2].weight)  # as in Keras, which the paper used
+        nn.init.zeros_(layers[-2].bias)
     net = nn.Sequential(*layers[:-1], *([nn.Flatten(0)] if sizes[-1] == 1 else []))
-    optimizer = torch.optim.Adam(net.parameters())
+    optimizer = torch.optim.Adam(net.parameters(), eps=1e-7)
     fw.Trainer(net, optimizer, loss, callbacks=callbacks, device="cpu", log_every=10**6).fit(
         batches, val, epochs=epochs
     )

@@ -67,7 +67,8 @@ def main():
     weighted, weighted_outputs, _ = train("class-weights", fw.CrossEntropy(), fw.WeightedLoss("balanced"))
     real, real_outputs, _ = train("real-world-costs", fw.RealWorldCrossEntropy(COSTS))
 
-    head = ["loss", "val loss", "left", *(f"recall {name}" for name in CLASSES), "cost", "best epoch", "stop", "verdict"]
+    recalls = [f"recall {name}" for name in CLASSES]
+    head = ["loss", "val loss", "left", *recalls, "cost", "best epoch", "stop", "verdict"]
     optimal = fw.cost_optimal_decision(plain_outputs.softmax(1), COSTS)
     rows = [
         row("cross-entropy", plain, plain_outputs.argmax(1)),
@@ -79,8 +80,8 @@ def main():
     print()
     for line in [head, ["-" * w for w in widths], *rows]:
         print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
-    print("\nval loss is each run's own loss: its scale differs with the weights. left: of the loss of the best constant")
-    print("prediction. cost: per patient of the test set;", end=" ")
+    print("\nval loss is each run's own loss: its scale differs with the weights. left: of the loss of the best")
+    print("constant prediction. cost: per patient of the test set;", end=" ")
     answer, constant = COSTS.cheapest_constant(fw.count_classes(test_set))
     print(f"calling all of them {CLASSES[answer]} costs {constant:.3f}.")
     print("Epochs count from 0. Verdicts at the end of each run:")

@@ -5,8 +5,9 @@ R = sum of E, which is at least 1, and d = log R - (z* - z2), the log-odds again
 
     p* = sigmoid(-d),    1 - p* = sigmoid(d) = u,    p_k = E_k u / R.
 
-All p_k but p* are at most 1/2, so log1p(-p_k) is exact, and log(1 - p*) = logsigmoid(d): nothing cancels, and nothing
-overflows, however large the logits are. In the plain log(1 - p) the worst mistakes have an infinite loss or no gradient.
+All p_k but p* are at most 1/2, so log1p(-p_k) is exact, and log(1 - p*) = logsigmoid(d): nothing cancels and nothing
+overflows, however large the logits are. In the plain log(1 - p) the worst mistakes have an infinite loss, or no
+gradient.
 """
 
 from __future__ import annotations
