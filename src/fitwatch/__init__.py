@@ -28,6 +28,7 @@ from fitwatch.metrics import WeightedMean
 from fitwatch.records import Image, Marker, Record
 from fitwatch.result import Best, Result
 from fitwatch.rules.overfitting import OverfittingRule, Verdict, diagnose
+from fitwatch.rules.stopping import GL, PQ, UP, Patience, StoppingRule, StopReason
 from fitwatch.state import Progress, State
 from fitwatch.trainer import Trainer
 from fitwatch.weighting import class_weights
@@ -44,6 +45,7 @@ __all__ = [  # noqa: RUF022 - sorted() order, not that of isort
     "EarlyStopping",
     "ExpectedCost",
     "Focal",
+    "GL",
     "GradientNorm",
     "Image",
     "LDAM",
@@ -54,6 +56,8 @@ __all__ = [  # noqa: RUF022 - sorted() order, not that of isort
     "MeanSquaredError",
     "OverfittingDetector",
     "OverfittingRule",
+    "PQ",
+    "Patience",
     "Progress",
     "ProgressBar",
     "RealWorldCost",
@@ -61,8 +65,11 @@ __all__ = [  # noqa: RUF022 - sorted() order, not that of isort
     "Record",
     "Result",
     "State",
+    "StopReason",
+    "StoppingRule",
     "TensorBoard",
     "Trainer",
+    "UP",
     "Verdict",
     "WeightedLoss",
     "WeightedMean",

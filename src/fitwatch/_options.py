@@ -32,8 +32,8 @@ def integer(least: int, *, or_none: bool = False) -> Validator:
 
 
 def number(*, above: float | None = None, least: float | None = None, or_none: bool = False) -> Validator:
-    """A finite number, larger than ``above``, or of ``least`` or more."""
-    bound = f"greater than {above}" if above is not None else f"{least} or more"
+    """A finite number; larger than ``above``, or of ``least`` or more, if one is given."""
+    bound = f"greater than {above}" if above is not None else f"{least} or more" if least is not None else "of any sign"
 
     def check(_: Any, option: Any, value: Any) -> None:
         if or_none and value is None:
