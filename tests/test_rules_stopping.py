@@ -6,15 +6,20 @@ import math
 import numpy as np
 import pytest
 
-from fitwatch.rules.stopping import Patience
+from fitwatch import Patience, StopReason
 
-NAN = math.nan
+NAN, INF = math.nan, math.inf
 
 
-def stops_at(values, **options):
-    """Index of the evaluation that stops, or None."""
+def stops_at(values, *, warm_up=0, errors=None, **options):
+    """Index of the evaluation that stops, or None; the first `warm_up` ones are the warm-up."""
     rule = Patience(**options)
-    return next((i for i, value in enumerate(values) if rule.update(value)), None)
+    errors = errors or [None] * len(values)
+    stops = [
+        rule.update(v, standard_error=e, warm_up=i < warm_up)
+        for i, (v, e) in enumerate(zip(values, errors, strict=True))
+    ]
+    return stops.index(True) if True in stops else None
 
 
 @pytest.mark.parametrize(
@@ -39,17 +44,48 @@ def stops_at(values, **options):
         ([NAN] * 5, {"patience": 3}, 2),
         ([3, 2, NAN, NAN, NAN, NAN], {"patience": 3}, 4),  # Ignite never stops
         ([3, 2, NAN, 1, NAN, 0.5], {"patience": 2}, None),
-        ([3, 2, -math.inf, 1, 0], {"patience": 2}, None),
-        ([3, math.inf, math.inf], {"patience": 2, "mode": "max"}, 2),
+        ([3, 2, -INF, 1, 0], {"patience": 2}, None),
+        ([3, INF, INF], {"patience": 2, "mode": "max"}, 2),
         # warm-up
-        ([1, 2, 2, 2, 2, 2], {"patience": 2, "start": 3}, 4),
-        ([1, 2, 3], {"patience": 2, "start": 1}, 2),
-        ([NAN] * 6, {"patience": 2, "start": 2}, 3),
-        ([5, 1, 2, 2, 2], {"patience": 1, "start": 2}, 2),  # what warm-up reached must be improved on
+        ([1, 2, 2, 2, 2, 2], {"patience": 2, "warm_up": 3}, 4),
+        ([1, 2, 3], {"patience": 2, "warm_up": 1}, 2),
+        ([NAN] * 6, {"patience": 2, "warm_up": 2}, 3),
+        ([5, 1, 2, 2, 2], {"patience": 1, "warm_up": 2}, 2),  # what warm-up reached must be improved on
+        (
+            [NAN, 9, 0, 9, 3],
+            {"patience": 9, "warm_up": 3, "check_finite": True, "stopping_threshold": 1, "divergence_threshold": 5},
+            3,
+        ),  # nothing stops a warm-up
+        # gains at once, as Ignite counts them: over the best value, not over the last improvement
+        ([1, 0.95, 0.9, 0.85, 0.8, 0.75], {"patience": 3, "min_delta": 0.08, "cumulative": False}, 3),
+        ([1, 0.95, 0.86, 0.85, 0.84], {"patience": 2, "min_delta": 0.08, "cumulative": False}, 4),
+        ([1, 0.95, 1.2, 0.9, 0.88], {"patience": 4, "min_delta": 0.08, "cumulative": False}, 4),
+        ([1, 1.05, 1.1, 1.15], {"patience": 3, "min_delta": 0.08, "cumulative": False, "mode": "max"}, 3),
+        # smoothing: means of three are 4, 3, 3, 2, 7/3, 2, 5/3
+        ([4, 2, 3, 1, 3, 2, 0], {"patience": 2, "window": 3}, 5),
+        ([4, 2, 3, 1, 3, 2, 0], {"patience": 3, "window": 3}, None),
+        ([4, NAN, 2, 3, 1, 3, 2, 0], {"patience": 2, "window": 3}, 6),  # a NaN is not in the mean
+        # a baseline must be beaten before anything counts as improvement
+        ([5, 4, 3, 2], {"patience": 3, "baseline": 2.5}, 2),
+        ([5, 4, 2, 3, 3, 3], {"patience": 3, "baseline": 2.5}, 5),
+        ([5, 4, 2.4, 3], {"patience": 3, "baseline": 2.5, "min_delta": 0.2}, 2),
+        ([0.1, 0.3, 0.4], {"patience": 2, "baseline": 0.5, "mode": "max"}, 1),
+        # thresholds: the target is reached at equality, and is no limit for infinities
+        ([3, 2, 1, 0], {"patience": 9, "stopping_threshold": 1.0}, 2),
+        ([0.5, 1.0], {"patience": 9, "stopping_threshold": 1.0, "mode": "max"}, 1),
+        ([3, -INF, 2], {"patience": 9, "stopping_threshold": 1.0}, None),
+        ([3, 5, 5.1], {"patience": 9, "divergence_threshold": 5}, 2),
+        ([3, INF], {"patience": 9, "divergence_threshold": 5}, 1),
+        ([3, 1, 0.9], {"patience": 9, "divergence_threshold": 1, "mode": "max"}, 2),
+        ([3, NAN, 2], {"patience": 9, "divergence_threshold": 5}, None),
+        # the first value that is not finite
+        ([3, 2, NAN, 1], {"patience": 9, "check_finite": True}, 2),
+        ([3, -INF], {"patience": 9, "check_finite": True}, 1),
+        ([NAN, 1], {"patience": 9, "check_finite": True}, 0),
     ],
 )
 def test_stop_comes_at_the_expected_evaluation(values, options, expected):
-    """Each rule of patience, min_delta, NaN and warm-up, with the evaluation counted out by hand."""
+    """Each option alone, with the evaluation counted out by hand."""
     assert stops_at(values, **options) == expected
 
 
@@ -76,33 +112,117 @@ def test_strict_best_is_kept_apart_from_the_reference(mode):
 
 def test_best_is_tracked_during_warm_up_and_never_non_finite():
     """The warm-up counts no waiting, but what it reached is the best; no NaN or infinity ever is."""
-    rule = Patience(patience=1, start=4)
-    assert [rule.update(v) for v in (NAN, 0.5, -math.inf, 2.0)] == [False] * 4
+    rule = Patience(patience=1)
+    assert [rule.update(v, warm_up=True) for v in (NAN, 0.5, -INF, 2.0)] == [False] * 4
     assert (rule.best, rule.wait) == (0.5, 0)
     nothing = Patience(patience=2, mode="max")
-    nothing.update(math.inf)
+    nothing.update(INF)
     assert nothing.best is None
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_min_delta_in_standard_errors(mode):
+    """A gain counts if it is more than k times the standard error of the new value: 0.1, then 0.3, then 0.1 again."""
+    sign = 1 if mode == "min" else -1
+    values = [sign * v for v in (1.0, 0.85, 0.6, 0.5, 0.39)]
+    errors = [0.1, 0.1, 0.3, 0.1, 0.1]
+
+    def wait(min_delta):
+        rule, waits = Patience(patience=9, min_delta=min_delta, mode=mode), []
+        for value, error in zip(values, errors, strict=True):
+            rule.update(value, standard_error=error)
+            waits.append(rule.wait)
+        return waits
+
+    assert wait("1se") == [0, 0, 1, 0, 0]
+    assert wait("2se") == [0, 1, 2, 0, 1]
+    assert wait("1.2se") == [0, 0, 1, 0, 1]
+    assert wait(".5se") == [0, 0, 0, 0, 0]
+
+
+def test_standard_errors_of_a_flat_noisy_curve():
+    """On 500 curves that are flat but for noise, "1se" and "2se" stop where a search by the definition says."""
+    rng = np.random.default_rng(0)
+    for k in (1, 2):
+        for _ in range(250):
+            values, errors = 1 + 0.1 * rng.standard_normal(40), rng.uniform(0.01, 0.2, 40)
+            reference, wait, expected = None, 0, None
+            for i, (value, error) in enumerate(zip(values, errors, strict=True)):
+                if reference is None or reference - value > k * error:
+                    reference, wait = value, 0
+                else:
+                    wait += 1
+                if wait == 8:
+                    expected = i
+                    break
+            assert stops_at(values, errors=list(errors), patience=8, min_delta=f"{k}se") == expected
+
+
+def test_a_standard_error_that_is_missing_or_nan():
+    """Without a standard error the rule refuses the value; one of NaN makes no improvement of a later value."""
+    with pytest.raises(ValueError, match="min_delta='1se' needs the standard_error of each value, got None"):
+        Patience(patience=1, min_delta="1se").update(1.0)
+    assert stops_at([1, 0], errors=[NAN, NAN], patience=1, min_delta="1se") == 1
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("window", [2, 5])
+def test_smoothing_is_patience_on_the_running_mean(mode, window):
+    """With a window it stops where plain patience stops on the running means, and the best stays that of single values."""
+    for seed in range(20):
+        values = np.random.default_rng(seed).standard_normal(60)
+        means = [values[max(0, i - window + 1) : i + 1].mean() for i in range(60)]
+        options = {"patience": 6, "mode": mode, "min_delta": 0.05}
+        assert stops_at(values, window=window, **options) == stops_at(means, **options)
+        rule = Patience(window=window, **options)
+        for value in values:
+            rule.update(value)
+        assert rule.best == (min if mode == "min" else max)(values)
+
+
+def test_cumulative_or_at_once():
+    """Gains of 0.05 against a min_delta of 0.08: every second one is an improvement where they add up, none at once."""
+    values = [1 - 0.05 * i for i in range(9)]
+    waits = {}
+    for cumulative in (True, False):
+        rule = Patience(patience=99, min_delta=0.08, cumulative=cumulative)
+        waits[cumulative] = [rule.update(v) or rule.wait for v in values]
+    assert waits == {True: [0, 1, 0, 1, 0, 1, 0, 1, 0], False: [0, 1, 2, 3, 4, 5, 6, 7, 8]}
+
+
+PATIENCE, THRESHOLD, DIVERGED, NOT_FINITE, _ = StopReason
+
+
 @pytest.mark.parametrize(
-    ("values", "options", "expected"),
+    ("values", "options", "reason", "sentence"),
     [
-        ([0.7334] + [0.733] * 10, {"patience": 10, "min_delta": 0.001},
+        ([0.7334] + [0.733] * 10, {"patience": 10, "min_delta": 0.001}, PATIENCE,
          "no improvement of more than 0.001 over 0.7334 in 10 evaluations"),
-        ([2.0, 2.0], {"patience": 1}, "no improvement over 2 in 1 evaluation"),
-        ([2.0, 2.0, 2.0], {"patience": 2, "min_delta": 0.01, "relative": True},
+        ([2.0, 2.0], {"patience": 1}, PATIENCE, "no improvement over 2 in 1 evaluation"),
+        ([2.0, 2.0, 2.0], {"patience": 2, "min_delta": 0.01, "relative": True}, PATIENCE,
          "no improvement of more than 1 % over 2 in 2 evaluations"),
-        ([NAN] * 3, {"patience": 3}, "no finite value in 3 evaluations"),
+        ([2.0, 1.9], {"patience": 1, "min_delta": 0.5, "cumulative": False, "window": 2}, PATIENCE,
+         "no improvement of more than 0.5 at once in the mean of 2 over 1.95 in 1 evaluation"),
+        ([2.0, 1.9], {"patience": 1, "min_delta": "1se"}, PATIENCE,
+         "no improvement of more than 1 standard error (0.25) over 2 in 1 evaluation"),
+        ([2.0, 1.9], {"patience": 1, "min_delta": "1.5se"}, PATIENCE,
+         "no improvement of more than 1.5 standard errors (0.375) over 2 in 1 evaluation"),
+        ([2.0, 1.9], {"patience": 2, "baseline": 1.5}, PATIENCE, "no improvement over 1.5 in 2 evaluations"),
+        ([NAN] * 3, {"patience": 3}, PATIENCE, "no finite value in 3 evaluations"),
+        ([2.0, 0.9], {"patience": 3, "stopping_threshold": 1}, THRESHOLD, "0.9 has reached the threshold 1"),
+        ([2.0, 9.0], {"patience": 3, "divergence_threshold": 5.0}, DIVERGED,
+         "9 is worse than the divergence threshold 5"),
+        ([2.0, NAN], {"patience": 1, "check_finite": True}, NOT_FINITE, "it is nan at evaluation 2"),
     ],
 )  # fmt: skip
-def test_reason_gives_the_figures(values, options, expected):
-    """The reason is a sentence with what was asked, what stands and for how long; there is none before."""
+def test_reason_and_sentence_give_the_figures(values, options, reason, sentence):
+    """There is an enum, and a sentence with what was asked, what stands and for how long; neither is there before."""
     rule = Patience(**options)
     for value in values[:-1]:
-        assert not rule.update(value)
-        assert rule.reason is None
-    assert rule.update(values[-1])
-    assert rule.reason == expected
+        assert not rule.update(value, standard_error=0.25)
+        assert (rule.reason, rule.sentence) == (None, None)
+    assert rule.update(values[-1], standard_error=0.25)
+    assert (rule.reason, rule.sentence) == (reason, sentence)
 
 
 def test_it_says_stop_until_there_is_an_improvement():
@@ -112,36 +232,50 @@ def test_it_says_stop_until_there_is_an_improvement():
     assert rule.reason is None
 
 
-def test_state_round_trip_keeps_the_counter():
+@pytest.mark.parametrize(
+    ("options", "stop"),
+    [
+        ({"patience": 4, "min_delta": 0.1}, 5),
+        ({"patience": 4, "window": 3, "cumulative": False, "min_delta": 0.3}, 8),
+        ({"patience": 3, "baseline": 1.0}, 2),
+        ({"patience": 9, "check_finite": True}, 2),
+    ],
+    ids=str,
+)
+def test_state_round_trip_keeps_the_counter(options, stop):
     """Interrupted anywhere, it stops at the same evaluation as if never interrupted, for the same reason."""
     values = [3.0, 2.0, NAN, 2.5, 1.95, 1.97, 2.2, 2.1, 2.3]
-    options = {"patience": 4, "min_delta": 0.1, "start": 1}
     whole = Patience(**options)
-    expected = [(whole.update(v), whole.best, whole.wait, whole.reason) for v in values]
-    assert [stop for stop, *_ in expected].index(True) == 5
+    expected = [(whole.update(v), whole.best, whole.wait, whole.reason, whole.sentence) for v in values]
+    assert [stop for stop, *_ in expected].index(True) == stop
     for cut in range(len(values)):
         first, second = Patience(**options), Patience(**options)
         for v in values[:cut]:
             first.update(v)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert [(second.update(v), second.best, second.wait, second.reason) for v in values[cut:]] == expected[cut:]
+        again = [(second.update(v), second.best, second.wait, second.reason, second.sentence) for v in values[cut:]]
+        assert again == expected[cut:]
 
 
 def test_reset_forgets_everything():
     """After a reset it is as new: no best, no counter, no reason, no reference."""
-    rule = Patience(patience=1)
+    options = {"patience": 1, "window": 2, "baseline": 9.0, "mode": "min"}
+    rule = Patience(**options)
     rule.update(1.0)
     rule.update(2.0)
+    assert rule != Patience(**options)
     rule.reset()
-    assert rule == Patience(patience=1)
+    assert rule == Patience(**options)
     assert not rule.update(5.0)
     assert rule.best == 5.0
 
 
 def test_foreign_state_is_refused_with_its_keys():
     """A state with other keys is refused and the keys are named."""
-    with pytest.raises(ValueError, match=r"evaluations.*surprise"):
-        Patience(patience=1).load_state_dict({"best": 1.0, "wait": 0, "reason": None, "reference": 1.0, "surprise": 1})
+    state = Patience(patience=1).state_dict() | {"surprise": 1}
+    del state["evaluations"]
+    with pytest.raises(ValueError, match=r"not a state of Patience: .*'evaluations', 'surprise'"):
+        Patience(patience=1).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +284,17 @@ def test_foreign_state_is_refused_with_its_keys():
         ({"patience": 0}, "patience"),
         ({"patience": 3, "min_delta": -0.1}, "min_delta"),
         ({"patience": 3, "min_delta": NAN}, "min_delta"),
-        ({"patience": 3, "start": -1}, "start"),
+        ({"patience": 3, "window": 0}, "window"),
+        ({"patience": 3, "baseline": INF}, "baseline must be finite"),
+        ({"patience": 3, "stopping_threshold": NAN}, "stopping_threshold"),
+        ({"patience": 3, "divergence_threshold": NAN}, "divergence_threshold"),
+        ({"patience": 3, "stopping_threshold": 2, "divergence_threshold": 2}, "better than divergence_threshold"),
+        ({"patience": 3, "stopping_threshold": 1, "divergence_threshold": 2, "mode": "max"}, "stopping_threshold"),
+        ({"patience": 3, "min_delta": "1sd"}, "min_delta must be .* like \"1se\", got '1sd'"),
+        ({"patience": 3, "min_delta": "se"}, "min_delta"),
+        ({"patience": 3, "min_delta": "-1se"}, "min_delta"),
+        ({"patience": 3, "min_delta": "0se"}, "min_delta"),
+        ({"patience": 3, "min_delta": "1se", "relative": True}, "relative"),
         ({"patience": 3, "mode": "auto"}, "mode"),
     ],
 )
@@ -162,7 +306,15 @@ def test_options_out_of_range_are_refused(options, name):
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"patience": 2.0}, "patience"), ({"patience": 1, "relative": "no"}, "relative"), ({}, "patience")],
+    [
+        ({"patience": 2.0}, "patience"),
+        ({"patience": 1, "relative": "no"}, "relative"),
+        ({"patience": 1, "cumulative": 1}, "cumulative"),
+        ({"patience": 1, "check_finite": None}, "check_finite"),
+        ({"patience": 1, "baseline": "auto"}, "baseline"),
+        ({"patience": 1, "min_delta": None}, "min_delta"),
+        ({}, "patience"),
+    ],
 )
 def test_options_of_the_wrong_type_are_refused(options, name):
     """An option of the wrong type, or a missing patience, is refused; positional ones are too."""

@@ -49,11 +49,11 @@ class StoppingRule(ABC):
         sentence: The same in words with the figures, without the name of the value; None if it did not.
     """
 
-    mode: Literal["min", "max"] = field(default="min", init=False)
-    best: float | None = field(default=None, init=False)
-    evaluations: int = field(default=0, init=False)
-    reason: StopReason | None = field(default=None, init=False)
-    sentence: str | None = field(default=None, init=False)
+    mode: Literal["min", "max"] = field(default="min", init=False, repr=False)
+    best: float | None = field(default=None, init=False, repr=False)
+    evaluations: int = field(default=0, init=False, repr=False)
+    reason: StopReason | None = field(default=None, init=False, repr=False)
+    sentence: str | None = field(default=None, init=False, repr=False)
 
     @property
     def needs_standard_error(self) -> bool:
@@ -187,9 +187,9 @@ class Patience(StoppingRule):
     divergence_threshold: float | None = field(default=None, validator=number(or_none=True))
     check_finite: bool = field(default=False, validator=instance(bool))
 
-    wait: int = field(default=0, init=False)
-    _reference: float | None = field(default=None, init=False)
-    _recent: list[float] = field(factory=list, init=False)
+    wait: int = field(default=0, init=False, repr=False)
+    _reference: float | None = field(default=None, init=False, repr=False)
+    _recent: list[float] = field(factory=list, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.relative and self.needs_standard_error:
@@ -314,7 +314,7 @@ class PQ(_Prechelt):
 
     alpha: float = field(kw_only=False, validator=number(least=0))
     k: int = field(default=5, validator=integer(1))
-    _train: list[float] = field(factory=list, init=False)
+    _train: list[float] = field(factory=list, init=False, repr=False)
 
     def _risen(self, point: _Point) -> _Judgement:
         if point.train_loss is None:
@@ -348,8 +348,8 @@ class UP(_Prechelt):
 
     s: int = field(kw_only=False, validator=integer(1))
     k: int = field(default=5, validator=integer(1))
-    _rises: int = field(default=0, init=False)
-    _before: float | None = field(default=None, init=False)
+    _rises: int = field(default=0, init=False, repr=False)
+    _before: float | None = field(default=None, init=False, repr=False)
 
     def _risen(self, point: _Point) -> _Judgement:
         if self.evaluations % self.k == 0:
