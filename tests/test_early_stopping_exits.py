@@ -345,9 +345,14 @@ def test_a_resume_with_counters_of_another_meaning_is_refused(tmp_path, stop, me
 
 
 def test_without_restore_best_a_resumed_training_keeps_its_last_weights(tmp_path):
-    """Best weights that the checkpoint has are not restored where restore_best is switched off."""
+    """Best weights that the checkpoint has are not restored where restore_best is switched off, and none are kept."""
     loader = [torch.zeros(1, 1)]
     resumable(tmp_path, fw.EarlyStopping(patience=99)).fit(loader, loader, epochs=2)
     trainer = resumable(tmp_path, fw.EarlyStopping(patience=99, restore_best=False))
     trainer.fit(loader, loader, epochs=4, resume="auto")
     assert trainer.weight == 4.0
+    stop = fw.EarlyStopping(patience=99, restore_best=False)
+    kept = []
+    Scripted(VAL, stop, At("on_validation_end", lambda state: kept.append(stop.state_dict()["best"]))).go()
+    assert kept
+    assert set(kept) == {None}

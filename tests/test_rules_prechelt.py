@@ -103,9 +103,15 @@ def test_limits_where_a_formula_divides_by_zero():
     assert stops(fw.GL(5), [1, 1, 1], [0.0, 0.0, 1e-9]) == 3
     assert stops(fw.PQ(0.5, k=2), [0.1] * 4, [1, 1, 1, 1]) is None
     assert stops(fw.PQ(0.5, k=2), [0.1] * 4, [1, 1, 1, 1.001]) == 4
-    assert stops(fw.PQ(0.5, k=3), [0.1] * 3, [1, 1, 1.001]) == 3  # the mean of three 0.1 is rounded
+    assert stops(fw.PQ(0.5, k=3), [0.173] * 3, [1, 1, 1.001]) == 3  # the mean of these is rounded to less than 0.173
     assert stops(fw.PQ(0.5, k=2), [0.0, 0.1, 0.0, 0.1], [1, 1, 1, 5]) is None
     assert stops(fw.PQ(0.5, k=2), [0.0] * 4, [1, 1, 1, 5]) == 4
+
+
+def test_what_is_allowed_is_no_more_than_allowed():
+    """A loss of exactly alpha percent above the minimum does not stop GL, nor a flat curve UP."""
+    assert stops(fw.GL(50), [1] * 3, [1, 1.5, 1.5]) is None
+    assert stops(fw.UP(1, k=1), [1] * 3, [1, 1, 1]) is None
 
 
 @pytest.mark.parametrize("rule", [fw.GL(5), fw.PQ(1), fw.UP(2)], ids=repr)

@@ -103,7 +103,7 @@ class StoppingRule(ABC):
         """Everything seen so far, in plain numbers, strings and lists; the options are not part of it."""
         state = {name.lstrip("_"): getattr(self, name) for name in self._remembered()}
         state["reason"] = None if self.reason is None else self.reason.value
-        return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict` as if never interrupted, given the same options.
@@ -116,7 +116,7 @@ class StoppingRule(ABC):
             wrong = sorted(state.keys() ^ names.keys())
             raise ValueError(f"not a state of {type(self).__name__}: keys missing or unknown: {wrong}")
         for key, value in state.items():
-            setattr(self, names[key], list(value) if isinstance(value, list) else value)
+            setattr(self, names[key], value)
         self.reason = None if state["reason"] is None else StopReason(state["reason"])
 
     @abstractmethod
