@@ -1,0 +1,135 @@
+"""The command ``fitwatch``."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fitwatch._curves import LogError
+from fitwatch.logs import Diagnosis, Unusable, diagnose_logs
+
+_HELP = """
+Reads TensorBoard's event files, whoever wrote them, and says of each run whether it overfitted, since when, which
+evaluation was the best, and how many came after it. An evaluation is a point of the validation loss; they count from 0.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Its arguments; None: those of the process.
+
+    Returns:
+        The exit status: 0 if a run was judged, whatever the verdict; 2 if none could be, with the reason on standard
+        error.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        found = diagnose_logs(options.logdir, run=options.run, train_tag=options.train_tag, val_tag=options.val_tag)
+    except LogError as error:
+        return _fail(str(error))
+    judged = [one for one in found if isinstance(one, Diagnosis)]
+    if not judged:
+        # With one run its problem is the whole message; of several, each has its own.
+        return _fail("; ".join(f"run {one.run}: {one.problem}" for one in found if isinstance(one, Unusable)))
+    if options.json:
+        document = {"logdir": options.logdir, "runs": [_facts(one) for one in found]}
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    else:
+        sys.stdout.write(_report(judged[0]) if len(found) == 1 else _table(found))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fitwatch", description="Tell overfitting from noise.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    command = commands.add_parser("diagnose", help="judge the loss curves in TensorBoard's logs", description=_HELP)
+    command.add_argument("logdir", metavar="LOGDIR", help="folder of one run or of many")
+    command.add_argument("--run", metavar="NAME", help="judge this run only, with all figures")
+    command.add_argument(
+        "--train-tag",
+        metavar="TAG",
+        help="name of the training loss: a tag, or sub-run/tag as in train/loss; default: guessed",
+    )
+    command.add_argument("--val-tag", metavar="TAG", help="likewise of the validation loss; give both or neither")
+    command.add_argument("--json", action="store_true", help="print one JSON document; NaN and infinity are null")
+    return parser
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"fitwatch diagnose: {message}\n")
+    return 2
+
+
+def _report(one: Diagnosis) -> str:
+    """All figures of a run, a line each."""
+    verdict = one.verdict
+    rows = [
+        ("run", one.run),
+        ("losses", f"{one.train} and {one.val}, {len(one.steps)} evaluations"),
+        ("status", verdict.status),
+        ("onset", _at(one, verdict.onset)),
+        ("detected", _at(one, verdict.detected)),
+        ("best", _at(one, verdict.best, loss=True)),
+        ("wasted", "-" if one.wasted is None else f"{one.wasted} evaluations after the best"),
+        ("gap", f"{verdict.gap:.4g} (validation minus training loss, at the end)"),
+        ("evidence", verdict.evidence),
+    ]
+    return "".join(f"{name:<9} {value}\n" for name, value in rows)
+
+
+def _table(found: Sequence[Diagnosis | Unusable]) -> str:
+    """One line for each run."""
+    rows = [("run", "status", "onset", "best", "wasted", "")]
+    for one in found:
+        if isinstance(one, Unusable):
+            rows.append((one.run, "not judged", "-", "-", "-", one.problem))
+            continue
+        verdict, wasted = one.verdict, "-" if one.wasted is None else f"{one.wasted} of {len(one.steps)}"
+        rows.append((one.run, verdict.status, _at(one, verdict.onset), _at(one, verdict.best), wasted, ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]) for row in rows]
+    return "".join(f"{line.rstrip()}\n" for line in lines) + "All figures of a run, and the evidence: --run NAME\n"
+
+
+def _at(one: Diagnosis, index: int | None, *, loss: bool = False) -> str:
+    """Where an evaluation is."""
+    if index is None:
+        return "-"
+    return f"evaluation {index}, step {one.steps[index]}" + (f", loss {one.losses[index]:.6g}" if loss else "")
+
+
+def _facts(one: Diagnosis | Unusable) -> dict[str, Any]:
+    if isinstance(one, Unusable):
+        return {"run": one.run, "problem": one.problem}
+    verdict = one.verdict
+    best = _place(one, verdict.best)
+    return {
+        "run": one.run,
+        "problem": None,
+        "train": one.train,
+        "val": one.val,
+        "evaluations": len(one.steps),
+        "overfitting": verdict.overfitting,
+        "status": verdict.status,
+        "onset": _place(one, verdict.onset),
+        "detected": _place(one, verdict.detected),
+        "best": best,
+        "wasted": one.wasted,
+        "gap": _finite(verdict.gap),
+        "rise": _finite(verdict.rise),
+        "evidence": verdict.evidence,
+    }
+
+
+def _place(one: Diagnosis, index: int | None) -> dict[str, Any] | None:
+    if index is None:
+        return None
+    return {"evaluation": index, "step": one.steps[index], "loss": _finite(one.losses[index])}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

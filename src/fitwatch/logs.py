@@ -1,0 +1,196 @@
+"""Verdicts on the runs in a folder of TensorBoard's event files, whoever wrote them."""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from fitwatch._curves import LogError, Logged, Pair, Points, Series, find, guess
+from fitwatch.rules.overfitting import Verdict, diagnose
+
+
+@frozen(kw_only=True)
+class Diagnosis:
+    """What the logs of one run say.
+
+    Attributes:
+        run: Its folder, relative to the one that was read; ``"."`` for that itself.
+        train: Name of the training loss within the run.
+        val: Name of the validation loss within the run.
+        steps: Step of each evaluation, which is a point of the validation loss.
+        losses: The validation losses.
+        verdict: Of `fitwatch.diagnose`; its indices count evaluations from 0.
+    """
+
+    run: str
+    train: str
+    val: str
+    steps: list[int]
+    losses: list[float]
+    verdict: Verdict
+
+    @property
+    def wasted(self) -> int | None:
+        """Evaluations after the best one; None if there is no best one."""
+        return None if self.verdict.best is None else len(self.steps) - 1 - self.verdict.best
+
+
+@frozen(kw_only=True)
+class Unusable:
+    """A run without a verdict, and the reason why."""
+
+    run: str
+    problem: str
+
+
+def diagnose_logs(
+    folder: str | os.PathLike[str],
+    *,
+    run: str | None = None,
+    train_tag: str | None = None,
+    val_tag: str | None = None,
+) -> list[Diagnosis | Unusable]:
+    """Judge each run below a folder, by `fitwatch.diagnose`.
+
+    Args:
+        folder: Holds event files, in itself or deeper.
+        run: Judge this one only.
+        train_tag: Name of the training loss: a tag, or a sub-run and a tag, as ``train/loss``. Default: guessed.
+        val_tag: Likewise of the validation loss; both are given, or neither.
+
+    Raises:
+        LogError: There is nothing to judge: no folder, no event files, no such run, no such tags.
+    """
+    if (train_tag is None) != (val_tag is None):
+        raise LogError("--train-tag and --val-tag go together: give both, or neither")
+    logged = read(folder)
+    pairs = guess(logged) if train_tag is None or val_tag is None else find(logged, train_tag, val_tag)
+    if run is not None:
+        chosen = [pair for pair in pairs if pair.run == run]
+        if not chosen:
+            raise LogError(f"there is no run {run!r} in {folder}; there are {', '.join(pair.run for pair in pairs)}")
+        return [_judge(pair) for pair in chosen]
+    names = {pair.run for pair in pairs}
+    # Dots, bars and the like are sub-runs without a pair of losses: no runs of their own.
+    return [_judge(pair) for pair in pairs if not (pair.problem and _is_below(pair.run, names))]
+
+
+def read(folder: str | os.PathLike[str]) -> Logged:
+    """All scalar series below a folder.
+
+    Where a step was written again, as after a restart, the later points count and the older ones from there on are
+    dropped, as in TensorBoard.
+
+    Raises:
+        LogError: It is no folder, or has no event files or no scalars.
+    """
+    top = Path(folder)
+    if not top.is_dir():
+        raise LogError(f"{top} is a file, and a folder is needed" if top.exists() else f"there is no folder {top}")
+    logged, found = {}, 0
+    for place, files in _event_files(top):
+        found += len(files)
+        if series := _scalars(files):
+            logged[place.relative_to(top).as_posix()] = series
+    if not logged:
+        what = f"{found} event files, but no scalars in them" if found else "no event files (*tfevents*)"
+        raise LogError(f"{top} and the folders in it have {what}")
+    return logged
+
+
+def _event_files(top: Path) -> Iterable[tuple[Path, list[Path]]]:
+    """The folders with event files, and these in the order of writing, which is that of their names."""
+    seen = set()
+    for place, folders, names in os.walk(top, followlinks=True):  # TensorBoard follows links to runs
+        real = os.path.realpath(place)
+        if real in seen:  # a link in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        files = sorted(name for name in names if "tfevents" in name and not name.endswith(".profile-empty"))
+        if files:
+            yield Path(place), [Path(place, name) for name in files]
+
+
+def _scalars(files: Iterable[Path]) -> dict[str, Points]:
+    from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - only who reads logs pays
+        LegacyEventFileLoader,
+    )
+    from tensorboard.compat.proto.event_pb2 import SessionLog  # noqa: PLC0415 - as above
+
+    series: dict[str, Points] = {}
+    plugins: dict[str, str] = {}  # a tag's first value says of which kind it is
+    for file in files:
+        for event in LegacyEventFileLoader(str(file)).Load():
+            if event.session_log.status == SessionLog.START:
+                for points in series.values():
+                    _drop(points, event.step)
+            for value in event.summary.value:
+                plugins.setdefault(value.tag, value.metadata.plugin_data.plugin_name)
+                number = _number(value, plugins[value.tag])
+                if number is not None:
+                    points = series.setdefault(value.tag, [])
+                    _drop(points, event.step)
+                    points.append((event.step, number))
+    return {tag: points for tag, points in series.items() if points}
+
+
+def _drop(points: Points, step: int) -> None:
+    """Drop the points from ``step`` on."""
+    while points and points[-1][0] >= step:
+        points.pop()
+
+
+def _number(value: Any, plugin: str) -> float | None:
+    """The number of a scalar, which is a field of its own (torch) or a tensor (TensorFlow 2); None for what is none."""
+    from tensorboard.util.tensor_util import make_ndarray  # noqa: PLC0415 - as above
+
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    if plugin == "scalars" and value.HasField("tensor"):
+        array = make_ndarray(value.tensor)
+        return float(array.item()) if array.size == 1 else None
+    return None
+
+
+def _is_below(run: str, others: Iterable[str]) -> bool:
+    return any(run != other and (other == "." or run.startswith(f"{other}/")) for other in others)
+
+
+def _judge(pair: Pair) -> Diagnosis | Unusable:
+    if pair.train is None or pair.val is None:
+        return Unusable(run=pair.run, problem=pair.problem)
+    train, val = pair.train, pair.val
+    losses = [loss for _, loss in val.points]
+    verdict = diagnose(_aligned(train.points, val.points), losses)
+    if verdict.status == "warming up":
+        return Unusable(run=pair.run, problem=f"{val.name}: {verdict.evidence.removesuffix('.')}")
+    if problem := _two_axes(train, val):
+        return Unusable(run=pair.run, problem=problem)
+    steps = [step for step, _ in val.points]
+    return Diagnosis(run=pair.run, train=train.name, val=val.name, steps=steps, losses=losses, verdict=verdict)
+
+
+def _aligned(train: Points, val: Points) -> list[float]:
+    """The mean of the training points since the last evaluation, for each; NaN where there are none."""
+    means, start = [], 0
+    for step, _ in val:
+        end = start
+        while end < len(train) and train[end][0] <= step:
+            end += 1
+        new = [loss for _, loss in train[start:end]]
+        means.append(sum(new) / len(new) if new else math.nan)
+        start = end
+    return means
+
+
+def _two_axes(train: Series, val: Series) -> str:
+    """What is wrong if one series counts epochs and the other steps: their ends are far apart."""
+    first, last = sorted([train, val], key=lambda one: one.points[-1][0])
+    near, far = first.points[-1][0], last.points[-1][0]
+    if far <= 2 * near:
+        return ""
+    return f"{first.name} ends at step {near} and {last.name} at step {far}: log both against the same count of steps"

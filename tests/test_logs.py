@@ -1,0 +1,289 @@
+"""Loss curves out of event files: of torch's writer, of TensorFlow's tensors, of our own callback."""
+
+import math
+import struct
+from itertools import pairwise
+
+import attrs
+import numpy as np
+import pytest
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard import SummaryWriter
+
+import fitwatch as fw
+from fitwatch._curves import LogError
+from fitwatch.logs import Diagnosis, Unusable, diagnose_logs, read
+from tests._server import noisy_data, overfitting_trainer
+
+# A model that overfits: validation turns at the twentieth of 60 evaluations, training goes on falling.
+TRAIN = [float(np.float32(math.exp(-i / 15))) for i in range(60)]
+VAL = [float(np.float32(0.5 + ((i - 20) / 40) ** 2 + 0.002 * (-1) ** i)) for i in range(60)]
+
+
+def write(folder, curves, **options):
+    """Event files of torch's writer: tag -> values, or -> points (step, value)."""
+    with SummaryWriter(str(folder), **options) as writer:
+        for tag, values in curves.items():
+            for step, value in values if isinstance(values[0], tuple) else enumerate(values):
+                writer.add_scalar(tag, value, step)
+
+
+def write_tensors(folder, tag, values):
+    """Event files as TensorFlow 2 writes them: a scalar is a tensor of rank 0, marked by its plug-in."""
+    writer = EventFileWriter(str(folder))
+    for step, value in enumerate(values):
+        writer.add_event(Event(step=step, summary=scalar_pb(tag, value)))
+        writer.add_event(Event(step=step, summary=histogram_pb("weights", [value, 1.0, 2.0])))
+    writer.close()
+
+
+def only(found):
+    """The one verdict there is."""
+    (one,) = found
+    assert isinstance(one, Diagnosis), one
+    return one
+
+
+def check(one, *, train, val):
+    """The run was judged by these two series, and the verdict is that on the curves which were written."""
+    assert (train, val) == (one.train, one.val)
+    assert fw.diagnose(TRAIN, VAL) == one.verdict
+    assert one.verdict.overfitting
+    assert one.losses == VAL
+
+
+def test_two_tags_of_one_file(tmp_path):
+    """Tags of many habits are told apart: which is the training loss, which the validation loss."""
+    habits = [
+        ("train/loss", "eval/loss"),
+        ("Loss/train", "Loss/test"),
+        ("loss", "val_loss"),
+        ("train_loss", "valid_loss"),
+        ("Training Loss", "Validation Loss"),
+        ("trainLoss", "valLoss"),
+        ("train/total_loss", "val/loss"),
+        ("train/train_loss", "train/val_loss"),
+        ("train/CrossEntropyLoss", "val/CrossEntropyLoss"),
+        ("epoch_loss", "epoch_val_loss"),
+    ]
+    for i, (train, val) in enumerate(habits):
+        write(tmp_path / str(i), {train: TRAIN, val: VAL, "train/lr": [1.0] * 60, "val/acc": TRAIN})
+        check(only(diagnose_logs(tmp_path / str(i))), train=train, val=val)
+
+
+def test_the_loss_of_an_epoch_comes_before_that_of_a_step(tmp_path):
+    """As Lightning logs: of train_loss_step and train_loss_epoch the latter is taken; epoch and hp_metric are no losses."""
+    every_step = [(step, 9.0) for step in range(600)]
+    by_epoch = {"train_loss_epoch": TRAIN, "val_loss": VAL, "epoch": list(range(60))}
+    at_its_end = {tag: [(10 * i + 9, value) for i, value in enumerate(values)] for tag, values in by_epoch.items()}
+    version = tmp_path / "lightning_logs" / "version_0"
+    write(version, {"hp_metric": [-1.0], "train_loss_step": every_step, **at_its_end})
+    one = only(diagnose_logs(tmp_path))
+    check(one, train="train_loss_epoch", val="val_loss")
+    assert ("lightning_logs/version_0", list(range(9, 600, 10))) == (one.run, one.steps)
+
+
+def test_training_points_are_averaged_up_to_each_evaluation(tmp_path):
+    """Training logged every 10 steps, validation every 25: each evaluation has the mean of the points since the last."""
+    train = [(step, math.exp(-step / 400)) for step in range(10, 1501, 10)]
+    val = [(25 * (i + 1), value) for i, value in enumerate(VAL)]
+    write(tmp_path, {"train/loss": train, "eval/loss": val, "train/train_loss": [(1500, 0.5)]})
+    steps, values = np.array(train).T
+    edges = [0, *(step for step, _ in val)]
+    means = [values[(steps > a) & (steps <= b)].astype(np.float32).mean(dtype=np.float64) for a, b in pairwise(edges)]
+    verdict = only(diagnose_logs(tmp_path)).verdict
+    expected = fw.diagnose(means, VAL)
+    assert (expected.status, expected.onset) == (verdict.status, verdict.onset)
+    assert expected.gap == pytest.approx(verdict.gap, rel=1e-12)
+    assert math.isfinite(verdict.gap)
+
+
+def test_an_evaluation_without_training_points_has_a_nan(tmp_path):
+    """Validation before the first training point, and training logged more rarely: those losses count as not measured."""
+    write(tmp_path, {"train/loss": list(enumerate(TRAIN))[1::3], "val/loss": VAL})
+    expected = fw.diagnose([loss if i % 3 == 1 else math.nan for i, loss in enumerate(TRAIN)], VAL)
+    verdict = only(diagnose_logs(tmp_path)).verdict
+    assert (expected.evidence, expected.onset) == (verdict.evidence, verdict.onset)
+
+
+def test_nan_is_kept(tmp_path):
+    """A NaN of the validation loss is an evaluation, and the last one makes the verdict that it makes elsewhere."""
+    write(tmp_path, {"train/loss": TRAIN, "val/loss": [*VAL[:-1], math.nan]})
+    one = only(diagnose_logs(tmp_path))
+    assert (len(one.losses), one.verdict.status) == (60, "diverging")
+    assert math.isnan(one.losses[-1])
+
+
+def test_tensors_as_keras_writes_them(tmp_path):
+    """Sub-runs train and validation with the tag epoch_loss, as tensors; batch_loss and histograms are passed over."""
+    write_tensors(tmp_path / "fit" / "train", "epoch_loss", TRAIN)
+    write_tensors(tmp_path / "fit" / "train", "batch_loss", [9.0] * 100)
+    write_tensors(tmp_path / "fit" / "validation", "epoch_loss", VAL)
+    write_tensors(tmp_path / "fit" / "validation", "evaluation_loss_vs_iterations", [9.0] * 60)
+    assert {"epoch_loss", "batch_loss"} == set(read(tmp_path)["fit/train"])
+    one = only(diagnose_logs(tmp_path))
+    check(one, train="train/epoch_loss", val="validation/epoch_loss")
+    assert one.run == "fit"
+
+
+def test_lines_of_add_scalars(tmp_path):
+    """add_scalars makes a sub-run for each line: they belong to the run that wrote them, whatever the lines are called."""
+    for main, train, val in (("data/loss", "train", "val"), ("Loss", "train_loss", "validation_loss")):
+        folder = tmp_path / train
+        with SummaryWriter(str(folder)) as writer:
+            for step, losses in enumerate(zip(TRAIN, VAL, strict=True)):
+                writer.add_scalars(main, dict(zip((train, val), losses, strict=True)), step)
+                writer.add_scalar("lr", 0.1, step)
+        sub_run = main.replace("/", "_")
+        check(only(diagnose_logs(folder)), train=f"{sub_run}_{train}/{main}", val=f"{sub_run}_{val}/{main}")
+
+
+def test_folders_that_differ_in_the_role_only(tmp_path):
+    """exp_train and exp_val are one run, where each holds one side; a folder that holds both sides is a run by itself."""
+    write(tmp_path / "a" / "exp_train", {"loss": TRAIN})
+    write(tmp_path / "a" / "exp_val", {"loss": VAL})
+    one = only(diagnose_logs(tmp_path / "a"))
+    check(one, train="exp_train/loss", val="exp_val/loss")
+    assert one.run == "exp"
+    for name in ("exp_train", "exp_val"):
+        write(tmp_path / "b" / name, {"train/loss": TRAIN, "val/loss": VAL})
+    assert [one.run for one in diagnose_logs(tmp_path / "b")] == ["exp_train", "exp_val"]
+
+
+def test_the_pages_of_our_own_callback(tmp_path):
+    """Dots, bars and the dashed line are no runs: each training is one, with the history and the verdict of its result."""
+    trainer = overfitting_trainer(tmp_path, patience=30)
+    results = [trainer.fit(*noisy_data(), epochs=60)]
+    assert {"baseline", "best", "overfitting", "train", "val"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    results.append(overfitting_trainer(tmp_path, patience=3).fit(*noisy_data(), epochs=60))
+    found = diagnose_logs(tmp_path)
+    assert [one.run for one in found] == ["run", "run-2"]
+    for one, result in zip(found, results, strict=True):
+        assert (one.train, one.val) == ("train/loss", "val/loss")
+        assert [entry["step"] for entry in result.history] == one.steps
+        assert [float(np.float32(entry["val/loss"])) for entry in result.history] == one.losses
+        assert (result.verdict.status, result.verdict.onset) == (one.verdict.status, one.verdict.onset)
+        assert (result.verdict.detected, result.best.step) == (one.verdict.detected, one.steps[one.verdict.best])
+    assert results[0].verdict.overfitting
+    alone = only(diagnose_logs(tmp_path / "run"))  # the folder of the run itself
+    assert attrs.evolve(found[0], run=".") == alone
+
+
+def test_a_restart_replaces_what_it_writes_again(tmp_path):
+    """Of points that a second writer wrote again, the later count: with a purge from that step on, and without one."""
+    for name, options in (("purged", {"purge_step": 40}), ("rewritten", {})):
+        folder = tmp_path / name
+        write(folder, {"train/loss": TRAIN[:50], "val/loss": [*VAL[:40], *[7.0] * 10]}, filename_suffix=".1")
+        again = {"train/loss": list(enumerate(TRAIN))[40:], "val/loss": list(enumerate(VAL))[40:]}
+        write(folder, again, filename_suffix=".2", **options)
+        assert len(list(folder.iterdir())) == 2
+        check(only(diagnose_logs(folder)), train="train/loss", val="val/loss")
+
+
+def test_a_purge_is_of_all_tags(tmp_path):
+    """A restart that purges drops the points of tags too that it doesn't write again."""
+    write(tmp_path, {"a": TRAIN, "b": TRAIN}, filename_suffix=".1")
+    write(tmp_path, {"a": [(30, 1.0)]}, filename_suffix=".2", purge_step=30)
+    assert [len(points) for points in read(tmp_path)["."].values()] == [31, 30]
+
+
+def test_a_file_that_ends_in_mid_record(tmp_path):
+    """What was written before the writing process was killed counts."""
+    write(tmp_path, {"val/loss": VAL})
+    (file,) = tmp_path.iterdir()
+    whole = read(tmp_path)["."]["val/loss"]
+    content = file.read_bytes()
+    assert struct.unpack("<Q", content[:8])[0] < len(content)
+    file.write_bytes(content[:-3])
+    assert whole[:-1] == read(tmp_path)["."]["val/loss"]
+
+
+def test_a_link_in_a_circle(tmp_path):
+    """Links to folders are followed, and one to its own parent ends."""
+    write(tmp_path / "elsewhere", {"train/loss": TRAIN, "val/loss": VAL})
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "runs" / "circle").symlink_to(tmp_path / "runs", target_is_directory=True)
+    assert [one.run for one in diagnose_logs(tmp_path / "runs")] == ["linked"]
+
+
+def test_tags_by_name(tmp_path):
+    """Named series are taken as they are, with or without a sub-run in the name, in every run that has both."""
+    for run in ("a", "b"):
+        write(tmp_path / run, {"fit/energy": TRAIN, "check/energy": VAL, "train/loss": VAL, "val/loss": TRAIN})
+    write(tmp_path / "c" / "left", {"energy": TRAIN})
+    write(tmp_path / "c" / "right", {"energy": VAL})
+    found = diagnose_logs(tmp_path, train_tag="fit/energy", val_tag="check/energy")
+    assert [one.run for one in found] == ["a", "b"]
+    for one in found:
+        check(one, train="fit/energy", val="check/energy")
+    one = only(diagnose_logs(tmp_path, train_tag="left/energy", val_tag="right/energy"))
+    check(one, train="left/energy", val="right/energy")
+    assert one.run == "c"
+    check(
+        only(diagnose_logs(tmp_path, train_tag="c/left/energy", val_tag="c/right/energy")),
+        train="c/left/energy",
+        val="c/right/energy",
+    )
+
+
+def test_one_run_of_many(tmp_path):
+    """A run is chosen by its name; a wrong name is answered with those there are."""
+    for run in ("a", "b/deep"):
+        write(tmp_path / run, {"train/loss": TRAIN, "val/loss": VAL})
+    assert [one.run for one in diagnose_logs(tmp_path, run="b/deep")] == ["b/deep"]
+    with pytest.raises(LogError, match="there is no run 'b' in .*; there are a, b/deep"):
+        diagnose_logs(tmp_path, run="b")
+
+
+def test_a_run_that_can_not_be_judged_says_why(tmp_path):
+    """A missing side, a single series, several losses, too few points and two step axes each have their own message."""
+    young = {"train/loss": TRAIN[:3], "val/loss": VAL[:3]}
+    write(tmp_path / "axes", {"train/loss": [(10 * i, loss) for i, loss in enumerate(TRAIN)], "val/loss": VAL})
+    write(tmp_path / "boxes", {f"{side}/{part}_loss": TRAIN for side in ("train", "val") for part in ("box", "cls")})
+    write(tmp_path / "few", young)
+    write(tmp_path / "no val", {"train/loss": TRAIN, "train/acc": TRAIN, "lr": TRAIN})
+    write(tmp_path / "single", {"loss": TRAIN})
+    found = diagnose_logs(tmp_path)
+    assert all(isinstance(one, Unusable) for one in found)
+    problems = {one.run: one.problem for one in found}
+    assert {
+        "axes": "val/loss ends at step 59 and train/loss at step 590: log both against the same count of steps",
+        "boxes": "which loss is meant, train/box_loss with val/box_loss or train/cls_loss with val/cls_loss? "
+        "Say so with --train-tag and --val-tag",
+        "few": f"val/loss: {fw.diagnose(TRAIN[:3], VAL[:3]).evidence.removesuffix('.')}",
+        "no val": "no pair of a training and a validation loss was found by name; --train-tag and --val-tag name them; "
+        "there are train/loss, lr, train/acc",
+        "single": "a single series, loss: it takes a training and a validation loss",
+    } == problems
+    assert "Too few points" in problems["few"]
+
+
+def test_what_is_no_log_is_refused(tmp_path):
+    """No folder, a file, no event files, no scalars, half a pair of tags, unknown tags, one tag twice: a clear error each."""
+    with pytest.raises(LogError, match="there is no folder .*missing"):
+        diagnose_logs(tmp_path / "missing")
+    with pytest.raises(LogError, match="have no event files"):
+        diagnose_logs(tmp_path)
+    with SummaryWriter(str(tmp_path / "text")) as writer:
+        writer.add_text("note", "no number")
+    with pytest.raises(LogError, match="have 1 event files, but no scalars in them"):
+        diagnose_logs(tmp_path)
+    (file,) = (tmp_path / "text").iterdir()
+    with pytest.raises(LogError, match="is a file, and a folder is needed"):
+        diagnose_logs(file)
+    write(tmp_path / "run", {"train/loss": TRAIN, "val/loss": VAL, **{f"norm/{i}": [1.0] for i in range(30)}})
+    write(tmp_path / "other", {"lonely": [1.0]})
+    with pytest.raises(LogError, match="go together: give both, or neither"):
+        diagnose_logs(tmp_path, train_tag="train/loss")
+    with pytest.raises(
+        LogError, match="no series is named 'eval/loss'; there are run/train/loss, run/val/loss, .* more"
+    ):
+        diagnose_logs(tmp_path, train_tag="train/loss", val_tag="eval/loss")
+    with pytest.raises(LogError, match="no run has both 'train/loss' and 'lonely'"):
+        diagnose_logs(tmp_path, train_tag="train/loss", val_tag="lonely")
+    with pytest.raises(LogError, match="can't be one series, 'loss'"):
+        diagnose_logs(tmp_path, train_tag="loss", val_tag="loss")
