@@ -5,6 +5,8 @@ import math
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +120,16 @@ def test_what_is_unusable_ends_with_2_and_one_line(folder, tmp_path, capsys):
         assert re.search(expected, err)
 
 
+def test_of_many_unusable_runs_a_few_are_named(tmp_path, capsys):
+    """A message about many runs stays short, and says how many it left out."""
+    for i in range(7):
+        write(tmp_path / str(i), {"loss": TRAIN[:2]})
+    assert main(["diagnose", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert re.findall(r"run (\d): a single series", err) == list("01234")
+    assert err.endswith("; and 2 more runs\n")
+
+
 def test_as_a_command(folder):
     """``python -m fitwatch`` prints the table without a warning; without a command it ends with 2 and its usage."""
     run = [sys.executable, "-W", "error", "-m", "fitwatch"]
@@ -127,3 +139,9 @@ def test_as_a_command(folder):
     bad = subprocess.run(run, capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "usage: fitwatch" in bad.stderr
+
+
+def test_the_command_is_installed():
+    """The package installs a command ``fitwatch``, which is this function."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"fitwatch": f"{main.__module__}:{main.__name__}"}

@@ -1,11 +1,13 @@
 """The documentation runs: every code block, every example, the loop's pseudocode and the list of public names."""
 
 import contextlib
+import csv
 import importlib.util
 import inspect
 import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -90,6 +92,31 @@ def test_the_state_table_has_every_attribute():
     documented = re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row[:2] == "| "))
     attributes = [a.name for a in fw.State.__attrs_attrs__ if not a.name.startswith("_")]
     assert sorted([*attributes, "best"]) == sorted(documented)
+
+
+def test_the_page_on_callbacks_has_the_logger_of_the_example():
+    """CsvLog is the same class on the page and in examples/csv_logger.py."""
+    logger = re.compile(r"^class CsvLog.*?(?=^\S)", re.DOTALL | re.MULTILINE)
+    (example,) = logger.findall((ROOT / "examples/csv_logger.py").read_text())
+    (page,) = logger.findall((ROOT / "docs/callbacks.md").read_text())
+    assert example == page
+
+
+def test_the_csv_logger_writes_the_history(tmp_path, monkeypatch):
+    """The rows of train/loss and val/loss are the history to the last digit, and a second fit adds its own."""
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        names = runpy.run_path(str(ROOT / "examples/csv_logger.py"))
+    history = [*names["result"].history, *names["trainer"].fit(names["train"], names["val"], epochs=2).history]
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train/loss", "val/loss"):
+        written = [(int(row["step"]), float(row["value"])) for row in rows if row["name"] == name]
+        assert written == [(entry["step"], entry[name]) for entry in history]
+    assert len(history) == 6
+    windows = {int(row["step"]) for row in rows if row["name"] == "train/optim/grad_norm"}
+    assert windows == set(range(10, 121, 10))
+    assert len(rows) == len({(row["step"], row["name"]) for row in rows})
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=names(EXAMPLES))

@@ -168,6 +168,8 @@ def test_the_pages_of_our_own_callback(tmp_path):
         assert (result.verdict.status, result.verdict.onset) == (one.verdict.status, one.verdict.onset)
         assert (result.verdict.detected, result.best.step) == (one.verdict.detected, one.steps[one.verdict.best])
     assert results[0].verdict.overfitting
+    with pytest.raises(LogError, match="there are run, run-2$"):
+        diagnose_logs(tmp_path, run="run-3")
     alone = only(diagnose_logs(tmp_path / "run"))  # the folder of the run itself
     assert attrs.evolve(found[0], run=".") == alone
 

@@ -113,8 +113,15 @@ def find(logged: Logged, train_tag: str, val_tag: str) -> list[Pair]:
     if not pairs:
         lacking = [tag for tag in (train_tag, val_tag) if not any(f"/{path}".endswith(f"/{tag}") for path in full)]
         what = f"no series is named {lacking[0]!r}" if lacking else f"no run has both {train_tag!r} and {val_tag!r}"
-        raise LogError(f"{what}; there are {_listed(full)}")
+        raise LogError(f"{what}; there are {listed(full)}")
     return pairs
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """The names, those of losses first, and not too many."""
+    ordered = sorted(names, key=lambda name: ("loss" not in name.lower(), name))
+    more = f", and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
 
 
 def _join(folder: str, name: str) -> str:
@@ -187,7 +194,7 @@ def _pair(run: str, series: list[_Named]) -> Pair:
     if len(plain or pairs) == 1:
         train, val = (plain or list(pairs.values()))[0]
         return Pair(run=run, train=train, val=val)
-    names = _listed([one.name for one in series])
+    names = listed([one.name for one in series])
     if pairs:
         both = " or ".join(f"{train.name} with {val.name}" for train, val in pairs.values())
         return Pair(run=run, problem=f"which loss is meant, {both}? Say so with --train-tag and --val-tag")
@@ -206,10 +213,3 @@ def _both(series: list[_Named]) -> tuple[_Named, _Named] | None:
             return None
         chosen.append(min(known, key=lambda one: (roles.index(one.role), one.grain, -len(one.points), one.name)))
     return chosen[0], chosen[1]
-
-
-def _listed(names: Iterable[str], most: int = 20) -> str:
-    """The names, those of losses first, and not too many."""
-    ordered = sorted(names, key=lambda name: ("loss" not in name.lower(), name))
-    more = f", and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more

@@ -15,6 +15,8 @@ Reads TensorBoard's event files, whoever wrote them, and says of each run whethe
 evaluation was the best, and how many came after it. An evaluation is a point of the validation loss; they count from 0.
 """
 
+_MOST = 5  # problems in one message
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -29,12 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         found = diagnose_logs(options.logdir, run=options.run, train_tag=options.train_tag, val_tag=options.val_tag)
-    except LogError as error:
+    except (LogError, OSError) as error:
         return _fail(str(error))
     judged = [one for one in found if isinstance(one, Diagnosis)]
     if not judged:
-        # With one run its problem is the whole message; of several, each has its own.
-        return _fail("; ".join(f"run {one.run}: {one.problem}" for one in found if isinstance(one, Unusable)))
+        problems = [f"run {one.run}: {one.problem}" for one in found if isinstance(one, Unusable)]
+        more = f"; and {len(problems) - _MOST} more runs" if len(problems) > _MOST else ""
+        return _fail("; ".join(problems[:_MOST]) + more)
     if options.json:
         document = {"logdir": options.logdir, "runs": [_facts(one) for one in found]}
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import frozen
 
-from fitwatch._curves import LogError, Logged, Pair, Points, Series, find, guess
+from fitwatch._curves import LogError, Logged, Pair, Points, Series, find, guess, listed
 from fitwatch.rules.overfitting import Verdict, diagnose
 
 
@@ -68,14 +68,14 @@ def diagnose_logs(
         raise LogError("--train-tag and --val-tag go together: give both, or neither")
     logged = read(folder)
     pairs = guess(logged) if train_tag is None or val_tag is None else find(logged, train_tag, val_tag)
-    if run is not None:
-        chosen = [pair for pair in pairs if pair.run == run]
-        if not chosen:
-            raise LogError(f"there is no run {run!r} in {folder}; there are {', '.join(pair.run for pair in pairs)}")
-        return [_judge(pair) for pair in chosen]
     names = {pair.run for pair in pairs}
     # Dots, bars and the like are sub-runs without a pair of losses: no runs of their own.
-    return [_judge(pair) for pair in pairs if not (pair.problem and _is_below(pair.run, names))]
+    shown = [pair for pair in pairs if not (pair.problem and _is_below(pair.run, names))]
+    if run is None:
+        return [_judge(pair) for pair in shown]
+    if run not in names:
+        raise LogError(f"there is no run {run!r} in {folder}; there are {listed(pair.run for pair in shown)}")
+    return [_judge(pair) for pair in pairs if pair.run == run]
 
 
 def read(folder: str | os.PathLike[str]) -> Logged:
