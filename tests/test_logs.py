@@ -32,10 +32,13 @@ def write(folder, curves, **options):
 
 
 def write_tensors(folder, tag, values):
-    """Event files as TensorFlow 2 writes them: a scalar is a tensor of rank 0, marked by its plug-in."""
+    """Event files as TensorFlow writes them: a scalar is a tensor of rank 0, which the first of its tag says."""
     writer = EventFileWriter(str(folder))
     for step, value in enumerate(values):
-        writer.add_event(Event(step=step, summary=scalar_pb(tag, value)))
+        summary = scalar_pb(tag, value)
+        if step:
+            summary.value[0].ClearField("metadata")
+        writer.add_event(Event(step=step, summary=summary))
         writer.add_event(Event(step=step, summary=histogram_pb("weights", [value, 1.0, 2.0])))
     writer.close()
 
@@ -84,6 +87,20 @@ def test_the_loss_of_an_epoch_comes_before_that_of_a_step(tmp_path):
     one = only(diagnose_logs(tmp_path))
     check(one, train="train_loss_epoch", val="val_loss")
     assert ("lightning_logs/version_0", list(range(9, 600, 10))) == (one.run, one.steps)
+
+
+def test_of_several_losses_the_plain_one_is_taken(tmp_path):
+    """A part of the loss, or one summary value at the end of training, doesn't stand in the way of the loss itself."""
+    parts = {"train/aux_loss": VAL, "val/aux_loss": TRAIN, "train/avg_loss": [(59, 0.5)]}
+    write(tmp_path, {**parts, "train/loss": TRAIN, "val/loss": VAL})
+    check(only(diagnose_logs(tmp_path)), train="train/loss", val="val/loss")
+
+
+def test_a_run_within_a_run(tmp_path):
+    """A folder below a run is judged too if it has a pair of losses of its own."""
+    for folder in (tmp_path / "outer", tmp_path / "outer" / "inner"):
+        write(folder, {"train/loss": TRAIN, "val/loss": VAL})
+    assert [one.run for one in diagnose_logs(tmp_path)] == ["outer", "outer/inner"]
 
 
 def test_training_points_are_averaged_up_to_each_evaluation(tmp_path):
