@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fitwatch._explain import refuse_logits
-from fitwatch._loss import FAILURES, PRECISE, Loss, as_classes, precise
+from fitwatch._loss import FAILURES, PRECISE, Loss, LossSum, as_classes, precise
 from fitwatch._real_world_kernel import real_world_losses
 from fitwatch.decisions import CostMatrix, Costs, as_cost_matrix, check_costs
 
@@ -68,16 +68,36 @@ class RealWorldCrossEntropy(Loss):
             self.register_buffer("fn_cost", fn.clone())
             self.register_buffer("fp_cost", fp.clone())
 
+    def forward(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The weighted mean over the batch, 0-dim: `sums(output, target, sample_weight).mean`."""
+        if sample_weight is None:
+            mean = self._at_once(output, target, len(target) if isinstance(target, Tensor) and target.dim() else 1)
+            if mean is not None:
+                return mean
+        return super().forward(output, target, sample_weight)
+
+    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
+        if sample_weight is None:
+            total = self._at_once(output, target, 1)
+            if total is not None:
+                return LossSum(total, len(target))
+        return super().sums(output, target, sample_weight)
+
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
+        losses = self._at_once(output, target, None)
+        if losses is not None:
+            return losses, 1.0
         fn, fp = self.fn_cost, self.fp_cost
         one_logit = isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape == target.shape
         if not (isinstance(fn, Tensor) and isinstance(fp, Tensor)):
             if one_logit or not _is_of_two(output, target):
                 return _one_logit(output, target, fn, fp), 1.0
-            fn, fp = output.new_tensor([fp, fn]), output.new_zeros(2, 2)
+            fn, fp = precise(output).new_tensor([fp, fn]), precise(output).new_zeros(2, 2)
         elif one_logit and len(fn) == 2 and output.dim() > 0 and (output.dim() == 1 or output.shape[1] == 1):
             return _one_logit(output, target, fn[1] + fp[1, 0], fn[0] + fp[0, 1]), 1.0
-        return self._classes(output, target, fn, fp)
+        logits, labels, counts = as_classes(output, target, fn, self.ignore_index)
+        flat = real_world_losses(logits.flatten(0, -2), labels.flatten(), fn.to(logits.dtype), fp.to(logits.dtype))
+        return torch.where(counts, flat.view_as(labels), 0), counts.to(logits.dtype)
 
     def weighted(self, weights: Tensor) -> Loss:
         """Not possible.
@@ -107,17 +127,26 @@ class RealWorldCrossEntropy(Loss):
         fn, fp = (c.tolist() if isinstance(c, Tensor) else c for c in (self.fn_cost, self.fp_cost))
         return f"fn_cost={fn}, fp_cost={fp}"
 
-    def _classes(self, output: Tensor, target: Tensor, fn: Tensor, fp: Tensor) -> tuple[Tensor, Tensor | float]:
-        # On the CPU a wrong index raises in the kernel, so the common case needs no look at the targets before.
-        if isinstance(output, Tensor) and output.is_cpu and output.dim() == 2 and output.dtype in PRECISE:
-            try:
-                if target.dtype is torch.int64 and target.shape == output.shape[:1] and output.shape[1] == len(fn):
-                    return real_world_losses(output, target, fn.to(output.dtype), fp.to(output.dtype)), 1.0
-            except FAILURES:
-                pass  # an index that is ignored, or one that the next line explains
-        logits, labels, counts = as_classes(output, target, fn, self.ignore_index)
-        flat = real_world_losses(logits.flatten(0, -2), labels.flatten(), fn.to(logits.dtype), fp.to(logits.dtype))
-        return torch.where(counts, flat.view_as(labels), 0), counts.to(logits.dtype)
+    def _at_once(self, output: Tensor, target: Tensor, divisor: float | None) -> Tensor | None:
+        """What the kernel gives in the common case, (N, C) on the CPU with nothing ignored; None in any other.
+
+        A wrong index raises in the kernel, so the targets need no look before.
+        """
+        buffers = self._buffers  # self.fn_cost would go through nn.Module.__getattr__
+        fn, fp = buffers.get("fn_cost"), buffers.get("fp_cost")
+        if fn is None or fp is None or not isinstance(output, Tensor) or output.dtype not in PRECISE:
+            return None
+        shape = output.shape
+        if len(shape) != 2 or shape[1] != len(fn) or not (output.is_cpu and fn.is_cpu):
+            return None
+        try:
+            if target.dtype is torch.int64 and target.shape == shape[:1]:
+                if fn.dtype is not output.dtype:
+                    fn, fp = fn.to(output.dtype), fp.to(output.dtype)
+                return real_world_losses(output, target, fn, fp, divisor)
+        except FAILURES:
+            pass  # an index that is ignored, or an input that `as_classes` explains
+        return None
 
 
 def _is_of_two(output: Tensor, target: Tensor) -> bool:
