@@ -111,7 +111,8 @@ class LogitAdjusted(CrossEntropy):
 
     def _log_softmax(self, output: Tensor, dim: int) -> Tensor:
         adjustment = self.adjustment.to(output.dtype).view(-1, *[1] * (output.dim() - 2))
-        return torch.log_softmax(output + adjustment, dim)
+        # The largest logit is taken off first: large ones would swamp the adjustment.
+        return torch.log_softmax(output - output.detach().amax(dim, keepdim=True) + adjustment, dim)
 
 
 class LDAM(ClassLoss):
@@ -158,6 +159,7 @@ class LDAM(ClassLoss):
         logits, labels, counts = as_classes(output, target, self.margin, self.ignore_index)
         true = labels.unsqueeze(-1)
         margin = self.margin.to(logits.dtype)[true]
+        logits = logits - logits.detach().amax(-1, keepdim=True)  # large ones would swamp the margin
         log_p = (self.scale * logits.scatter_add(-1, true, -margin)).log_softmax(-1)
         weights = self._weights(labels, counts, logits.dtype)
         return -weights * log_p.gather(-1, true).squeeze(-1), weights

@@ -74,7 +74,7 @@ class Loss(nn.Module, abc.ABC):
             target: As for `unreduced`.
             sample_weight: How much each example counts, shape (N,), or each position, of the shape of the
                 positions; finite, at least 0, any dtype. It multiplies the weights that the loss has itself. An
-                example of weight 0 (a mask) adds nothing, whatever its loss. The values are checked on the CPU only.
+                example of weight 0 (a mask) adds nothing, whatever its loss, and its target may be nan. The values are checked on the CPU only.
 
         Returns:
             Sums that may be added up over batches before they are divided, once.
@@ -125,9 +125,9 @@ class Loss(nn.Module, abc.ABC):
         return False
 
     def _weighed(self, output: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        losses, weights = self.unreduced(output, target)
         if sample_weight is None:
-            return losses, weights
+            return self.unreduced(output, target)
+        losses, weights = self.unreduced(output, without_masked(target, sample_weight))
         scale = as_sample_weight(sample_weight, losses)
         # a masked loss may be infinite, and 0 times infinity is nan
         return torch.where(scale != 0, losses * scale, 0), weights * scale
@@ -256,6 +256,16 @@ def as_sample_weight(sample_weight: Tensor, like: Tensor) -> Tensor:
             value = weight.flatten()[index].item()
             raise ValueError(f"sample_weight must be finite and at least 0, got {value} at index {index} of the batch")
     return weight
+
+
+def without_masked(target: Tensor, sample_weight: Tensor) -> Tensor:
+    """Targets with 0 in place of those of weight 0: nan, of what is not known, would come back in the gradient."""
+    if not (isinstance(target, Tensor) and isinstance(sample_weight, Tensor) and target.is_floating_point()):
+        return target
+    if target.device != sample_weight.device or target.shape[: sample_weight.dim()] != sample_weight.shape:
+        return target  # for the loss to refuse; or rows of probabilities for each position, which are never nan
+    counts = (sample_weight != 0).reshape(*sample_weight.shape, *[1] * (target.dim() - sample_weight.dim()))
+    return torch.where(counts, target, 0)
 
 
 def precise(output: Tensor) -> Tensor:

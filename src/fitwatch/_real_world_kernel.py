@@ -63,7 +63,7 @@ def _reduced(losses: Tensor, divisor: float | None) -> Tensor:
 
 class _RealWorldLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - apply takes no names
         ctx: Any, logits: Tensor, target: Tensor, fn_cost: Tensor, fp_cost: Tensor, divisor: float | None
     ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]

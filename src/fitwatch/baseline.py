@@ -12,11 +12,14 @@ from torch import Tensor
 
 from fitwatch._cross_entropy import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, NegativeLogLikelihood
 from fitwatch._imbalanced import ExpectedCost
-from fitwatch._loss import ClassLoss, as_sample_weight
+from fitwatch._loss import ClassLoss, as_sample_weight, without_masked
 from fitwatch._real_world import RealWorldCrossEntropy
 
 MOST_CLASSES = 1000
 """With more classes there is no baseline: the search for the best constant takes C^2 numbers a step."""
+
+_NOTHING = 1e-9
+"""A loss that is 0 but for logits that can't be infinite."""
 
 
 @frozen
@@ -33,8 +36,11 @@ class Baseline:
     uniform: float
 
     def left(self, loss: float) -> float:
-        """The share of ``constant`` that ``loss`` still is: at 1 nothing is learned, 0 is perfect."""
-        return loss / self.constant if self.constant else math.nan
+        """The share of ``constant`` that ``loss`` still is: at 1 nothing is learned, 0 is perfect.
+
+        NaN where the constant is 0, as where all targets are of one class.
+        """
+        return loss / self.constant if self.constant > _NOTHING else math.nan
 
 
 class TargetSums:
@@ -51,6 +57,7 @@ class TargetSums:
             loss, (ClassLoss, BinaryCrossEntropy, RealWorldCrossEntropy, ExpectedCost, MeanSquaredError)
         )
         self._kind = ""
+        self._level: Tensor | None = None
         self._sums: Tensor | None = None
 
     def update(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> None:
@@ -59,9 +66,14 @@ class TargetSums:
             return
         target = target.detach().cpu()
         weight = None if sample_weight is None else sample_weight.detach().cpu()
+        if weight is not None:
+            target = without_masked(target, weight)
         one_logit = output.dim() < 2 or output.shape[1] == 1
         if isinstance(self.loss, MeanSquaredError):
             y, w = _columns(target, weight)
+            if self._level is None:  # the variance as a difference loses its digits where the mean is large
+                self._level = torch.where(w > 0, y, 0).sum(0) / (w > 0).sum(0).clamp(min=1)
+            y = y - self._level
             self._add("moments", torch.stack([w.sum(0), (w * y).sum(0), (w * y * y).sum(0)]))
         elif output.shape != target.shape:
             classes = output.shape[0 if output.dim() == 1 else 1]
@@ -142,4 +154,4 @@ def _search(loss: Any, kind: str, sums: Tensor) -> Baseline:
 
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return Baseline(constant=float(value(constant.detach())), uniform=uniform)
+    return Baseline(constant=min(uniform, float(value(constant.detach()))), uniform=uniform)

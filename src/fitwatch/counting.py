@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 from tqdm.auto import tqdm
 
-from fitwatch._loss import as_sample_weight
+from fitwatch._loss import as_sample_weight, without_masked
 from fitwatch.checkpoint import rng_state, set_rng_state
 from fitwatch.loading import generators_of, length, parts
 
@@ -127,6 +127,7 @@ def _count(labels: Tensor, weight: Tensor | None, num_classes: int | None, ignor
 def _count_labels(targets: Tensor, weight: Tensor | None, num_labels: int | None) -> Tensor:
     """Negatives and positives of each label, shape (K, 2)."""
     if weight is not None:
+        targets = without_masked(targets, weight)
         weight = as_sample_weight(weight, targets.double())
     if targets.dim() != 2:
         targets, weight = targets.reshape(-1, 1), None if weight is None else weight.reshape(-1, 1)

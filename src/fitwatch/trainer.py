@@ -106,8 +106,9 @@ class Trainer:
         """
         input, target, *weight = loading.parts(batch)
         output = self.model(input)
+        loss = self.compute_loss(output, target, *weight)  # first, since its errors are the clearest
         self.update_metrics(output, target, *weight)
-        return self.compute_loss(output, target, *weight)
+        return loss
 
     def batch_size(self, batch: Any) -> int:
         """Examples in a batch; override it for own batch formats. Asked where a step returns a scalar."""
