@@ -136,8 +136,10 @@ def _search(loss: Any, kind: str, sums: Tensor) -> Baseline:
 
     def value(constant: Tensor) -> Tensor:
         losses, weights = loss.unreduced(constant.expand(len(targets), -1), targets)
-        total: Tensor = (losses * sums).sum()
-        return total / (torch.as_tensor(weights, dtype=sums.dtype).expand_as(losses) * sums).sum()
+        weights = torch.as_tensor(weights, dtype=sums.dtype).expand_as(losses)
+        # losses of one logit come as (2,), the sums are (2, 1)
+        total: Tensor = (losses.reshape(sums.shape) * sums).sum()
+        return total / (weights.reshape(sums.shape) * sums).sum()
 
     uniform = float(value(torch.zeros_like(start)))
     if isinstance(loss, ExpectedCost):  # linear in the probabilities: least at a corner, which no logits reach

@@ -78,8 +78,10 @@ def expected_baseline(loss: Any, train_loader: Any, val_loader: Any) -> Baseline
     targets, weight = val
     output = targets
     if not isinstance(loss, (BinaryCrossEntropy, MeanSquaredError)) and not targets.is_floating_point():
-        both = torch.stack([*train[0].aminmax(), *targets.aminmax()])
-        if int(both.min()) < 0 or targets.dtype is torch.bool:  # ignored labels or wrong ones: the validation will tell
+        ignore_index = getattr(loss, "ignore_index", None)
+        kept = [labels if ignore_index is None else labels[labels != ignore_index] for labels in (train[0], targets)]
+        both = torch.cat([labels.flatten() for labels in kept])
+        if targets.dtype is torch.bool or not len(both) or int(both.min()) < 0:  # the validation will tell
             return None
         output = torch.empty((len(targets), int(both.max()) + 1, *targets.shape[1:]), device="meta")
     elif isinstance(loss, ClassLoss) and targets.dim() != 2:
