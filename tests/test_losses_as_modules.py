@@ -8,7 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fitwatch.losses import BinaryCrossEntropy, CrossEntropy, Loss, LossSum, RealWorldCrossEntropy, as_loss
+from fitwatch.losses import (
+    LDAM,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    ExpectedCost,
+    Focal,
+    LogitAdjusted,
+    Loss,
+    LossSum,
+    MeanSquaredError,
+    RealWorldCrossEntropy,
+    as_loss,
+)
 from tests._losses import assert_same, labels, logits, refused, target_for, weights_of
 
 
@@ -24,11 +36,19 @@ def every_loss():
         (RealWorldCrossEntropy(2, 1), logits(8), b),
         (RealWorldCrossEntropy([1.0, 2, 3], 1 - torch.eye(3)), logits(8, 3), y),
         (as_loss(nn.NLLLoss(torch.tensor([1.0, 2, 3]))), logits(8, 3), y),
+        (Focal(1.5, weight=[1.0, 2, 3]), logits(8, 3), y),
+        (LogitAdjusted([5.0, 2, 1], weight=[1.0, 2, 3]), logits(8, 3), y),
+        (LDAM([5.0, 2, 1], weight=[1.0, 2, 3]), logits(8, 3), y),
+        (ExpectedCost([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]]), logits(8, 3), y),
+        (MeanSquaredError(), logits(8, 3), logits(8, 3, seed=4).detach()),
     ]
 
 
+CASES = range(len(every_loss()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", CASES)
 def test_half_precision_is_computed_in_float32(case, dtype):
     """Outputs in half precision give the float32 loss of the same numbers, and a gradient in their own dtype."""
     loss, output, target = every_loss()[case]
@@ -41,7 +61,7 @@ def test_half_precision_is_computed_in_float32(case, dtype):
     assert half.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", CASES)
 def test_losses_are_well_behaved_modules(case):
     """Copies, pickles, state dicts and dtypes carry the weights, and no gradient is kept under no_grad."""
     loss, output, target = every_loss()[case]
@@ -80,6 +100,7 @@ def test_as_loss_makes_torchs_losses_exact():
         (nn.NLLLoss(w, ignore_index=-1), target),
         (nn.BCEWithLogitsLoss(pos_weight=w), binary),
         (nn.BCEWithLogitsLoss(), binary),
+        (nn.MSELoss(), logits(8, 3, seed=4).detach()),
     ]:
         ours = as_loss(theirs)
         assert isinstance(ours, Loss)
@@ -142,3 +163,40 @@ def test_as_loss_refuses_what_is_no_function():
         as_loss("ce")
     with pytest.raises(TypeError, match=r"use CrossEntropyLoss\(\)"):
         as_loss(nn.CrossEntropyLoss)
+
+
+def test_weighted_and_unweighted_change_the_class_weights_alone():
+    """Losses of classes get other weights, or none, and keep their own options; the original stays as it was."""
+    output, target, w = logits(8, 3), labels((8,), 3), weights_of(3)
+    target[0] = -7
+    for build in (
+        lambda **o: Focal(1.5, ignore_index=-7, **o),
+        lambda **o: LogitAdjusted([5.0, 2, 1], tau=0.7, label_smoothing=0.1, ignore_index=-7, **o),
+        lambda **o: LDAM([5.0, 2, 1], max_margin=0.3, scale=5.0, ignore_index=-7, **o),
+    ):
+        plain, heavy = build(), build(weight=w)
+        weighted = plain.weighted(w)
+        assert (plain.has_weights, weighted.has_weights, weighted.unweighted().has_weights) == (False, True, False)
+        torch.testing.assert_close(weighted(output, target), heavy(output, target))
+        torch.testing.assert_close(heavy.unweighted()(output, target), plain(output, target))
+        assert heavy.has_weights
+    for loss in (ExpectedCost(1 - torch.eye(3)), MeanSquaredError()):
+        assert loss.unweighted() is loss
+        with pytest.raises(TypeError, match=f"{type(loss).__name__} takes no class weights"):
+            loss.weighted(w)
+
+
+def test_a_loss_of_ones_own_is_exact_after_one_method():
+    """The method unreduced alone gives the mean, the sums, the examples and their weights."""
+
+    class Brier(Loss):
+        def unreduced(self, output, target):
+            return (output.softmax(1) - F.one_hot(target, 3)).square().sum(1), 1.0
+
+    output, target, w = logits(8, 3), labels((8,), 3), torch.rand(8, dtype=torch.float64)
+    each = (output.softmax(1) - torch.eye(3, dtype=torch.float64)[target]).square().sum(1)
+    loss = Brier()
+    torch.testing.assert_close(loss(output, target), each.mean())
+    torch.testing.assert_close(loss(output, target, w), (w * each).sum() / w.sum())
+    assert loss.sums(output, target).weight == 8
+    torch.testing.assert_close(loss.per_example(output, target, w), (each, w))

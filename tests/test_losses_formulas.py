@@ -68,7 +68,7 @@ every_loss = pytest.mark.parametrize("name", CASES)
 def reference(name, output, target, ignore_index=None):
     """Totals and weights of the examples, from the formula of each position."""
     _, weight, formula = CASES[name]
-    output, target = output.detach().double(), target
+    output = output.detach().double()
     if output.dim() == 1:
         output, target = output.unsqueeze(0), target.unsqueeze(0)
     rows = output.movedim(1, -1).flatten(1, -2) if output.dim() > 2 else output.unsqueeze(1)
@@ -267,7 +267,7 @@ def test_class_weights_of_one_logit():
 
 
 def test_special_cases_are_cross_entropy():
-    """gamma = 0, tau = 0, and no margin at scale 1 are cross-entropy with the same weights."""
+    """With gamma = 0, tau = 0, and no margin at scale 1 are cross-entropy with the same weights."""
     output, target = logits(12, 4), labels((12,), 4)
     for loss in (
         fw.Focal(0.0, weight=WEIGHT),

@@ -124,3 +124,17 @@ def test_the_picture_takes_empty_rows_large_numbers_and_weights():
     counts = torch.tensor([[1234567.0, 2.5], [0, 0]])
     for costs in (None, torch.tensor([[0.0, 3], [1, 0]])):
         assert confusion_image(counts, ["a", "b"], costs, title="a title").png.startswith(b"\x89PNG")
+
+
+def test_early_stopping_follows_the_cost():
+    """Training stops once the cost, which cannot fall at this rate, has not done so, and the cheapest weights come back."""
+    x, y = data()
+    for name in ("val/cost", "val/cost_optimal"):
+        # also where the callback that measures stands behind the one that monitors
+        trainer = trainer_of(fw.EarlyStopping(name, patience=3), fw.RealWorldCost(COSTS), seed=0)
+        trainer.optimizer.param_groups[0]["lr"] = 30.0
+        result = trainer.fit([(x, y)], [(x, y)], epochs=100)
+        costs = [entry[name] for entry in result.history]
+        assert name in result.stop_reason
+        assert costs.index(min(costs)) == result.best.epoch == len(costs) - 4
+        assert trainer.validate([(x, y)])[name] == pytest.approx(min(costs))

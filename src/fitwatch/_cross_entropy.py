@@ -244,7 +244,8 @@ class MeanSquaredError(Loss):
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
         refuse_shapes(output, target)
-        return (precise(output) - target).square(), 1.0
+        predicted = precise(output)
+        return (predicted - target.to(predicted.dtype)).square(), 1.0
 
 
 def _as_label_weight(name: str, weight: Tensor | Sequence[float] | float) -> Tensor:

@@ -74,7 +74,8 @@ class Loss(nn.Module, abc.ABC):
             target: As for `unreduced`.
             sample_weight: How much each example counts, shape (N,), or each position, of the shape of the
                 positions; finite, at least 0, any dtype. It multiplies the weights that the loss has itself. An
-                example of weight 0 (a mask) adds nothing, whatever its loss, and its target may be nan. The values are checked on the CPU only.
+                example of weight 0 (a mask) adds nothing, whatever its loss, and its target may be nan. The values
+                are checked on the CPU only.
 
         Returns:
             Sums that may be added up over batches before they are divided, once.
