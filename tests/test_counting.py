@@ -260,6 +260,15 @@ def test_weights_of_positions_probabilities_and_labels():
     assert count_classes(one, multi_label=True).tolist() == [[0.5, 2]]
 
 
+def test_labels_that_are_not_known_are_not_counted():
+    """A label that is NaN where its weight is 0 counts neither as positive nor as negative."""
+    labels = torch.tensor([[1, torch.nan], [0, 1], [torch.nan, 0]])
+    data = TensorDataset(torch.zeros(3, 1), labels, (~labels.isnan()).float())
+    assert count_classes(data, multi_label=True).tolist() == [[1, 1], [1, 1]]
+    with pytest.raises(ValueError, match="0 or 1; got nan at index 1"):
+        count_classes(labels, multi_label=True)
+
+
 def test_rows_of_probabilities_are_read_from_single_examples():
     """The target of a single example may be a row of probabilities, or of labels."""
     rows = [[0.25, 0.75, 0.0], [0.5, 0.25, 0.25]]

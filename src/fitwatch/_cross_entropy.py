@@ -27,9 +27,10 @@ class CrossEntropy(ClassLoss):
     (N,), (N, d1, ...) or (), int64; or probabilities of the shape of the outputs, floating-point.
 
     For class indices the weight of a position is that of its class, so the loss is divided by the sum of the
-    weights; for probabilities it is 1, as in torch. With `label_smoothing` the smoothing mass is weighted too,
-    as in torch: an example of a class with weight 0 then adds to the total but not to the weight, and
-    `per_example` leaves it out.
+    weights; for probabilities it is 1, as in torch. With `label_smoothing` e the smoothing mass has the weights of
+    the classes that it falls on, as in torch (pytorch#104776): an example of class y adds
+    (1 - e) w[y] nll[y] + e/C sum of w[c] nll[c] to the total, and w[y] to the weight. So one of a class with weight 0
+    adds to the total but not to the weight, and `per_example` leaves it out.
 
     Args:
         weight: Weights of the classes, shape (C,), finite, at least 0, not all 0. Kept as a buffer.
@@ -238,8 +239,8 @@ class BinaryCrossEntropy(Loss):
 class MeanSquaredError(Loss):
     """The squared error, equal to `torch.nn.MSELoss` in value and gradient.
 
-    Outputs and targets have one shape, (N,) or (N, d1, ...): torch would broadcast (N, 1) and (N,) to (N, N). The loss
-    is divided by the number of elements.
+    Outputs and targets have one shape, (N,) or (N, d1, ...): torch would broadcast (N, 1) and (N,) to (N, N). Targets
+    of another dtype are taken in that of the outputs. The loss is divided by the number of elements.
     """
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:

@@ -33,7 +33,8 @@ class RealWorldCrossEntropy(Loss):
 
     Every position has weight 1: the loss is the mean, not divided by the sum of the costs, nor by the number of
     classes as in the authors' own code. Values and gradients are exact to rounding however wrong and
-    confident the logits are.
+    confident the logits are. With other costs than equal ones the softmax of the model is no estimate of the
+    probabilities; decide for its largest.
 
     Args:
         fn_cost: Cost of a false negative: a number, or the cost of missing each class, shape (C,). Alone: a
