@@ -172,3 +172,41 @@ def test_real_world_has_no_class_weights_but_costs():
     y = labels((9,), 2).double()
     z = logits(9)
     torch.testing.assert_close(binary.unweighted()(z, y), F.binary_cross_entropy_with_logits(z, y))
+
+
+def test_costs_as_numbers_are_not_rounded_to_bfloat16():
+    """Two numbers with bfloat16 outputs of two classes, or of one, are the numbers as given."""
+    output, target = logits(9, 2, dtype=torch.bfloat16).detach(), labels((9,), 2)
+    loss = RealWorldCrossEntropy(20.3, 1.7)
+    weight = torch.tensor([1.7, 20.3])
+    expected = F.cross_entropy(output.float(), target, weight, reduction="sum") / 9
+    torch.testing.assert_close(loss(output, target), expected)
+    z = output[:, 1].float()
+    binary = F.binary_cross_entropy_with_logits(z, target.float(), pos_weight=torch.tensor(20.3 / 1.7))
+    torch.testing.assert_close(loss(output[:, 1], target), 1.7 * binary)
+
+
+def test_sums_and_mean_are_summed_up_by_the_kernel():
+    """The gradient of the mean, of a sum and of single losses agree, also in a large batch, twice, and without one."""
+    for shape in ((9, 5), (400, 50)):  # the second beyond what is computed at once
+        fn, fp = costs_of(shape[1])
+        output, target, n = logits(*shape), labels(shape[:1], shape[1]), shape[0]
+        loss = RealWorldCrossEntropy(fn, fp)
+
+        def each(x, loss=loss, target=target):
+            return loss.per_example(x, target)[0]
+
+        assert_same(lambda x: each(x).mean(), lambda x: loss(x, target), output)
+        assert_same(lambda x: each(x).sum(), lambda x: loss.sums(x, target).total, output)
+        assert_same(lambda x: 3 * each(x).mean(), lambda x: 3 * loss(x, target), output)
+        assert loss.sums(output, target).weight == n
+        value = loss(output, target)
+        first, second = (torch.autograd.grad(value, output, retain_graph=True)[0] for _ in range(2))
+        torch.testing.assert_close(second, first)
+        with torch.no_grad():
+            torch.testing.assert_close(loss(output, target), value.detach())
+        assert torch.func.grad(lambda x: loss(x, target))(output.detach()).allclose(first)
+        hessian = torch.autograd.functional.hvp(lambda x: loss(x, target), output.detach(), first)[1]
+        step = 1e-5 * first
+        moved = [value_and_gradient(lambda x: loss(x, target), output + s)[1] for s in (step, -step)]
+        torch.testing.assert_close(hessian, (moved[0] - moved[1]) / 2e-5, rtol=1e-5, atol=1e-9)
