@@ -25,8 +25,9 @@ from fitwatch.losses import (
     RealWorldCrossEntropy,
 )
 from fitwatch.metrics import WeightedMean
-from fitwatch.records import Image, Marker, Record
+from fitwatch.records import Histogram, Image, Marker, Record
 from fitwatch.result import Best, Result
+from fitwatch.rules.gradients import GradientFinding, GradientRule, LayerGradient
 from fitwatch.rules.overfitting import OverfittingRule, Verdict, diagnose
 from fitwatch.rules.stopping import GL, PQ, UP, Patience, StoppingRule, StopReason
 from fitwatch.state import Progress, State
@@ -46,9 +47,13 @@ __all__ = [  # noqa: RUF022 - sorted() order, not that of isort
     "ExpectedCost",
     "Focal",
     "GL",
+    "GradientFinding",
     "GradientNorm",
+    "GradientRule",
+    "Histogram",
     "Image",
     "LDAM",
+    "LayerGradient",
     "LogitAdjusted",
     "Loss",
     "LossSum",

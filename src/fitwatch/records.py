@@ -1,6 +1,6 @@
 """What is logged: values wait on their device, and cross to the host together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from fitwatch.metrics import to_host
 
 Name = str | tuple[str, ...]
+# Gets the reduced numbers on the host, and gives name -> value: where what is logged depends on what was measured.
+Receiver = Callable[[list[float]], Mapping[str, Any]]
 Reduction = Literal["mean", "max", "last"] | Callable[[Tensor], Tensor]
 _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
     "mean": lambda stacked: stacked.mean(0),
@@ -36,27 +38,44 @@ class Image:
 
 
 @frozen
+class Histogram:
+    """How values are spread: one count for each bucket.
+
+    Attributes:
+        edges: The limits of the buckets, rising, one more than there are buckets.
+        counts: How many values lie in each bucket.
+        sum: Of the values.
+        sum_squares: Of the values.
+    """
+
+    edges: tuple[float, ...] = field(repr=False)
+    counts: tuple[int, ...] = field(repr=False)
+    sum: float
+    sum_squares: float
+
+
+@frozen
 class Record:
     """One logged value, on the host.
 
     Attributes:
         name: ``train/...`` or ``val/...``; for a `Marker`, the name of the event.
         step: Optimizer steps completed when it was measured.
-        value: A number, a Markdown text, a `Marker`, or an `Image`.
+        value: A number, a Markdown text, a `Marker`, an `Image`, or a `Histogram`.
     """
 
     name: str
     step: int
-    value: float | str | Marker | Image
+    value: float | str | Marker | Image | Histogram
 
 
 class Window:
     """The values logged since the window opened."""
 
     def __init__(self) -> None:
-        self._values: dict[Name, tuple[Reduction, list[Any]]] = {}
+        self._values: dict[Name | Receiver, tuple[Reduction, list[Any]]] = {}
 
-    def add(self, name: Name, value: float | Tensor, reduce: Reduction) -> None:
+    def add(self, name: Name | Receiver, value: float | Tensor, reduce: Reduction) -> None:
         """Take a value in; costs no synchronisation."""
         how, values = self._values.get(name, (reduce, None))
         if values is None:
@@ -78,6 +97,9 @@ class Window:
             reduced.append(reduce(stacked) if callable(reduce) else _REDUCTIONS[reduce](stacked))
         records = []
         for name, numbers in zip(self._values, to_host(reduced), strict=True):
+            if callable(name):
+                records += [Record(n, step, v) for n, v in name(numbers).items()]
+                continue
             names = (name,) if isinstance(name, str) else name
             records += [Record(n, step, v) for n, v in zip(names, numbers, strict=True)]
         self._values = {}

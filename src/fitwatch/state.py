@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fitwatch.baseline import Baseline
 from fitwatch.metrics import WeightedMean
-from fitwatch.records import Image, Marker, Name, Record, Reduction, Window
+from fitwatch.records import Histogram, Image, Marker, Name, Receiver, Record, Reduction, Window
 
 logger = logging.getLogger("fitwatch")
 
@@ -70,6 +70,9 @@ class State:
     stop_reason: str | None = None  # set by request_stop
     error: BaseException | None = None  # what ended the fit, if an exception did
     verdict: Any = None  # of the overfitting detector
+    clip_norm: float | None = None  # what the gradients are clipped to
+    total_norm: Tensor | None = None  # their 2-norm as the last clipping measured it, before it scaled them down
+    report: dict[str, str] = field(factory=dict)  # lines for the end report, which callbacks keep up to date
     _window: Window = field(factory=Window, init=False)
     _window_loss: tuple[float, float] = field(default=(0.0, 0.0), init=False)
     _ready: list[Record] = field(factory=list, init=False)
@@ -83,20 +86,27 @@ class State:
             self.names |= {"val/loss", *(f"val/{name}" for name in self.val_metrics)}
         self.monitor = self.monitor or ("train/loss" if self.val_loader is None else "val/loss")
 
-    def log(self, name: Name, value: float | str | Tensor | Marker | Image, *, reduce: Reduction = "mean") -> None:
+    def log(
+        self,
+        name: Name | Receiver,
+        value: float | str | Tensor | Marker | Image | Histogram,
+        *,
+        reduce: Reduction = "mean",
+    ) -> None:
         """Log a value; a tensor stays on its device until the window closes.
 
         Args:
-            name: ``train/...`` or ``val/...``; or a tuple of n such names.
-            value: A number, a 0-dim tensor (n names: a 1-dim tensor), a Markdown text, a `Marker`, or an
-                `Image`.
+            name: ``train/...`` or ``val/...``; or a tuple of n such names; or a function that gets the reduced
+                numbers on the host, as a flat list, and gives a dict of names and values to log.
+            value: A number, a 0-dim tensor (n names: a 1-dim tensor), a Markdown text, a `Marker`, an `Image`, or a
+                `Histogram`.
             reduce: What stands for the window: the ``"mean"``, ``"max"`` or ``"last"`` of its values, or a function of
                 all of them stacked, shape (values, ...), that gives as many numbers as there are names.
 
         Raises:
             ValueError: ``reduce`` is unknown.
         """
-        if isinstance(value, (str, Marker, Image)):
+        if isinstance(value, (str, Marker, Image, Histogram)):
             self._ready.append(Record(str(name), self.progress.step, value))
         else:
             self._window.add(name, value, reduce)

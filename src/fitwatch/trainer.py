@@ -286,7 +286,7 @@ class Trainer:
         gradient.finish()
         hooks.on_gradients_ready(state)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip_norm)
+            state.total_norm = nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip_norm)
         stepped = gradient.step()
         if stepped and self.scheduler is not None and self.scheduler_interval == "step" and not self._plateau:
             self.scheduler.step()
@@ -326,6 +326,7 @@ class Trainer:
             callbacks=self._hooks,
             device=self.device,
             log_every=self.log_every,
+            clip_norm=self.clip_norm,
             settings=describe(self.model, self.optimizer, self.loss, self.scheduler, **options),
             val_metrics=dict(self.metrics or {}),
             **given,

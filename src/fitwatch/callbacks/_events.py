@@ -17,7 +17,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from fitwatch.records import Image
+from fitwatch.callbacks._histogram import proto
+from fitwatch.records import Histogram, Image
 
 # title -> "lines" and tags as regular expressions, or "margin" and three plain tags: value, lower, upper
 Charts = Mapping[str, tuple[str, list[str]]]
@@ -78,6 +79,11 @@ def image(tag: str, picture: Image) -> Any:
     """A picture."""
     encoded = Summary.Image(height=picture.height, width=picture.width, encoded_image_string=picture.png)
     return Summary.Value(tag=tag, image=encoded)
+
+
+def histogram(tag: str, values: Histogram) -> Any:
+    """A histogram."""
+    return Summary.Value(tag=tag, histo=proto(values))
 
 
 def layout(categories: Mapping[str, Charts]) -> Any:

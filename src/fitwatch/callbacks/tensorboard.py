@@ -18,7 +18,7 @@ from attrs import define, field
 
 from fitwatch._options import instance
 from fitwatch.callback import Callback
-from fitwatch.records import Image, Marker
+from fitwatch.records import Histogram, Image, Marker
 from fitwatch.state import State
 
 _RUNS = ("train", "val", "best", "baseline")  # all other sub-runs are bars on the loss chart
@@ -32,8 +32,12 @@ _PAGE: dict[str, dict[str, tuple[str, list[str]]]] = {
         "rise of the validation loss, and its threshold": ("lines", ["overfit/rise$", "overfit/threshold$"]),
     },
     "2 Gradients": {
-        "total norm: mean and max of the window": ("lines", ["optim/grad_norm$", "optim/grad_norm_max$"]),
+        "total norm: mean and max of the window": (
+            "lines",
+            ["optim/grad_norm$", "optim/grad_norm_max$", "optim/grad_norm_clipped$"],
+        ),
         "norm per layer": ("lines", ["params/grad_norm/.*$"]),
+        "update relative to the weights, per layer": ("lines", ["params/update_ratio/.*$"]),
     },
     "3 Optimiser": {"learning rate": ("lines", ["optim/lr$"])},
 }
@@ -120,6 +124,9 @@ class TensorBoard(Callback):
                 continue
             if isinstance(record.value, Image):
                 images.setdefault(run, []).append(_events.image(tag, record.value))
+                continue
+            if isinstance(record.value, Histogram):
+                images.setdefault(run, []).append(_events.histogram(tag, record.value))
                 continue
             scalars[run][tag] = record.value
             if not math.isfinite(record.value) and record.name not in self._not_finite:
@@ -238,6 +245,7 @@ def _summary(state: State, seconds: float) -> str:
     rows.append(("epochs, steps", f"{state.progress.epoch}, {state.progress.step}"))
     rows.append(("seconds", f"{seconds:.1f}"))
     rows.append(("ended by", repr(state.error) if state.error else state.stop_reason or "the end of training"))
+    rows += state.report.items()
     if state.verdict is not None:
         rows.append(("verdict", f"{state.verdict.status}: {state.verdict.evidence}"))
     return _table("result", rows)
