@@ -132,24 +132,27 @@ class Reading:
     def reduce(self, norms: Tensor) -> Tensor:
         """From norms by step and parameter, (S, P), to the flat tensor that `close_window` takes apart."""
         norms = norms.to(self._wide)
-        bad = ~norms.isfinite()
-        first_bad = torch.where(bad.any(0), bad.int().argmax(0), len(norms))
+        finite = norms.isfinite()
+        first_bad = finite.cumprod(0).sum(0)
         total = torch.linalg.vector_norm(norms, self.norm_type, dim=1)
-        layers = self._by_layer(norms)
-        if self.skips:
-            made = ~bad.any(1, keepdim=True)
-            mean = torch.where(made, layers, 0).sum(0) / made.sum()
-            largest = torch.where(made, layers, 0).amax(0)
-        else:
-            mean, largest = layers.mean(0), layers.amax(0)
-        parts = [total, first_bad, mean, largest]
-        if self._nonzero is not None and self._sample:
-            parts += [self._nonzero, *self._sample]
-        else:
-            parts += [torch.full((3 * self.layers,), math.nan, device=self.device)]
+        parts = [total, first_bad]
+        if self.layers:
+            parts += self._reduce_layers(norms, finite)
         if len(self._totals) == len(norms):
             parts.append(torch.stack([t.to(self.device) for t in self._totals]))
         return torch.cat([part.to(self._wide) for part in parts])
+
+    def _reduce_layers(self, norms: Tensor, finite: Tensor) -> list[Tensor]:
+        layers = self._by_layer(norms)
+        if self.skips:
+            made = finite.all(1, keepdim=True)
+            layers = torch.where(made, layers, 0)
+            parts = [layers.sum(0) / made.sum(), layers.amax(0)]
+        else:
+            parts = [layers.mean(0), layers.amax(0)]
+        if self._nonzero is None or not self._sample:
+            return [*parts, torch.full((3 * self.layers,), math.nan, device=self.device)]
+        return [*parts, self._nonzero, *self._sample]
 
     def close_window(self, numbers: list[float]) -> Figures:
         """What `reduce` gave, on the host; and begin anew."""

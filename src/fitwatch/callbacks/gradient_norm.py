@@ -64,8 +64,8 @@ class GradientNorm(Callback):
     At most 20 layers are drawn: of more, the 15 with the largest norm in the first window, and those that get into
     trouble. All are judged by ``rule``. When the status of a layer changes, a sentence goes to the log and to the text
     ``train/report/warnings``. So does the first gradient that is not finite, with parameter, step and batch. A layer
-    that is frozen on purpose is a note in ``train/report/gradients``. For the update ratio the weights are copied once a
-    window, for the length of one step.
+    that is frozen on purpose is a note in ``train/report/gradients``. For the update ratio the weights are copied once
+    a window, for the length of one step.
 
     Norms of float16 and bfloat16 gradients are taken in float32. Under a GradScaler, a step with a gradient that is not
     finite did not happen, so the other figures leave it out; only a window of nothing else is a warning.
@@ -240,10 +240,7 @@ class GradientNorm(Callback):
         notes = [f.evidence for f in findings if not (f.trouble or f.status == "healthy")]
         self._choose(layers)
         state.report["gradient norm"] = self._summary()
-        if trouble := [f"{layer}: {status}" for layer, status in self.rule.statuses.items() if status != "frozen"]:
-            state.report["layers in trouble"] = ", ".join(trouble)
-        else:
-            state.report.pop("layers in trouble", None)
+        state.report["layers not healthy"] = self.rule.trouble()
         texts = {"train/report/warnings": "\n\n".join(loud), "train/report/gradients": "\n\n".join(notes)}
         histograms = self._count_histograms()
         return {

@@ -94,7 +94,7 @@ class GradientRule:
         TypeError: An option has the wrong type.
     """
 
-    vanishing: float = field(default=1e-6, validator=_share)
+    vanishing: float = field(default=1e-5, validator=_share)
     exploding: float = field(default=100.0, validator=number(above=1))
     readings: int = field(default=3, validator=integer(1))
 
@@ -102,7 +102,7 @@ class GradientRule:
     statuses: dict[str, str] = field(factory=dict, init=False)  # of the layers that are not healthy
     spikes: int = field(default=0, init=False)
     largest: tuple[float, int] = field(default=(0.0, 0), init=False)  # total norm, and its step
-    _pending: dict[str, tuple[str, int]] = field(factory=dict, init=False)  # seen, and how many times in a row
+    _pending: dict[str, tuple[str, int, int]] = field(factory=dict, init=False)  # seen in so many windows, steps
     _calm: float | None = field(default=None, init=False)  # while the model explodes: the median before
     _finite: bool = field(default=True, init=False)
 
@@ -156,6 +156,13 @@ class GradientRule:
         largest, step = self.largest
         return f"median {median:.3g}, 95 % up to {high:.3g}, largest {largest:.3g} at step {step}{spikes}"
 
+    def trouble(self) -> str:
+        """The layers that are not healthy now, by status; "none" if all are."""
+        by_status: dict[str, list[str]] = {}
+        for name, status in self.statuses.items():
+            by_status.setdefault(status, []).append(name)
+        return "; ".join(f"{status}: {_listed(names)}" for status, names in by_status.items()) or "none"
+
     # -- the model as a whole ------------------------------------------------------------------------------------
 
     def _whole(self, steps: Sequence[int], norms: Sequence[float], not_finite: str) -> list[GradientFinding]:
@@ -170,23 +177,24 @@ class GradientRule:
                     trouble=bool(not_finite),
                 )
             )
-        finite = [(norm, step) for norm, step in zip(norms, steps, strict=True) if math.isfinite(norm)]
-        if finite:
-            findings += self._explosion([norm for norm, _ in finite], steps[-1])
-        typical = self.norms.quantile(0.5) if self.norms.total >= _ENOUGH else None
-        typical = typical if typical is not None or not finite else statistics.median(norm for norm, _ in finite)
-        for norm, step in finite:
-            self.spikes += bool(typical) and norm > _SPIKE * (typical or 0.0)
-            self.largest = max(self.largest, (norm, step), key=lambda pair: pair[0])
-            self.norms.add(norm)
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        if not finite:
+            return findings
+        before = self.norms.quantile(0.5) if self.norms.total >= _ENOUGH else None
+        findings += self._explosion(before, finite, steps[-1])
+        typical = statistics.median(finite) if before is None else before
+        if typical:
+            self.spikes += sum(norm > _SPIKE * typical for norm in finite)
+        largest = max(finite)
+        if largest > self.largest[0]:
+            self.largest = largest, steps[list(norms).index(largest)]
+        self.norms.add(finite)
         return findings
 
-    def _explosion(self, norms: list[float], step: int) -> list[GradientFinding]:
+    def _explosion(self, before: float | None, norms: list[float], step: int) -> list[GradientFinding]:
         """Compare the median of the window with that of all windows before, or its second half with its first."""
-        calm, half = self._calm, len(norms) // 2
-        if calm is None and self.norms.total >= _ENOUGH:
-            calm = self.norms.quantile(0.5)
-        elif calm is None and half >= _ENOUGH:
+        calm, half = before if self._calm is None else self._calm, len(norms) // 2
+        if calm is None and half >= _ENOUGH:
             calm, norms = statistics.median(norms[:half]), norms[half:]
         if not calm:
             return []
@@ -220,30 +228,30 @@ class GradientRule:
         return self._look_at_sizes(layer, reference, before)
 
     def _look_at_sizes(self, layer: LayerGradient, reference: tuple[float, float], before: str) -> str:
+        norm, relative = reference
+        share = self.vanishing * (10 if before == "vanishing" else 1)  # so that it does not come and go
+        if layer.mean < share * norm and not layer.mean >= share * relative * layer.weight_norm:
+            return "vanishing"
         if layer.update_norm == 0:
             return "frozen"
         if 0 < layer.weight_norm < layer.update_norm:
             return "exploding"
-        if before in ("frozen", "exploding") and math.isnan(layer.update_norm):
-            return before
-        norm, relative = reference
-        share = self.vanishing * (10 if before == "vanishing" else 1)  # so that it does not come and go
-        small = layer.mean < share * norm and not layer.mean >= share * relative * layer.weight_norm
-        return "vanishing" if small else "healthy"
+        return before if before in ("frozen", "exploding") and math.isnan(layer.update_norm) else "healthy"
 
     def _confirm(self, name: str, layer: LayerGradient, seen: str | None, readings: int) -> str:
         """The status of a layer, which is the one just seen once it was seen for long enough."""
         before = self.statuses.get(name, "healthy")
-        earlier, count = self._pending.pop(name, ("", 0))
+        earlier, windows, steps = self._pending.pop(name, ("", 0, 0))
         if seen is None or seen == before:
             return before
         if seen == "healthy" or layer.untrained:
             return seen
-        sampled = seen in ("frozen", "exploding")
-        count = (count if seen == earlier else 0) + (1 if sampled else readings)
-        if count >= (2 if sampled else self.readings):
+        windows, steps = (windows + 1, steps + readings) if seen == earlier else (1, readings)
+        # Weights that begin at zero are outgrown by their first few updates.
+        least = {"frozen": (2, 0), "exploding": (2, _ENOUGH)}.get(seen, (0, self.readings))
+        if windows >= least[0] and steps >= least[1]:
             return seen
-        self._pending[name] = seen, count
+        self._pending[name] = seen, windows, steps
         return before
 
     def _finding(
@@ -301,7 +309,7 @@ class GradientRule:
         self.norms.load_state_dict(state["norms"])
         self.statuses, self.spikes = dict(state["statuses"]), state["spikes"]
         self.largest = (state["largest"][0], state["largest"][1])
-        self._pending = {name: (status, count) for name, (status, count) in state["pending"].items()}
+        self._pending = {name: (seen, windows, steps) for name, (seen, windows, steps) in state["pending"].items()}
         self._calm, self._finite = state["calm"], state["finite"]
 
 

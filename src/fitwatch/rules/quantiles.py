@@ -1,6 +1,7 @@
 """Quantiles of any number of positive values, in bounded memory."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 _WIDTH = math.log(1.01)
@@ -18,11 +19,12 @@ class LogHistogram:
         self.total = 0
         self._counts: dict[int, int] = {}
 
-    def add(self, value: float) -> None:
-        """Count a value that is finite and not negative."""
-        bucket = round(math.log(value) / _WIDTH) if value > 0 else _ZERO
-        self._counts[bucket] = self._counts.get(bucket, 0) + 1
-        self.total += 1
+    def add(self, values: Iterable[float]) -> None:
+        """Count values that are finite and not negative."""
+        for value in values:
+            bucket = round(math.log(value) / _WIDTH) if value > 0 else _ZERO
+            self._counts[bucket] = self._counts.get(bucket, 0) + 1
+            self.total += 1
 
     def quantile(self, share: float) -> float | None:
         """The value that ``share`` (0 to 1) of all values do not exceed; None if there is none yet."""
