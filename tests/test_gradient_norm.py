@@ -12,25 +12,27 @@ class Keep(fw.Callback):
     """Keeps every gradient, and every record."""
 
     def __init__(self):
-        self.gradients, self.records, self.clipped = [], [], []
+        self.gradients, self.records, self.weights = [], [], []
 
     def on_gradients_ready(self, state):
         self.gradients.append(
             {n: p.grad.double().clone() for n, p in state.model.named_parameters() if p.grad is not None}
         )
+        self.weights.append({n: p.detach().double().clone() for n, p in state.model.named_parameters()})
 
     def on_log(self, state):
         self.records += state.records
 
 
-def run(model, data, *, log_every=3, **options):
+def run(model, data, *, log_every=3, clip_norm=1e-3, accumulate=1, lr=0.1, **options):
     keep = Keep()
     trainer = fw.Trainer(
         model,
-        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1),
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr),
         callbacks=[fw.GradientNorm(**options), keep],
         log_every=log_every,
-        clip_norm=1e-3,
+        clip_norm=clip_norm,
+        accumulate=accumulate,
         device="cpu",
     )
     trainer.fit(DataLoader(data, 8), epochs=1)
@@ -87,7 +89,7 @@ def test_frozen_unused_and_half_precision_parameters(data):
 
     model = Net()
     keep = run(model, data, log_every=8)
-    names = {r.name for r in keep.records if "params" in r.name}
+    names = {r.name for r in keep.records if "params/grad_norm/" in r.name}
     assert {"train/params/grad_norm/used", "train/params/grad_norm/unused"} == names
     assert values(keep, "train/params/grad_norm/unused") == {8: 0.0}
 
@@ -156,7 +158,282 @@ def test_gradients_are_left_as_they_are(model, data):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def stepped(model, gradients, **options):
+    """The records of one window of a hand-written loop, with the gradients given for each step."""
+    state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), loss=None)
+    norm = fw.GradientNorm(**options)
+    norm.on_fit_start(state)
+    for step in gradients:
+        for p, gradient in zip(model.parameters(), step, strict=True):
+            p.grad = gradient
+        norm.on_gradients_ready(state)
+        state.optimizer.step()
+        state.progress.step += 1
+        norm.on_step_end(state)
+    state.flush()
+    return {r.name: r.value for r in state.records}
+
+
+@pytest.mark.parametrize("p", [1, 2.0, 3.5, 0.5, float("inf")])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_any_norm_is_torchs_in_float64(model, data, p, accumulate):
+    """Total and per-layer norms of any p equal torch's get_total_norm and vector_norm to 1e-12, accumulated or not."""
+    keep = run(model, data, log_every=1, norm_type=p, accumulate=accumulate)
+    assert len(keep.gradients) == -(-8 // accumulate)
+    for step, g in enumerate(keep.gradients, 1):
+        total = torch.nn.utils.get_total_norm(g.values(), p).item()
+        assert pytest.approx(total, rel=1e-12) == values(keep, "train/optim/grad_norm")[step]
+        for layer in ("0", "2"):
+            both = torch.cat([g[f"{layer}.weight"].flatten(), g[f"{layer}.bias"]])
+            expected = torch.linalg.vector_norm(both, p).item()
+            assert pytest.approx(expected, rel=1e-12) == values(keep, f"train/params/grad_norm/{layer}")[step]
+
+
+@pytest.mark.parametrize("p", [2.0, float("inf")])
+def test_a_single_parameter_is_its_vector_norm(p):
+    """Where each parameter is a layer of its own, its figure is torch.linalg.vector_norm of its gradient, to 1e-12."""
+    model = nn.ParameterDict({name: nn.Parameter(torch.randn(5, 3).double()) for name in "abc"})
+    gradients = [torch.randn(5, 3).double() * 10.0**k for k in (-9, 0, 9)]
+    logged = stepped(model, [gradients], norm_type=p)
+    for name, gradient in zip("abc", gradients, strict=True):
+        expected = torch.linalg.vector_norm(gradient, p).item()
+        assert pytest.approx(expected, rel=1e-12) == logged[f"train/params/grad_norm/{name}"]
+
+
+def test_mean_and_max_per_layer_keep_a_spike():
+    """In a window of 50 steps with one spike, the largest norm of the layer and of the total is the spike."""
+    model = nn.Linear(3, 1, bias=False).double()
+    gradients = [[torch.ones(1, 3).double() * (1000 if step == 17 else 1)] for step in range(50)]
+    logged = stepped(model, gradients)
+    assert pytest.approx(1000 * 3**0.5, rel=1e-12) == logged["train/optim/grad_norm_max"]
+    assert pytest.approx(1000 * 3**0.5, rel=1e-12) == logged["train/params/grad_norm_max/weight"]
+    assert pytest.approx((1049 / 50) * 3**0.5, rel=1e-12) == logged["train/params/grad_norm/weight"]
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0])
+def test_the_norm_after_clipping(model, data, p):
+    """The mean norm after clipping, and the share of clipped steps, are those of a copy clipped by torch."""
+    limit = 1.0  # some norms are above it, some below
+    keep = run(model, data, log_every=4, clip_norm=limit, norm_type=p)
+    after, clipped = [], []
+    for g in keep.gradients:
+        copies = [nn.Parameter(v.clone()) for v in g.values()]
+        for c, v in zip(copies, g.values(), strict=True):
+            c.grad = v.clone()
+        clipped.append(torch.nn.utils.clip_grad_norm_(copies, limit).item() > limit)
+        after.append(torch.nn.utils.get_total_norm([c.grad for c in copies], p).item())
+    assert 0 < sum(clipped) < 8
+    for step, window in ((4, slice(0, 4)), (8, slice(4, 8))):
+        assert pytest.approx(sum(after[window]) / 4, rel=1e-12) == values(keep, "train/optim/grad_norm_clipped")[step]
+        assert values(keep, "train/optim/clipped_share")[step] == sum(clipped[window]) / 4
+
+
+def test_without_clipping_nothing_is_said_of_it(model, data):
+    """Without a clip_norm there is no curve of clipped norms."""
+    keep = run(model, data, clip_norm=None)
+    assert not [r.name for r in keep.records if "clip" in r.name]
+
+
+def test_update_ratio_and_zeros_are_those_of_the_first_step_of_the_window(model, data):
+    """Both equal what the copied weights and gradients give for the first step, to 1e-9."""
+    with torch.no_grad():
+        model[0].weight[0] = 0  # with its bias at 100 this unit is saturated: exact zeros in the gradient
+        model[0].bias[0] = 100
+    keep = run(model, data, log_every=4)
+    for step, first in ((4, 0), (8, 4)):
+        before, after = keep.weights[first], keep.weights[first + 1]
+        for layer in ("0", "2"):
+            names = (f"{layer}.weight", f"{layer}.bias")
+            old = torch.cat([before[n].flatten() for n in names])
+            new = torch.cat([after[n].flatten() for n in names])
+            ratio = ((new - old).norm() / old.norm()).item()
+            assert pytest.approx(ratio, rel=1e-9) == values(keep, f"train/params/update_ratio/{layer}")[step]
+            gradient = torch.cat([keep.gradients[first][n].flatten() for n in names])
+            share = (gradient == 0).double().mean().item()
+            assert pytest.approx(share, abs=1e-12) == values(keep, f"train/params/zero_share/{layer}")[step]
+    assert values(keep, "train/params/zero_share/0")[4] == pytest.approx(5 / 40)
+
+
+def test_half_precision_is_taken_in_float32_and_float64_stays():
+    """Figures of bfloat16, float16, float32, float64 and complex gradients, mixed in one model, are exact for their dtype."""
+    kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64]
+    model = nn.Module()
+    for kind in kinds:
+        model.register_parameter(f"of_{str(kind)[6:]}", nn.Parameter(torch.ones(300, dtype=kind)))
+    gradients = [(torch.randn(300, dtype=torch.complex64) if k.is_complex else torch.randn(300).to(k)) for k in kinds]
+    for p in (2.0, 3.0):
+        logged = stepped(model, [gradients], norm_type=p)
+        exact = [torch.linalg.vector_norm(g.to(torch.complex128).abs(), p).item() for g in gradients]
+        for kind, norm in zip(kinds, exact, strict=True):
+            precision = 1e-12 if kind == torch.float64 else 1e-6
+            assert pytest.approx(norm, rel=precision) == logged[f"train/params/grad_norm/of_{str(kind)[6:]}"]
+        total = torch.linalg.vector_norm(torch.tensor(exact).double(), p).item()
+        assert pytest.approx(total, rel=1e-6) == logged["train/optim/grad_norm"]
+
+
+def test_a_nan_in_one_layer_leaves_the_others_their_figures():
+    """Only the layer with the NaN, and the total, show it; infinities too."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 1, bias=False), "b": nn.Linear(2, 1, bias=False)}).double()
+    for bad in (float("nan"), float("inf")):
+        logged = stepped(model, [[torch.full((1, 2), bad).double(), torch.ones(1, 2).double()]])
+        assert pytest.approx(2**0.5) == logged["train/params/grad_norm/b"]
+        assert str(bad) == str(logged["train/params/grad_norm/a"]) == str(logged["train/optim/grad_norm"])
+
+
+def test_tied_weights_are_read_once(data):
+    """A parameter that two modules share counts once, under its first name."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)).double()
+    model[1].weight = model[0].weight
+    keep = run(model, data, log_every=8)
+    assert {"0", "2"} == {r.name.rpartition("/")[2] for r in keep.records if "params/grad_norm/" in r.name}
+    norms = [torch.nn.utils.get_total_norm(g.values()).item() for g in keep.gradients]
+    assert pytest.approx(sum(norms) / 8, rel=1e-12) == values(keep, "train/optim/grad_norm")[8]
+
+
+@pytest.mark.parametrize("p", [2.0, float("inf")])
+def test_a_sparse_gradient_without_elements(p):
+    """An embedding that gets an empty batch has the norm 0 and a share of zeros of 1."""
+    model = nn.Embedding(10, 3, sparse=True)
+    empty = torch.sparse_coo_tensor(
+        torch.empty(1, 0, dtype=torch.long), torch.empty(0, 3), (10, 3), check_invariants=True
+    )
+    logged = stepped(model, [[empty]], norm_type=p)
+    assert logged["train/optim/grad_norm"] == 0
+    assert logged["train/params/zero_share/weight"] == 1
+
+
+def block():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+def layers_of(keep):
+    return list(dict.fromkeys(r.name.rpartition("/")[2] for r in keep.records if "params/grad_norm/" in r.name))
+
+
+def test_layers_by_depth_and_by_pattern(data):
+    """Depth cuts the module path; a pattern takes what it finds or its group, and what it does not find is no layer."""
+
+    def fresh():
+        return nn.Sequential(block(), block(), nn.Linear(4, 3)).double()
+
+    assert layers_of(run(fresh(), data)) == ["0.0", "0.2", "1.0", "1.2", "2"]
+    assert layers_of(run(fresh(), data, depth=1)) == ["0", "1", "2"]
+    assert layers_of(run(fresh(), data, layers="weight|bias")) == ["weight", "bias"]
+    keep = run(fresh(), data, layers=r"^(\d)\.\d\.weight", log_every=1)
+    assert layers_of(keep) == ["0", "1"]
+    g = keep.gradients[0]
+    expected = torch.cat([g["0.0.weight"].flatten(), g["0.2.weight"].flatten()]).norm().item()
+    assert pytest.approx(expected, rel=1e-12) == values(keep, "train/params/grad_norm/0")[1]
+    assert pytest.approx(torch.nn.utils.get_total_norm(g.values()).item()) == values(keep, "train/optim/grad_norm")[1]
+
+
+def test_a_deep_model_has_at_most_twenty_series():
+    """Of 40 layers the 15 with the largest norms in the first window are drawn, later those in trouble, 20 in all."""
+    model = nn.ParameterList(nn.Parameter(torch.ones(2).double()) for _ in range(40))
+    state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters(), 1e-6), loss=None)
+    norm = fw.GradientNorm()
+    norm.on_fit_start(state)
+    shown = []
+    for dead in ((), (3, 4), range(30)):  # layer i has norm 1 + i, or 0
+        for _ in range(4):
+            for i, p in enumerate(model):
+                p.grad = torch.full((2,), 0.0 if i in dead else 1.0 + i).double()
+            norm.on_gradients_ready(state)
+            state.optimizer.step()
+            state.progress.step += 1
+            norm.on_step_end(state)
+        state.flush()
+        shown.append({r.name.rpartition("/")[2] for r in state.records if "params/grad_norm/" in r.name})
+    assert {str(i) for i in range(25, 40)} == shown[0]
+    assert shown[0] | {"3", "4"} == shown[1]
+    assert shown[1] < shown[2]
+    assert len(shown[2]) == 20
+
+
+def test_a_suggested_clip_norm_is_the_quantile_of_the_norms_seen():
+    """After 200 steps the suggestion is their 0.95 quantile in two digits; with another p there is none."""
+    model = nn.Linear(1, 1, bias=False)
+    norms = torch.rand(200).add(0.5).tolist()
+    state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0), loss=None)
+    norm, other = fw.GradientNorm(), fw.GradientNorm(norm_type=1)
+    assert norm.suggested_clip_norm is None
+    for callback in (norm, other):
+        callback.on_fit_start(state)
+    for step, value in enumerate(norms, 1):
+        model.weight.grad = torch.full((1, 1), value)
+        for callback in (norm, other):
+            callback.on_gradients_ready(state)
+        if step % 50 == 0:
+            state.flush()
+    expected = sorted(norms)[189]
+    assert pytest.approx(expected, rel=0.05) == norm.suggested_clip_norm
+    assert norm.suggested_clip_norm == float(f"{norm.suggested_clip_norm:.2g}")
+    assert other.suggested_clip_norm is None
+
+
+def test_the_report_has_norms_clipping_and_layers(model, data):
+    """What the end report will say is kept up to date in state.report."""
+    trainer = fw.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        callbacks=[fw.GradientNorm()],
+        clip_norm=1e-3,
+        device="cpu",
+    )
+    trainer.fit(DataLoader(data, 8), epochs=1)
+    report = trainer.state.report
+    assert "median" in report["gradient norm"]
+    assert "100% of the steps were clipped; clip_norm=" in report["gradient norm"]
+    assert report["layers not healthy"] == "none"
+
+
+def test_histograms_on_request(model, data):
+    """Every second window each layer has a histogram whose counts are those of the first gradient of that window."""
+    keep = run(model, data, log_every=2, histogram_every=2)
+    found = [(r.name, r.step, r.value) for r in keep.records if isinstance(r.value, fw.Histogram)]
+    assert [(f"train/params/gradient/{n}", s) for s in (2, 6) for n in ("0", "2")] == [(n, s) for n, s, _ in found]
+    for name, step, histogram in found:
+        layer, g = name.rpartition("/")[2], keep.gradients[step - 2]
+        elements = torch.cat([g[f"{layer}.weight"].flatten(), g[f"{layer}.bias"]])
+        assert pytest.approx((elements.min().item(), elements.max().item())) == (
+            histogram.edges[0],
+            histogram.edges[-1],
+        )
+        edges = torch.tensor(histogram.edges, dtype=torch.float64)
+        expected = torch.histogram(elements.cpu(), edges).hist
+        assert expected.int().tolist() == list(histogram.counts)
+        assert pytest.approx(elements.sum().item()) == histogram.sum
+        assert pytest.approx(elements.square().sum().item()) == histogram.sum_squares
+
+
+def test_a_histogram_is_of_a_sample():
+    """Of a layer with 300,000 elements some 10,000 are counted; a layer of NaN has none, and one of zeros one bucket."""
+    model = nn.ParameterDict({n: nn.Parameter(torch.zeros(s)) for n, s in (("big", 300_000), ("nan", 3), ("zero", 3))})
+    logged = stepped(model, [[torch.randn(300_000), torch.full((3,), float("nan")), torch.zeros(3)]], histogram_every=1)
+    assert 9000 < sum(logged["train/params/gradient/big"].counts) <= 10_001
+    assert "train/params/gradient/nan" not in logged
+    assert max(logged["train/params/gradient/zero"].counts) == 3
+
+
 def test_options_are_checked():
-    """Every must be 1 or more."""
+    """Options out of range are refused, with what is allowed."""
     with pytest.raises(ValueError, match="every must be 1 or more, got 0"):
         fw.GradientNorm(every=0)
+    with pytest.raises(ValueError, match="norm_type must be greater than 0, or inf, got 0"):
+        fw.GradientNorm(norm_type=0)
+    with pytest.raises(ValueError, match="norm_type must be greater than 0, or inf, got nan"):
+        fw.GradientNorm(norm_type=float("nan"))
+    with pytest.raises(TypeError, match="norm_type must be a number greater than 0 or inf, got '2'"):
+        fw.GradientNorm(norm_type="2")
+    with pytest.raises(ValueError, match=r"layers must be a regular expression, got '\('"):
+        fw.GradientNorm(layers="(")
+    with pytest.raises(TypeError, match="layers must be a regular expression or None, got 3"):
+        fw.GradientNorm(layers=3)
+    with pytest.raises(ValueError, match="depth or layers, not both"):
+        fw.GradientNorm(layers="a", depth=1)
+    with pytest.raises(ValueError, match="depth must be 1 or more"):
+        fw.GradientNorm(depth=0)
+    with pytest.raises(ValueError, match="histogram_every must be 1 or more"):
+        fw.GradientNorm(histogram_every=0)
+    with pytest.raises(TypeError, match="rule must be of type GradientRule"):
+        fw.GradientNorm(rule=3)

@@ -63,9 +63,10 @@ class Reading:
         self._layer = torch.tensor([i if i >= 0 else self.layers for i in layers], device=device)
         # float64 on the way from parameters to layers and steps: squares of tiny or huge norms stay in its range
         self._wide = torch.float32 if device.type == "mps" else torch.float64
-        self._plain = len({(p.dtype, p.device) for p in parameters}) == 1 and all(
-            p.dtype in (torch.float32, torch.float64) and p.device == device for p in parameters
-        )
+        kinds = {(p.dtype, p.device) for p in parameters}
+        alike = len(kinds) == 1 and parameters[0].device == device
+        plain = alike and parameters[0].dtype in (torch.float32, torch.float64)
+        self._dtype = parameters[0].dtype if plain else None  # that all share, where one call takes all their norms
         self._zero = torch.zeros((), device=device)
         self._open_window()
 
@@ -84,8 +85,8 @@ class Reading:
         """The norm of each parameter's gradient, (P,); 0 where there is none."""
         self.places.append(place)
         gradients = [p.grad for p in self.parameters]
-        dense = [g for g in gradients if g is not None and not g.is_sparse]
-        if self._plain and len(dense) == len(gradients):
+        dense = [g for g in gradients if g is not None and g.dtype is self._dtype and not g.is_sparse]
+        if len(dense) == len(gradients):
             self._all_seen = True
             return torch.stack(torch._foreach_norm(dense, self.norm_type))  # noqa: SLF001 - one kernel for all
         values = {i: _values(g) for i, g in enumerate(gradients) if g is not None}

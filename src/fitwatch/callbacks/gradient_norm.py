@@ -239,15 +239,15 @@ class GradientNorm(Callback):
         loud = [f.evidence for f in findings if f.trouble or f.status == "healthy"]
         notes = [f.evidence for f in findings if not (f.trouble or f.status == "healthy")]
         self._choose(layers)
+        totals = self._totals(state, figures, reading)
         state.report["gradient norm"] = self._summary()
         state.report["layers not healthy"] = self.rule.trouble()
         texts = {"train/report/warnings": "\n\n".join(loud), "train/report/gradients": "\n\n".join(notes)}
-        histograms = self._count_histograms()
         return {
-            **self._totals(state, figures, reading),
+            **totals,
             **self._curves(layers),
             **{name: text for name, text in texts.items() if text},
-            **histograms,
+            **self._count_histograms(),
         }
 
     def _layer_gradients(self, figures: Figures) -> dict[str, LayerGradient]:

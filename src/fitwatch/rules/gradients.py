@@ -194,7 +194,7 @@ class GradientRule:
     def _explosion(self, before: float | None, norms: list[float], step: int) -> list[GradientFinding]:
         """Compare the median of the window with that of all windows before, or its second half with its first."""
         calm, half = before if self._calm is None else self._calm, len(norms) // 2
-        if calm is None and half >= _ENOUGH:
+        if calm is None and half >= _ENOUGH / 2:
             calm, norms = statistics.median(norms[:half]), norms[half:]
         if not calm:
             return []

@@ -1,0 +1,233 @@
+"""The rule on gradients, on planted figures."""
+
+import math
+
+import pytest
+import torch
+
+import fitwatch as fw
+from fitwatch.rules.quantiles import LogHistogram
+
+HEALTHY = {"mean": 1.0, "max": 2.0, "zero_share": 0.1, "weight_norm": 5.0, "update_norm": 0.01, "lr": 0.1}
+
+
+def layer(**changes):
+    return fw.LayerGradient(**{**HEALTHY, **changes})
+
+
+class Run:
+    """Feeds windows of ten steps to a rule."""
+
+    def __init__(self, **options):
+        self.rule, self.step = fw.GradientRule(**options), 0
+
+    def __call__(self, layers=None, *, norms=None, steps=10, not_finite=""):
+        norms = [1.0] * steps if norms is None else norms
+        first, self.step = self.step + 1, self.step + len(norms)
+        return self.rule.update(
+            steps=range(first, self.step + 1), norms=norms, layers=layers or {}, not_finite=not_finite
+        )
+
+
+def others(**planted):
+    return {"a": layer(), **planted, "z": layer(mean=0.5, max=0.6)}
+
+
+PLANTED = {
+    "vanishing": layer(mean=1e-7, max=1e-6),
+    "dead": layer(mean=0.0, max=0.0, zero_share=1.0),
+    "no gradient": layer(mean=0.0, max=0.0, zero_share=1.0, has_gradient=False),
+}
+
+
+@pytest.mark.parametrize("status", PLANTED)
+def test_a_planted_layer_is_named_once_and_its_recovery_too(status):
+    """Each fault is named after one window with its steps, not again while it lasts, and taken back when it is over."""
+    run = Run()
+    (finding,) = run(others(bad=PLANTED[status]))
+    assert (status, ("bad",), True) == (finding.status, finding.layers, finding.trouble)
+    assert "`bad`" in finding.evidence
+    assert "steps 1 to 10" in finding.evidence
+    assert {"bad": status} == run.rule.statuses
+    assert f"{status}: `bad`" == run.rule.trouble()
+    assert run(others(bad=PLANTED[status])) == []
+    (over,) = run(others(bad=layer()))
+    assert (over.status, over.layers, over.trouble) == ("healthy", ("bad",), False)
+    assert f"No longer {status}" in over.evidence
+    assert run.rule.trouble() == "none"
+
+
+@pytest.mark.parametrize("status", PLANTED)
+def test_one_step_is_not_enough(status):
+    """With windows of one step, three in a row are needed, and a healthy one between begins anew."""
+    run = Run()
+    bad = others(bad=PLANTED[status])
+    assert [run(bad, steps=1), run(bad, steps=1), run(others(bad=layer()), steps=1)] == [[], [], []]
+    assert [run(bad, steps=1), run(bad, steps=1)] == [[], []]
+    assert [status] == [f.status for f in run(bad, steps=1)]
+
+
+def test_a_norm_too_small_to_square_is_no_dead_layer():
+    """A norm of 0 with elements that are not 0 is vanishing, not dead."""
+    (finding,) = Run()(others(bad=layer(mean=0.0, max=0.0, zero_share=0.2)))
+    assert finding.status == "vanishing"
+
+
+def test_what_is_small_for_a_reason_is_not_vanishing():
+    """A small norm of small weights, a small norm over large weights alone, and one loud layer are all healthy."""
+    assert Run()(others(small=layer(mean=1e-7, max=1e-7, weight_norm=1e-6, update_norm=1e-9))) == []
+    assert Run()(others(large=layer(weight_norm=1e7))) == []
+    assert Run()(others(loud=layer(mean=1e9, max=1e9))) == []
+
+
+def test_of_two_layers_the_larger_is_the_measure():
+    """Vanishing is seen with two layers too, and never with one."""
+    (finding,) = Run()({"first": PLANTED["vanishing"], "last": layer()})
+    assert finding.layers == ("first",)
+    assert Run()({"only": PLANTED["vanishing"]}) == []
+
+
+def test_vanishing_does_not_come_and_go_at_the_threshold():
+    """Once vanishing, a layer has to get ten times over the threshold to be healthy."""
+    run = Run(vanishing=1e-5)
+    assert [f.status for f in run(others(bad=layer(mean=0.4e-5, max=1e-5)))] == ["vanishing"]
+    assert run(others(bad=layer(mean=2e-5, max=2e-5))) == []
+    assert [f.status for f in run(others(bad=layer(mean=2e-4, max=2e-4)))] == ["healthy"]
+
+
+def test_frozen_on_purpose_is_a_note():
+    """What is left out of training is said at once, without a warning, and so is its return."""
+    run = Run()
+    (finding,) = run(others(bad=fw.LayerGradient(untrained="requires_grad is False")), steps=1)
+    assert (finding.status, finding.trouble) == ("frozen", False)
+    assert "requires_grad is False" in finding.evidence
+    assert run(others(bad=fw.LayerGradient(untrained="requires_grad is False"))) == []
+    (over,) = run(others(bad=layer()))
+    assert (over.status, over.trouble) == ("trained", False)
+
+
+@pytest.mark.parametrize(("lr", "trouble"), [(0.1, True), (0.0, False)])
+def test_weights_that_do_not_move_are_frozen(lr, trouble):
+    """Two sampled steps that changed nothing make it frozen: a warning, unless the learning rate is 0."""
+    run = Run()
+    still = layer(update_norm=0.0, lr=lr)
+    assert run(others(bad=still)) == []
+    (finding,) = run(others(bad=still))
+    assert ("frozen", trouble) == (finding.status, finding.trouble)
+    assert run(others(bad=layer(update_norm=math.nan))) == []  # not sampled: nothing new
+    assert run.rule.statuses == {"bad": "frozen"}
+
+
+def test_a_layer_that_outgrows_its_weights_explodes():
+    """Two sampled steps, ten steps apart, that are larger than the weights are named; right at the start one is not."""
+    run = Run()
+    wild = others(bad=layer(update_norm=50.0))
+    assert run(wild) == []
+    (finding,) = run(wild)
+    assert (finding.status, finding.layers) == ("exploding", ("bad",))
+    run = Run()
+    assert [run(wild, steps=1) for _ in range(4)] == [[]] * 4
+
+
+def test_an_explosion_of_the_norm_is_named_and_taken_back():
+    """A window whose median is a hundred times that before is named with both figures; a single spike is not."""
+    run = Run()
+    assert run(norms=[1.0] * 30) == []
+    assert run(norms=[1.0] * 20 + [1e6]) == []
+    (finding,) = run(norms=[300.0] * 10)
+    assert finding.status == "exploding"
+    assert "is 300, 300 times the 1 " in finding.evidence
+    assert run(norms=[300.0] * 200) == []
+    (over,) = run(norms=[2.0] * 10)
+    assert over.status == "healthy"
+
+
+def test_an_explosion_within_the_first_window_is_named():
+    """With nothing before, the second half of the window is held against the first."""
+    assert [f.status for f in Run()(norms=[2.0**i for i in range(40)])] == ["exploding"]
+    assert Run()(norms=[1.1**i for i in range(40)]) == []
+
+
+def test_not_finite_is_said_when_it_begins_and_ends():
+    """The sentence handed in comes back once, and its end is said."""
+    run = Run()
+    (finding,) = run(norms=[1.0, math.nan], not_finite="At step 2 it is gone.")
+    assert (finding.status, finding.evidence, finding.trouble) == ("not finite", "At step 2 it is gone.", True)
+    assert run(norms=[math.nan], not_finite="At step 3 too.") == []
+    (over,) = run(norms=[1.0])
+    assert (over.status, over.trouble) == ("healthy", False)
+    assert "since step 4" in over.evidence
+
+
+def test_layers_with_a_nan_keep_their_status():
+    """A layer whose norm is not finite is judged no further."""
+    assert Run()(others(bad=layer(mean=math.nan, max=math.nan))) == []
+
+
+def test_many_layers_share_a_sentence():
+    """Layers with one status are named together, five of them by name."""
+    (finding,) = Run()({"a": layer(), "b": layer(), "c": layer(), **{f"bad{i}": PLANTED["dead"] for i in range(9)}})
+    assert len(finding.layers) == 9
+    assert "`bad4` and 4 more" in finding.evidence
+
+
+def test_all_gradients_zero_is_one_sentence_of_its_own():
+    """Where no layer has a gradient other than zero, the sentence speaks of the loss."""
+    (finding,) = Run()({"a": PLANTED["dead"], "b": PLANTED["dead"]}, norms=[0.0] * 10)
+    assert "Every gradient was exactly zero" in finding.evidence
+
+
+def test_quantiles_are_those_of_all_values_within_a_percent():
+    """Over values of many orders, quantiles agree with the sorted values within half a bucket, and zeros count."""
+    values = torch.randn(5000).mul(4).exp().double()
+    histogram = LogHistogram()
+    histogram.add(values.tolist())
+    for share in (0.01, 0.5, 0.95, 0.999):
+        expected = values.sort().values[math.ceil(share * 5000) - 1].item()
+        assert histogram.quantile(share) == pytest.approx(expected, rel=0.006)
+    histogram.add([0.0] * 20000)
+    assert histogram.quantile(0.5) == 0
+    assert LogHistogram().quantile(0.5) is None
+
+
+def test_the_summary_counts_spikes():
+    """The summary has median, 95 % quantile, the largest norm with its step, and how many were spikes."""
+    run = Run()
+    run(norms=[1.0] * 95 + [2.0] * 3 + [50.0, 3.0])
+    assert run.rule.summary() == "median 1, 95 % up to 1, largest 50 at step 99, 1 step above 10 times the median"
+    assert fw.GradientRule().summary() == "no finite norm was seen"
+    assert fw.GradientRule().clip_norm is None
+
+
+def test_a_rule_goes_on_from_its_state():
+    """A fresh rule with the state of another gives the same findings from there on."""
+    windows = [
+        others(bad=PLANTED["dead"]),
+        others(bad=PLANTED["dead"], still=layer(update_norm=0.0)),
+        others(bad=layer(), still=layer(update_norm=0.0)),
+    ]
+    norms = [[1.0] * 10, [500.0] * 10, [1.0] * 10]
+    whole, first, second = Run(), Run(), Run()
+    expected = [whole(w, norms=n) for w, n in zip(windows, norms, strict=True)]
+    found = [first(windows[0], norms=norms[0]), first(windows[1], norms=norms[1])]
+    second.rule.load_state_dict(first.rule.state_dict())
+    second.step = first.step
+    found.append(second(windows[2], norms=norms[2]))
+    assert expected == found
+    assert whole.rule.state_dict() == second.rule.state_dict()
+    assert [len(f) for f in expected] == [1, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vanishing": 0}, "vanishing must be finite and greater than 0"),
+        ({"vanishing": 1.5}, "vanishing must be below 1, got 1.5"),
+        ({"exploding": 1}, "exploding must be finite and greater than 1"),
+        ({"readings": 0}, "readings must be 1 or more"),
+    ],
+)
+def test_options_are_checked(options, message):
+    """Options out of range are refused, with what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        fw.GradientRule(**options)
