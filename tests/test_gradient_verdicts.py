@@ -451,7 +451,7 @@ def test_the_demo_is_healthy(monkeypatch, caplog):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         callbacks = [*more, fw.GradientNorm(), texts]
         trainer = fw.Trainer(model, optimizer, loss, callbacks=callbacks, log_every=10, seed=1, device="cpu")
-        trainer.fit(DataLoader(train, batch_size=32, shuffle=True), epochs=25)
+        trainer.fit(DataLoader(train, batch_size=32, shuffle=True), epochs=10)
         assert texts.of("warnings") + texts.of("gradients") == []
     assert caplog.records == []
 
