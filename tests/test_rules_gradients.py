@@ -148,6 +148,15 @@ def test_an_explosion_within_the_first_window_is_named():
     assert Run()(norms=[1.1**i for i in range(40)]) == []
 
 
+def test_a_return_to_earlier_norms_is_no_explosion():
+    """After a long time of tiny norms, a window as loud as the first ones is not exploding."""
+    run = Run()
+    assert run(norms=[1.0] * 10) == []
+    assert run(norms=[1e-4] * 500) == []
+    assert run(norms=[0.9] * 10) == []
+    assert [f.status for f in run(norms=[1.1] * 10)] == ["exploding"]
+
+
 def test_not_finite_is_said_when_it_begins_and_ends():
     """The sentence handed in comes back once, and its end is said."""
     run = Run()

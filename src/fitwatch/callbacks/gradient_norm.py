@@ -67,11 +67,12 @@ class GradientNorm(Callback):
     that is frozen on purpose is a note in ``train/report/gradients``. For the update ratio the weights are copied once
     a window, for the length of one step.
 
-    Norms of float16 and bfloat16 gradients are taken in float32. Under a GradScaler, a step with a gradient that is not
-    finite did not happen, so the other figures leave it out; only a window of nothing else is a warning.
+    Norms of float16 and bfloat16 gradients are taken in float32; a norm beyond its range counts as not finite. Under a
+    GradScaler, a step with a gradient that is not finite did not happen, so the other figures leave it out; only a
+    window of nothing else is a warning.
 
     Args:
-        norm_type: The p of the norm: a number above 0, or ``float("inf")``. `clip_norm` of the Trainer means 2.
+        norm_type: The p of the norm: a number above 0, or ``float("inf")``. The Trainer's ``clip_norm`` means 2.
         every: Steps between two readings. At 1, the default, no spike escapes ``grad_norm_max``.
         per_layer: Whether to look at layers at all, or at the total alone.
         depth: Parts of a module's name that make a layer: 1 puts all of ``encoder.*`` together. None: each module that

@@ -77,7 +77,7 @@ class GradientRule:
       layers.
     - ``"frozen"``: it is left out of training, or its weights did not move in two sampled steps in a row.
     - ``"exploding"``: two sampled steps in a row moved a layer by more than the norm of its weights. For the model as a
-      whole: the median norm of the window is ``exploding`` times that of all steps before.
+      whole: the median norm of the window is ``exploding`` times that of all steps before, and the largest so far.
     - ``"not finite"``: for the model as a whole, a NaN or an infinity in a gradient.
 
     "Other layers" is the second largest, so that one loud layer does not make all others look silent; of two layers
@@ -103,6 +103,7 @@ class GradientRule:
     spikes: int = field(default=0, init=False)
     largest: tuple[float, int] = field(default=(0.0, 0), init=False)  # total norm, and its step
     _pending: dict[str, tuple[str, int, int]] = field(factory=dict, init=False)  # seen in so many windows, steps
+    _peak: float = field(default=0.0, init=False)  # largest median of a window
     _calm: float | None = field(default=None, init=False)  # while the model explodes: the median before
     _finite: bool = field(default=True, init=False)
 
@@ -182,7 +183,9 @@ class GradientRule:
             return findings
         before = self.norms.quantile(0.5) if self.norms.total >= _ENOUGH else None
         findings += self._explosion(before, finite, steps[-1])
-        typical = statistics.median(finite) if before is None else before
+        median = statistics.median(finite)
+        self._peak = max(self._peak, median)
+        typical = median if before is None else before
         if typical:
             self.spikes += sum(norm > _SPIKE * typical for norm in finite)
         largest = max(finite)
@@ -199,7 +202,7 @@ class GradientRule:
         if not calm:
             return []
         now = statistics.median(norms)
-        if self._calm is None and now > self.exploding * calm:
+        if self._calm is None and now > self.exploding * calm and now > self._peak:
             self._calm = calm
             evidence = (
                 f"Exploding gradients: the median norm of the last {_times(len(norms), 'step')} up to {step} is "
@@ -300,6 +303,7 @@ class GradientRule:
             "spikes": self.spikes,
             "largest": list(self.largest),
             "pending": {name: list(entry) for name, entry in self._pending.items()},
+            "peak": self._peak,
             "calm": self._calm,
             "finite": self._finite,
         }
@@ -310,7 +314,7 @@ class GradientRule:
         self.statuses, self.spikes = dict(state["statuses"]), state["spikes"]
         self.largest = (state["largest"][0], state["largest"][1])
         self._pending = {name: (seen, windows, steps) for name, (seen, windows, steps) in state["pending"].items()}
-        self._calm, self._finite = state["calm"], state["finite"]
+        self._peak, self._calm, self._finite = state["peak"], state["calm"], state["finite"]
 
 
 def _reference(layers: Mapping[str, LayerGradient]) -> tuple[float, float]:
