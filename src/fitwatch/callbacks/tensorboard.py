@@ -37,7 +37,6 @@ _PAGE: dict[str, dict[str, tuple[str, list[str]]]] = {
             ["optim/grad_norm$", "optim/grad_norm_max$", "optim/grad_norm_clipped$"],
         ),
         "norm per layer": ("lines", ["params/grad_norm/.*$"]),
-        "update relative to the weights, per layer": ("lines", ["params/update_ratio/.*$"]),
     },
     "3 Optimiser": {"learning rate": ("lines", ["optim/lr$"])},
 }
