@@ -273,24 +273,24 @@ class GradientRule:
         elif status == "vanishing":
             norm, _ = _reference(layers)
             evidence = (
-                f"Vanishing gradient in {listed}: its norm is {first.mean:.3g} {window}, {first.mean / norm:.2g} times "
-                f"the {norm:.3g} of other layers{_update(ratio)}."
+                f"Vanishing gradient in {listed}: the norm of `{names[0]}` is {first.mean:.3g} {window}, "
+                f"{first.mean / norm:.2g} times the {norm:.3g} of other layers{_update(ratio)}."
             )
         elif status == "exploding":
             evidence = (
-                f"Exploding: a step moved {listed} by {ratio:.3g} times its own weights, with a gradient of norm "
-                f"{first.mean:.3g} {window}. A lower learning rate or a clip_norm may help."
+                f"Exploding: a step moved {listed} by more than its own weights (`{names[0]}`: {ratio:.3g} times them, "
+                f"with a gradient of norm {first.mean:.3g}) {window}. A lower learning rate or a clip_norm may help."
             )
         elif status == "frozen" and detail:
             evidence, trouble = f"Frozen: {listed} is not trained: {detail}.", False
         elif status == "frozen":
             evidence = (
-                f"Frozen: {listed} did not move in two sampled steps {window}, with a gradient of norm "
+                f"Frozen: {listed} did not move in two sampled steps {window}, with a norm of `{names[0]}` of "
                 f"{first.mean:.3g} and learning rate {first.lr:.3g}. Is the update below the rounding of the weights?"
             )
         else:
             status = "trained" if detail == "frozen" else status
-            evidence = f"No longer {detail}: {listed}. The norm is {first.mean:.3g} {window}."
+            evidence = f"No longer {detail}: {listed}. The norm of `{names[0]}` is {first.mean:.3g} {window}."
         return GradientFinding(status=status, layers=tuple(names), evidence=evidence, trouble=trouble)
 
     # -- for checkpoints -----------------------------------------------------------------------------------------
