@@ -32,10 +32,7 @@ _PAGE: dict[str, dict[str, tuple[str, list[str]]]] = {
         "rise of the validation loss, and its threshold": ("lines", ["overfit/rise$", "overfit/threshold$"]),
     },
     "2 Gradients": {
-        "total norm: mean and max of the window": (
-            "lines",
-            ["optim/grad_norm$", "optim/grad_norm_max$", "optim/grad_norm_clipped$"],
-        ),
+        "total norm: mean and max of the window": ("lines", ["optim/grad_norm$", "optim/grad_norm_max$"]),
         "norm per layer": ("lines", ["params/grad_norm/.*$"]),
     },
     "3 Optimiser": {"learning rate": ("lines", ["optim/lr$"])},
