@@ -167,33 +167,40 @@ def test_the_texts(runs):
 
 
 def test_one_event_per_window_and_sub_run(runs):
-    """A file holds its version, the start report, and one event for each window and each evaluation; no more."""
+    """A file holds its version, the start report, one event for each window and evaluation, and the seconds of each epoch."""
     count = {}
     for folder in runs.run.iterdir():
         [file] = folder.iterdir()
         count[folder.name] = sum(1 for _ in RawEventFileLoader(str(file)).Load())
     evaluations, windows = len(runs.result.history), runs.trainer.state.progress.step // 2
     assert count == {
-        "train": 2 + windows + evaluations,
+        "train": 2 + windows + 2 * evaluations,
         "val": 1 + evaluations,
-        "baseline": 1 + evaluations + 2 * (evaluations - 1),  # with a dash and a gap between any two
+        "baseline": 1 + 1 + math.ceil(math.log2(evaluations)) + 1,
         "best": 2,
         "overfitting": 3,
         "early stop": 3,
     }
 
 
-def test_the_baseline_is_a_dashed_line(runs):
-    """Its points are the loss of the best constant prediction at every evaluation, with one infinity between any two."""
-    events = EventAccumulator(str(runs.run / "baseline"), size_guidance={"scalars": 0}).Reload().Scalars("loss")
-    steps = [event.step for event in events]
-    assert steps == sorted(set(steps))
-    finite = [event for event in events if math.isfinite(event.value)]
-    assert all(math.isclose(e.value, runs.result.baseline.constant, rel_tol=1e-6) for e in finite)
-    evaluations = [entry["step"] for entry in runs.result.history]
-    assert set(evaluations) <= {event.step for event in finite}
-    gaps = [event.step for event in events if not math.isfinite(event.value)]
-    assert all(a < gap < b for a, gap, b in zip(evaluations[:-1], gaps, evaluations[1:], strict=True))
+def test_the_baseline_is_a_line_of_few_points(runs):
+    """From step 0 to the end the baseline is one level, that of result.baseline, with a point in each octave of evaluations."""
+    baseline = points(runs.run / "baseline", "loss")
+    assert {value for _, value in baseline} == {float(np.float32(runs.result.baseline.constant))}
+    last = runs.result.history[-1]["step"]
+    assert [step for step, _ in baseline] == [0, *(6 * 2**k for k in range(5)), last]
+
+
+def test_the_baseline_ends_where_it_would_press_the_curves_down(tmp_path):
+    """Once the validation loss is less than half of it, the line of the baseline does not go on, and its last point is that."""
+    x = torch.randn(64, 10)
+    loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 8)
+    trainer = overfitting_trainer(tmp_path, lr=0.02, patience=50)
+    history = trainer.fit(loader, loader, epochs=12).history
+    level = trainer.state.baseline.constant
+    above = [entry["step"] for entry in history if entry["val/loss"] >= level / 2]
+    assert 0 < len(above) < len(history)
+    assert [step for step, _ in points(tmp_path / "run/baseline", "loss")][-1] == above[-1]
 
 
 def test_few_files(runs):

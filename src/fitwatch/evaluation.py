@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +23,24 @@ class Evaluation:
         loss: The loss that is measured; with class weights, it is measured without them as well.
         metrics: Name -> function or object, as for `Metrics`.
         baseline: That of the loss on this data set, if it is known; else the targets are counted.
+        observers: Objects with ``reset`` and ``update``, as metrics have, that see the outputs and report nothing.
     """
 
-    def __init__(self, loss: Any, metrics: Mapping[str, Any], baseline: Baseline | None = None) -> None:
+    def __init__(
+        self,
+        loss: Any,
+        metrics: Mapping[str, Any],
+        baseline: Baseline | None = None,
+        observers: Sequence[Any] = (),
+    ) -> None:
         self.loss, self.baseline = loss, baseline
         self._mean, self._batches = WeightedMean(), 0
         self._metrics = Metrics(metrics)
         self._unweighted = (loss.unweighted(), WeightedMean()) if getattr(loss, "has_weights", False) else None
         self._targets = TargetSums(loss) if baseline is None else None
+        self._observers = observers
+        for observer in observers:
+            observer.reset()
 
     def add(self, total: Tensor, weight: Tensor | float) -> None:
         """Take in the loss of a batch, as sums."""
@@ -45,6 +55,8 @@ class Evaluation:
             mean.add(*(loss.sums(outputs, targets, sample_weight)))
         if self._targets is not None:
             self._targets.update(outputs, targets, sample_weight)
+        for observer in self._observers:
+            observer.update(outputs, targets, sample_weight)
 
     def values(self) -> dict[str, float]:
         """Everything by name: ``val/loss``, ``val/loss_unweighted``, ``val/loss_left``, ``val/<metric>``, ...

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fitwatch.state import State
+
 
 class StepGradient:
     """The gradient of one optimizer step, gathered over its micro-batches as that of sum(w l) / sum(w).
@@ -22,7 +24,7 @@ class StepGradient:
     def __init__(self, optimizer: Optimizer, accumulate: int, scaler: torch.amp.GradScaler | None) -> None:
         self.optimizer, self.accumulate, self.scaler = optimizer, accumulate, scaler
         self.weights: list[Tensor | float] = []  # sum(w) of each micro-batch so far
-        self.lr: float | Tensor = 0.0  # of the last step
+        self._rates: list[float | Tensor] = []  # of the last step, one for each group of parameters
         self._guess: Tensor | float | None = None  # of the weight of a step, where float16 needs one
 
     def backward(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> None:
@@ -63,8 +65,8 @@ class StepGradient:
 
     def step(self) -> bool:
         """Let the optimizer step, and forget the gradients; False if the scaler left the step out (overflow)."""
-        lr, stepped = self.optimizer.param_groups[0]["lr"], True
-        self.lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
+        rates, stepped = [group["lr"] for group in self.optimizer.param_groups], True
+        self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
         if self.scaler is not None:
             before = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
@@ -74,6 +76,11 @@ class StepGradient:
             self.optimizer.step()
         zero_grad(self.optimizer)
         return stepped
+
+    def log(self, state: State) -> None:
+        """Log the learning rate of the last step; with several groups of parameters, that of each."""
+        for i, rate in enumerate(self._rates):
+            state.log("train/optim/lr" if len(self._rates) == 1 else f"train/optim/lr/{i}", rate, reduce="last")
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -9,6 +9,7 @@ Outputs in half precision are computed in float32; float32 and float64 keep thei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ __all__ = [
     "RealWorldCrossEntropy",
     "apply",
     "as_loss",
+    "as_sums",
 ]
 
 
@@ -81,6 +83,21 @@ def _exact(kind: type, loss: Any) -> Any:
         if pos_weight is None or pos_weight.dim() < 2:
             return BinaryCrossEntropy(pos_weight)
     return loss
+
+
+def as_sums(output: Any, batch_size: Callable[[], int], step: str) -> LossSum:
+    """What ``step`` returned, as sums; a scalar is the mean over the batch.
+
+    Raises:
+        TypeError: It returned neither.
+    """
+    if isinstance(output, LossSum):
+        return output
+    if not isinstance(output, Tensor) or output.numel() != 1:
+        given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(f"{step} must return a LossSum or a scalar tensor, got {given}")
+    size = batch_size()
+    return LossSum(output.detach() * size, size)
 
 
 def apply(loss: Any, output: Any, target: Any, sample_weight: Any = None) -> LossSum | Tensor:

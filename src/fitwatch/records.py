@@ -62,11 +62,18 @@ class Record:
         name: ``train/...`` or ``val/...``; for a `Marker`, the name of the event.
         step: Optimizer steps completed when it was measured.
         value: A number, a Markdown text, a `Marker`, an `Image`, or a `Histogram`.
+        reduce: What stands for the window: ``"mean"``, ``"max"`` or ``"last"``; empty where a function did it.
     """
 
     name: str
     step: int
     value: float | str | Marker | Image | Histogram
+    reduce: str = ""
+
+    @property
+    def merge(self) -> str:
+        """What is to stand for several windows, as in ``reduce``; where that is empty, the name tells."""
+        return self.reduce or ("max" if self.name.endswith("_max") else "mean")
 
 
 class Window:
@@ -90,17 +97,18 @@ class Window:
 
     def close(self, step: int) -> list[Record]:
         """Reduce everything on its device, move it to the host in one transfer, and open a new window."""
-        reduced = []
+        reduced, kinds = [], []
         for reduce, values in self._values.values():
             stacked = torch.stack([torch.as_tensor(v) for v in values])
             stacked = stacked if stacked.is_floating_point() else stacked.float()
+            kinds.append("" if callable(reduce) else reduce)
             reduced.append(reduce(stacked) if callable(reduce) else _REDUCTIONS[reduce](stacked))
         records = []
-        for name, numbers in zip(self._values, to_host(reduced), strict=True):
+        for name, kind, numbers in zip(self._values, kinds, to_host(reduced), strict=True):
             if callable(name):
                 records += [Record(n, step, v) for n, v in name(numbers).items()]
                 continue
             names = (name,) if isinstance(name, str) else name
-            records += [Record(n, step, v) for n, v in zip(names, numbers, strict=True)]
+            records += [Record(n, step, v, kind) for n, v in zip(names, numbers, strict=True)]
         self._values = {}
         return records

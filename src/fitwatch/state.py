@@ -62,6 +62,9 @@ class State:
     metrics: dict[str, float] = field(factory=dict)
     names: set[str] = field(factory=set)  # metrics to come; a callback that adds one announces it in on_fit_start
     val_metrics: dict[str, Any] = field(factory=dict)  # what validation measures; see add_metric
+    # Objects that see validation: reset() at its start, update(outputs, targets, sample_weight) for each batch.
+    observers: list[Any] = field(factory=list)
+    examples: int = 0  # of training seen in this fit, as far as the batches tell
     baseline: Baseline | None = None  # of the validation loss, once it is known
     monitor: str = ""  # the metric that says which evaluation is best
     mode: str = "min"

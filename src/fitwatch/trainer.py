@@ -1,7 +1,7 @@
 """The loop."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fitwatch._options import instance, integer, number, one_of
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.evaluation import Evaluation, expected_baseline
 from fitwatch.gradients import StepGradient, check_scheduler, parameters, zero_grad
-from fitwatch.losses import LossSum, apply, as_loss
+from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.metrics import Metrics, evaluating
 from fitwatch.result import Result
 from fitwatch.settings import check_fit, describe
@@ -111,7 +111,7 @@ class Trainer:
         return loss
 
     def batch_size(self, batch: Any) -> int:
-        """Examples in a batch; override it for own batch formats. Asked where a step returns a scalar."""
+        """Examples in a batch, for scalar losses and for the speed; override it for own batch formats."""
         return loading.batch_size(batch)
 
     # -- to call -------------------------------------------------------------------------------------------------
@@ -201,7 +201,9 @@ class Trainer:
         self._to_device()
         state = self.state
         known = state.baseline if loader is state.val_loader and state.history else None
-        evaluation = Evaluation(state.loss if state.eval_loss is None else state.eval_loss, state.val_metrics, known)
+        loss = state.loss if state.eval_loss is None else state.eval_loss
+        observers = state.observers if loader is state.val_loader else ()
+        evaluation = Evaluation(loss, state.val_metrics, known, observers)
         self._evaluation = evaluation
         try:
             with evaluating(self.model):
@@ -265,7 +267,7 @@ class Trainer:
                 f"train_loader gave no batch in epoch {progress.epoch} (a generator can be iterated once only)"
             )
         if progress.epoch_step % self.log_every and not self._validated():  # an epoch ends the log window
-            state.log("train/optim/lr", gradient.lr, reduce="last")
+            gradient.log(state)
         return complete
 
     def _backward(self, batch: Any, gradient: StepGradient) -> None:
@@ -275,6 +277,8 @@ class Trainer:
             output = self.training_step(batch)
         total, weight = self._sums(output, batch, "training_step")
         self.state.train_loss.add(total, weight)
+        with suppress(TypeError):  # a format of one's own: only the examples per second lack it
+            self.state.examples += self.batch_size(batch)
         if isinstance(output, LossSum):
             gradient.backward(total, weight, is_mean=False)
         else:
@@ -294,7 +298,7 @@ class Trainer:
         progress.epoch_step += 1
         hooks.on_step_end(state)
         if progress.epoch_step % self.log_every == 0:
-            state.log("train/optim/lr", gradient.lr, reduce="last")
+            gradient.log(state)
             self._log()
         if validate_every is not None and progress.step % validate_every == 0:
             self._validate_and_log()
@@ -390,11 +394,4 @@ class Trainer:
         return _NO_AUTOCAST if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _sums(self, output: Any, batch: Any, step: str) -> LossSum:
-        """What a step returned, as sums; a scalar is the mean over the batch."""
-        if isinstance(output, LossSum):
-            return output
-        if not isinstance(output, Tensor) or output.numel() != 1:
-            given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-            raise TypeError(f"{type(self).__name__}.{step} must return a LossSum or a scalar tensor, got {given}")
-        size = self.batch_size(batch)
-        return LossSum(output.detach() * size, size)
+        return as_sums(output, lambda: self.batch_size(batch), f"{type(self).__name__}.{step}")

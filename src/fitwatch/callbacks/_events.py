@@ -3,10 +3,11 @@
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -14,6 +15,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.plugins.pr_curve import metadata as pr_curve_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -40,7 +42,8 @@ class EventFile:
         folder.mkdir(parents=True, exist_ok=True)
         # The server reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time_ns() / 1e9:017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("xb")
+        self.path = folder / name
+        self._file = self.path.open("xb")
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if first_step:  # what was measured at the end of this step stays
@@ -64,6 +67,31 @@ class EventFile:
         self._records.write(event.SerializeToString())
 
 
+def events(file: Path) -> Iterable[tuple[bytes, Any]]:
+    """The events of a file, as they stand there and decoded; a last one that was cut off is left out."""
+    for raw in RawEventFileLoader(str(file)).Load():
+        yield raw, Event.FromString(raw)
+
+
+def tags(files: Iterable[Path]) -> set[str]:
+    """All tags in some files."""
+    return {value.tag for file in files for _, event in events(file) for value in event.summary.value}
+
+
+def cut(file: Path, step: int) -> None:
+    """Remove all events beyond ``step``: no server is to show what did not happen in the end.
+
+    A new file takes the place of the old one in one stroke.
+    """
+    kept = [raw for raw, event in events(file) if event.step <= step]
+    shorter = file.with_name("cut.tmp")  # no name that a server would read
+    with shorter.open("wb") as new:
+        records = RecordWriter(new)
+        for raw in kept:
+            records.write(raw)
+    shorter.replace(file)
+
+
 def scalar(tag: str, value: float) -> Any:
     """A point of a curve."""
     return Summary.Value(tag=tag, simple_value=value)
@@ -84,6 +112,15 @@ def image(tag: str, picture: Image) -> Any:
 def histogram(tag: str, values: Histogram) -> Any:
     """A histogram."""
     return Summary.Value(tag=tag, histo=proto(values))
+
+
+def pr_curve(tag: str, rows: Sequence[Sequence[float]]) -> Any:
+    """A precision-recall curve: true positives, false positives, true negatives, false negatives, precision, recall."""
+    thresholds = len(rows[0])
+    metadata = pr_curve_metadata.create_summary_metadata(display_name="", description="", num_thresholds=thresholds)
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(rows)), TensorShapeProto.Dim(size=thresholds)])
+    tensor = TensorProto(dtype="DT_FLOAT", float_val=[value for row in rows for value in row], tensor_shape=shape)
+    return Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
 
 
 def layout(categories: Mapping[str, Charts]) -> Any:

@@ -1,42 +1,28 @@
 """One page in TensorBoard: train and validation in one chart, the best epoch, the bars, the reports."""
 
-import json
+import logging
 import math
 import os
-import re
 import shlex
 import shutil
-import subprocess
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from attrs import define, field
+from attrs import asdict, define, field
 
+from fitwatch._confusion_image import confusion_image
 from fitwatch._options import instance
 from fitwatch.callback import Callback
-from fitwatch.records import Histogram, Image, Marker
+from fitwatch.callbacks import _class_counts, _folders, _page, _reports, _thinning
+from fitwatch.callbacks._clock import Clock
+from fitwatch.callbacks._level import Level
+from fitwatch.records import Histogram, Image, Marker, Record
 from fitwatch.state import State
 
-_RUNS = ("train", "val", "best", "baseline")  # all other sub-runs are bars on the loss chart
-
-# The Custom Scalars page: category -> title -> kind and tags, which for "lines" are regular
-# expressions that are anchored at their start only, and for "margin" are plain: value, lower, upper.
-_PAGE: dict[str, dict[str, tuple[str, list[str]]]] = {
-    "1 Overfitting": {
-        "train and validation loss": ("lines", ["loss$"]),
-        "generalisation gap (shaded)": ("margin", ["overfit/val_loss", "overfit/train_loss", "overfit/val_loss"]),
-        "rise of the validation loss, and its threshold": ("lines", ["overfit/rise$", "overfit/threshold$"]),
-    },
-    "2 Gradients": {
-        "total norm: mean and max of the window": ("lines", ["optim/grad_norm$", "optim/grad_norm_max$"]),
-        "norm per layer": ("lines", ["params/grad_norm/.*$"]),
-    },
-    "3 Optimiser": {"learning rate": ("lines", ["optim/lr$"])},
-}
+logger = logging.getLogger("fitwatch")
 
 
 def _is_name(_: Any, option: Any, value: Any) -> None:
@@ -49,22 +35,30 @@ class TensorBoard(Callback):
     """Writes what is logged to ``<dir>/<name>``, as sub-runs that share their tags and so their charts.
 
     ``train`` and ``val`` hold the curves, ``best`` a dot at the best evaluation and the settings, ``baseline`` the loss
-    of the best constant prediction as a dashed line, and each event, such as overfitting, is a vertical bar in a
-    sub-run of its own. A name that is in use gets a number: ``run``, ``run-2``, ... A resumed fit goes on in its own
-    folder.
+    of the best constant prediction, as long as the validation loss is more than half of it, and each event, such as
+    overfitting, is a vertical bar in a sub-run of its own. A name that is in use gets a number: ``run``, ``run-2``, ...
+    A resumed fit goes on in its own folder, from which everything beyond the point of resumption is removed.
 
     A value logged as ``train/x`` is the tag ``x`` of the sub-run ``train``; ``val/accuracy`` becomes
-    ``metrics/accuracy``. One event is written for each window and sub-run. The command to open the page and a link to
-    the run are printed when training starts and when it ends.
+    ``metrics/accuracy``. One event is written for each window and sub-run. A curve has 1,000 points at most: a long one
+    goes on with means of several windows, or with maxima where a window has its maximum. With a classifier (known by
+    its loss) the confusion matrix and the precision-recall curves of the best evaluation are shown too. The command to
+    open the page and a link to the run are printed when training starts and when it ends.
+
+    If the files can't be written any more, say because the disk is full, an error is logged and nothing more is
+    written; the epoch is trained to its end, so that a `Checkpoint` can save it, and then the fit ends with `OSError`.
 
     Args:
         dir: The folder to open in TensorBoard, holding all runs.
         name: Of the run; no slash in it.
+        group: Runs of one group are one row in the HParams table, with the mean of their metrics: for trials that
+            repeat the same settings. Default: each run has its own row.
         show_link: Whether to print the command and the link.
     """
 
     dir: Path = field(default=Path("runs"), converter=Path)
     name: str = field(default="run", kw_only=True, validator=_is_name)
+    group: str | None = field(default=None, kw_only=True, validator=instance(str, or_none=True))
     show_link: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def __attrs_post_init__(self) -> None:
@@ -72,6 +66,8 @@ class TensorBoard(Callback):
         self._files: dict[str, Any] = {}
         self._markers: dict[str, int] = {}  # sub-run of each bar -> its step
         self._metrics: list[str] = []
+        self._curves = _thinning.Thinner()
+        self._best_counts: _class_counts.Counts | None = None
         self._running = False
 
     def on_fit_start(self, state: State) -> None:
@@ -81,68 +77,100 @@ class TensorBoard(Callback):
             OSError: The folder can't be made; the message names it.
         """
         self._started, self._pid = time.time(), os.getpid()
+        self._failure: OSError | None = None
         self._first_step = state.progress.step
         if self.run_dir is None or self._first_step == 0:
-            self.run_dir, self._markers = _new_folder(self.dir, self.name), {}
+            self.run_dir, self._markers = _folders.new_folder(self.dir, self.name), {}
+            self._curves = _thinning.Thinner()
         elif state.resumed:  # what lies beyond the point of resumption did not happen
             self._markers = {name: step for name, step in self._markers.items() if step < self._first_step}
-            _remove_markers(self.run_dir, keep=self._markers)
-        self._running, self._begun, self._has_layout = True, False, False
+            _folders.go_back(self.run_dir, self._first_step, keep=self._markers)
+        if not state.resumed:
+            self._best_counts = None
+        self._curves.begin()
+        self._running, self._begun = True, False
         self._tags: set[str] = set()
+        self._charted = 0  # tags known when the charts were last written
         self._not_finite: set[str] = set()
-        self._level_step: int | None = None  # up to where the baseline is drawn
-        names = [_run_and_tag(name)[1] for name in sorted(state.names)]
-        self._metrics = [tag for tag in names if tag.startswith("metrics/")]
+        self._level = Level(self._first_step)
+        self._judged: Mapping[str, float] | None = None  # the newest evaluation
+        self._counts = _class_counts.ClassCounts(state)
+        state.observers.append(self._counts)
+        self._clock = Clock(state.examples)
+        added = sorted(state.names - {f"val/{name}" for name in state.val_metrics})
+        tags = [_page.run_and_tag(name)[1] for name in [*(f"val/{name}" for name in state.val_metrics), *added]]
+        monitored = _page.run_and_tag(state.monitor)[1]
+        tags.sort(key=lambda tag: tag != monitored)  # what matters comes first, then as the user has put them
+        self._metrics = [tag for tag in tags if tag.startswith("metrics/")]
         self._show_link()
 
     def on_epoch_start(self, state: State) -> None:
-        """Write the start report, now that every callback had its say in the settings."""
-        if not self._begun:
-            self._begun = True
-            self._write("train", self._first_step, [_start_report(state)])
+        """Write the start report, now that every callback had its say in the settings.
+
+        Raises:
+            OSError: The files can't be written.
+        """
+        self._begin(state)
+        if self._failure is not None:  # a checkpoint of the last epoch has been saved by now
+            raise self._failure
+        self._clock.begin_epoch()
+
+    def on_validation_start(self, state: State) -> None:
+        """Stop the clock."""
+        state.pull_loss()  # waits for the device
+        self._clock.pause()
 
     def on_log(self, state: State) -> None:
         """Write the records: one event for each sub-run."""
         from fitwatch.callbacks import _events  # noqa: PLC0415 - a third of a second that only users of this pay
 
-        self.on_epoch_start(state)  # a loop of one's own may have no epochs
-        scalars: dict[str, dict[str, float]] = {}
+        self._begin(state)  # a loop of one's own may have no epochs
+        numbers: dict[str, dict[str, tuple[float, str]]] = {}
         texts: dict[str, dict[str, str]] = {}
-        images: dict[str, list[Any]] = {}
+        others: dict[str, list[Any]] = {}
         for record in state.records:
-            run, tag = _run_and_tag(record.name)
+            run, tag = _page.run_and_tag(record.name)
             if isinstance(record.value, Marker):
                 self._mark(record.name, record.step, record.value)
-                continue
-            scalars.setdefault(run, {})
-            if isinstance(record.value, str):
+            elif isinstance(record.value, str):
                 _append(texts.setdefault(run, {}), tag, record.value)
-                continue
-            if isinstance(record.value, Image):
-                images.setdefault(run, []).append(_events.image(tag, record.value))
-                continue
-            if isinstance(record.value, Histogram):
-                images.setdefault(run, []).append(_events.histogram(tag, record.value))
-                continue
-            scalars[run][tag] = record.value
-            if not math.isfinite(record.value) and record.name not in self._not_finite:
-                self._not_finite.add(record.name)  # infinity is a silent gap in a chart
-                warning = f"`{tag}` is {record.value} at step {record.step}, for the first time."
-                _append(texts.setdefault(run, {}), "report/warnings", warning)
-        self._tags.update(tag for numbers in scalars.values() for tag in numbers)
-        for run, numbers in scalars.items():
-            values = [_events.scalar(tag, value) for tag, value in numbers.items()]
-            values += [_events.text(tag, value) for tag, value in texts.get(run, {}).items()]
-            values += images.get(run, [])
-            if run == "train" and "loss" in numbers and not self._has_layout:  # all charts have begun by now
-                self._has_layout = True
-                values.append(_events.layout(_page(self._tags)))
+            elif isinstance(record.value, Image):
+                others.setdefault(run, []).append(_events.image(tag, record.value))
+            elif isinstance(record.value, Histogram):
+                others.setdefault(run, []).append(_events.histogram(tag, record.value))
+            else:
+                numbers.setdefault(run, {})[tag] = record.value, record.merge
+                self._warn(record, texts.setdefault(run, {}), tag)
+        rate = self._clock.rate(state.examples)
+        if rate is not None:
+            numbers.setdefault("train", {})["speed/examples_per_second"] = rate, "mean"
+        horizon = _thinning.horizon(state)
+        for run, tags in numbers.items():
+            others.setdefault(run, []).extend(self._points(run, state.progress.step, tags, horizon))
+        for run, found in texts.items():
+            others.setdefault(run, []).extend(_events.text(tag, text) for tag, text in found.items())
+        if "loss" in numbers.get("train", ()) and len(self._tags) > self._charted:
+            self._charted = len(self._tags)  # once at the first evaluation, and again where a chart is new
+            others["train"].append(_events.layout(_page.charts(self._tags)))
+        for run, values in others.items():
             self._write(run, state.progress.step, values)
-        if state.baseline is not None and "loss" in scalars.get("val", ()):
-            self._level(state.progress.step, state.baseline.constant)
+        self._evaluated(state)
+        self._clock.run()
+
+    def on_epoch_end(self, state: State) -> None:
+        """Write how long the epoch took."""
+        seconds = self._clock.epoch_seconds()
+        if state.progress.epoch_batch == 0:  # not cut short
+            tags = {"speed/epoch_seconds": (seconds, "mean")}
+            step = state.progress.step
+            self._write("train", step, self._points("train", step, tags, _thinning.horizon(state)))
 
     def on_fit_end(self, state: State) -> None:
-        """Write the dot at the best evaluation and the end report, and close the files."""
+        """Write the dot at the best evaluation and the end report, and close the files.
+
+        Raises:
+            OSError: Writing has failed since the last epoch began.
+        """
         if not self._running or self.run_dir is None:
             return
         self._running = False
@@ -151,45 +179,110 @@ class TensorBoard(Callback):
                 self.run_dir.rmdir()
             self.run_dir = None
             return
-        shutil.rmtree(self.run_dir / "best", ignore_errors=True)  # of an earlier fit
+        self._write_rest()
         best = state.best
-        values = self._end_report(state) if best is None else [*_best(best), *self._end_report(state)]
-        self._write("best", state.progress.step if best is None else int(best["step"]), values)
+        if self._failure is None and os.getpid() == self._pid:
+            shutil.rmtree(self.run_dir / "best", ignore_errors=True)  # of an earlier fit
+        values = [] if best is None else [*_best(best), *self._best_outputs(best)]
+        step = state.progress.step if best is None else int(best["step"])
+        self._write("best", step, [*values, *self._end_report(state)])
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # has been told
+                file.close()
         self._files = {}
         self._show_link()
+        if self._failure is not None and state.error is not self._failure:
+            raise self._failure
 
-    def link(self, port: int = 6006) -> str:
-        """The address of this run's page in a TensorBoard server on ``dir``."""
-        pins = ["loss", *self._metrics[:1], "overfit/gap", "optim/grad_norm_max"]
-        cards = json.dumps([{"plugin": "scalars", "tag": tag} for tag in pins], separators=(",", ":"))
+    def link(self, port: int = 6006, *, compare: bool = False) -> str:
+        """The address of a page in a TensorBoard server on ``dir``.
+
+        Args:
+            port: Of the server.
+            compare: Whether to show the validation curves and best epochs of all runs, one colour each, in place of
+                this run alone.
+        """
         name = self.run_dir.name if self.run_dir is not None else self.name
-        only = "^" + re.sub(r"[.^$*+?{}\[\]|()]", r"\\\g<0>", name) + "/"
-        # smoothing=0: the default of 0.6 moves the apparent minimum by epochs
-        return f"http://localhost:{port}/?smoothing=0&runFilter={quote(only)}&pinnedCards={quote(cards)}#timeseries"
+        return _page.compare_link(port, self._metrics) if compare else _page.link(port, name, self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's folder and its bars."""
-        return {"run_dir": None if self.run_dir is None else str(self.run_dir), "markers": dict(self._markers)}
+        """The run's folder, its bars, where the curves stand, and the counts of the best evaluation."""
+        return {
+            "run_dir": None if self.run_dir is None else str(self.run_dir),
+            "markers": dict(self._markers),
+            "curves": self._curves.state_dict(),
+            "best_counts": None if self._best_counts is None else asdict(self._best_counts),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them back, if the folder still exists."""
-        folder = state_dict["run_dir"]
+        folder, counts = state_dict["run_dir"], state_dict["best_counts"]
         self.run_dir = Path(folder) if folder is not None and Path(folder).is_dir() else None
         self._markers = dict(state_dict["markers"])
+        self._curves.load_state_dict(state_dict["curves"])
+        self._best_counts = None if counts is None else _class_counts.Counts(**counts)
 
     # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, state: State) -> None:
+        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+
+        if not self._begun:
+            self._write("train", self._first_step, [_events.text("report/start", _reports.start(state))])
+            if self._failure is not None:  # nothing is trained yet
+                raise self._failure
+            self._begun = True
+
+    def _points(self, run: str, step: int, tags: Mapping[str, tuple[float, str]], horizon: int) -> list[Any]:
+        """The points to write now; the others wait to be merged."""
+        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+
+        self._tags.update(tags)
+        points = []
+        for tag, (value, merge) in tags.items():
+            point = self._curves.add(f"{run}/{tag}", step, value, merge, horizon)
+            if point is not None:
+                points.append(_events.scalar(tag, point[1]))
+        return points
+
+    def _warn(self, record: Record, texts: dict[str, str], tag: str) -> None:
+        """Say it in words where a curve is not finite for the first time: infinity is a silent gap in a chart."""
+        if not math.isfinite(record.value) and record.name not in self._not_finite:  # type: ignore[arg-type] # a number
+            self._not_finite.add(record.name)
+            warning = f"`{tag}` is {record.value} at step {record.step}, for the first time."
+            _append(texts, "report/warnings", warning)
+
+    def _write_rest(self) -> None:
+        """Write the points that wait to be merged with more."""
+        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+
+        events: dict[tuple[str, int], list[Any]] = {}
+        for curve, (step, value) in self._curves.rest():
+            run, _, tag = curve.partition("/")
+            events.setdefault((run, step), []).append(_events.scalar(tag, value))
+        for run, step in sorted(events):
+            self._write(run, step, events[run, step])
+        for step, value in self._level.rest():
+            self._write("baseline", step, [_events.scalar("loss", value)])
 
     def _write(self, run: str, step: int, values: list[Any]) -> None:
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
+        if not values or self._failure is not None:
+            return
         if os.getpid() != self._pid or self.run_dir is None:  # a forked worker: the files are its parent's
             return
-        if run not in self._files:
-            self._files[run] = _events.EventFile(self.run_dir / run, self._first_step)
-        self._files[run].add(step, values)
-        self._files[run].flush()
+        try:
+            if run not in self._files:
+                # A bar was decided after its place: its points are not to be taken for old ones.
+                first_step = self._first_step if run in _folders.RUNS else 0
+                self._files[run] = _events.EventFile(self.run_dir / run, first_step)
+            self._files[run].add(step, values)
+            self._files[run].flush()
+        except OSError as error:
+            where = self._files[run].path if run in self._files else self.run_dir / run
+            self._failure = OSError(error.errno, f"TensorBoard can't write to {where}: {error.strerror}")
+            logger.exception("%s; the fit will end after this epoch", self._failure)
 
     def _mark(self, name: str, step: int, marker: Marker) -> None:
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
@@ -204,69 +297,56 @@ class TensorBoard(Callback):
         self._write(name, step, [_events.scalar("loss", marker.low)])
         self._write(name, step + 1, [_events.scalar("loss", marker.high)])
 
-    def _level(self, step: int, value: float) -> None:
-        """Go on with the dashed line of the baseline, in the chart of the loss."""
+    def _evaluated(self, state: State) -> None:
+        """Take note of a new evaluation: how far the baseline reaches, and what the best outputs were."""
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
-        last, self._level_step = self._level_step, step
-        if last is not None and step - last >= 4:  # TensorBoard has no dashes, but leaves a gap at infinity
-            gap = last + (step - last) * 6 // 10
-            self._write("baseline", gap, [_events.scalar("loss", value)])
-            self._write("baseline", gap + 1, [_events.scalar("loss", math.inf)])
-        self._write("baseline", step, [_events.scalar("loss", value)])
+        if not state.metrics or state.metrics is self._judged:
+            return
+        self._judged = state.metrics
+        if state.best is state.metrics:
+            self._best_counts = self._counts.counts
+        if state.baseline is not None and "val/loss" in state.metrics:
+            level, loss = state.baseline.constant, state.metrics["val/loss"]
+            for step, value in self._level.points(state.progress.step, level, loss):
+                self._write("baseline", step, [_events.scalar("loss", value)])
+
+    def _best_outputs(self, best: Mapping[str, float]) -> list[Any]:
+        """The confusion matrix and the precision-recall curves of the best evaluation, where they are known."""
+        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+
+        values, counts = [], self._best_counts
+        if counts is not None and counts.matrix is not None:
+            names = [str(k) for k in range(len(counts.matrix))]
+            picture = confusion_image(counts.matrix, names, title=f"best epoch: {best['epoch']:g}")
+            values.append(_events.image("report/confusion", picture))
+        if counts is not None and counts.scores is not None:
+            scores = counts.scores.cpu()
+            first = 1 if len(scores) == 1 else 0  # of two classes the curve is that of class 1
+            values += [
+                _events.pr_curve(f"pr_curve/{k}", _class_counts.curve(scores[k - first]))
+                for k in range(first, first + len(scores))
+            ]
+        return values
 
     def _show_link(self) -> None:
         if self.show_link and self.run_dir is not None:
             folder = shlex.quote(str(self.run_dir.parent))
-            print(f"TensorBoard: tensorboard --logdir {folder}\n  {self.link()}")  # noqa: T201 - asked for
+            lines = [f"TensorBoard: tensorboard --logdir {folder}", f"  {self.link()}"]
+            if _folders.others(self.run_dir):
+                lines += ["all runs:", f"  {self.link(compare=True)}"]
+            print("\n".join(lines))  # noqa: T201 - asked for
 
     def _end_report(self, state: State) -> list[Any]:
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
         assert self.run_dir is not None
         settings = {name: value for name, value in state.settings.items() if name != "device"}
-        row = _events.hparams(settings, self.run_dir.name, self._started, succeeded=state.error is None)
+        group = self.run_dir.name if self.group is None else self.group
+        row = _events.hparams(settings, group, self._started, succeeded=state.error is None)
         seconds = time.time() - self._started
-        report = _events.text("report/end", _summary(state, seconds))
+        report = _events.text("report/end", _reports.end(state, self.run_dir.name, seconds))
         return [_events.scalar("report/seconds", seconds), report, *row]
-
-
-def _summary(state: State, seconds: float) -> str:
-    """The table of the end report."""
-    best, rows = state.best, []
-    if best is not None:
-        rows.append(("best epoch (from 0)", f"{best['epoch']:g}, by {state.monitor}"))
-        rows += [(f"{name} at the best epoch", f"{v:.6g}") for name, v in best.items() if name not in ("epoch", "step")]
-    rows += _baseline(state)
-    rows.append(("epochs, steps", f"{state.progress.epoch}, {state.progress.step}"))
-    rows.append(("seconds", f"{seconds:.1f}"))
-    rows.append(("ended by", repr(state.error) if state.error else state.stop_reason or "the end of training"))
-    rows += state.report.items()
-    if state.verdict is not None:
-        rows.append(("verdict", f"{state.verdict.status}: {state.verdict.evidence}"))
-    return _table("result", rows)
-
-
-def _baseline(state: State) -> list[tuple[str, str]]:
-    """What the validation loss is to be compared with."""
-    if state.baseline is None:
-        return []
-    rows = [("val/loss of the best constant prediction", f"{state.baseline.constant:.6g}")]
-    if math.isfinite(state.baseline.uniform):
-        rows.append(("val/loss of equal logits", f"{state.baseline.uniform:.6g}"))
-    return rows
-
-
-def _table(title: str, rows: Iterable[tuple[str, Any]]) -> str:
-    lines = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows]
-    return "\n".join([f"| {title} | value |", "|---|---|", *lines])
-
-
-def _start_report(state: State) -> Any:
-    from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
-
-    settings = {**state.settings, **dict(_baseline(state)), "git": _git_revision()}
-    return _events.text("report/start", _table("setting", settings.items()))
 
 
 def _best(best: Mapping[str, float]) -> list[Any]:
@@ -274,78 +354,13 @@ def _best(best: Mapping[str, float]) -> list[Any]:
 
     dots = {name: v for name, v in best.items() if name.startswith("val/") and math.isfinite(v)}
     dots = dots or {"train/loss": best["train/loss"]}
-    values = [_events.scalar(_run_and_tag(name)[1], v) for name, v in dots.items()]
+    values = [_events.scalar(_page.run_and_tag(name)[1], v) for name, v in dots.items()]
     values.append(_events.scalar("report/best_epoch", best["epoch"]))
     if "val/loss" in best:
         values.append(_events.scalar("report/gap_at_best", best["val/loss"] - best["train/loss"]))
     return values
 
 
-def _page(tags: set[str]) -> dict[str, dict[str, tuple[str, list[str]]]]:
-    """The categories and charts that have something to show."""
-    page = {
-        category: {
-            title: (kind, wanted)
-            for title, (kind, wanted) in charts.items()
-            if any(re.match(pattern, tag) for pattern in wanted for tag in tags)
-        }
-        for category, charts in _PAGE.items()
-    }
-    return {category: charts for category, charts in page.items() if charts}
-
-
 def _append(texts: dict[str, str], tag: str, text: str) -> None:
     """Add a text; of two under one tag at one step the server would keep one."""
     texts[tag] = f"{texts[tag]}\n\n{text}" if tag in texts else text
-
-
-def _run_and_tag(name: str) -> tuple[str, str]:
-    run, _, tag = name.partition("/")
-    if run not in ("train", "val"):
-        run, tag = "train", name
-    if "/" not in tag and not tag.startswith("loss"):
-        tag = f"metrics/{tag}"
-    return run, tag
-
-
-def _new_folder(parent: Path, name: str) -> Path:
-    number = 1
-    while True:
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError as error:
-            if not folder.is_dir():
-                raise OSError(f"can't make the run folder {folder}: a file of this name is in the way") from error
-            number += 1
-        except OSError as error:
-            raise OSError(f"can't make the run folder {folder}: {error}") from error
-        else:
-            return folder
-
-
-def _remove_markers(run_dir: Path, *, keep: Collection[str]) -> None:
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader  # noqa: PLC0415 - as above
-
-    for folder in run_dir.iterdir():
-        files = list(folder.glob("events.out.tfevents.*"))
-        if folder.name in (*_RUNS, *keep) or not files:
-            continue
-        # A bar holds two points of one tag; what a user keeps beside it is left alone.
-        events = [event for file in files for event in EventFileLoader(str(file)).Load()]
-        if {value.tag for event in events for value in event.summary.value} == {"loss"}:
-            shutil.rmtree(folder)
-
-
-def _git_revision() -> str:
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "none"
-    return run.stdout.strip()

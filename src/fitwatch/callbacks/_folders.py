@@ -1,0 +1,48 @@
+"""The folders of runs: one for each, and what is void in them when training resumes."""
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+RUNS = ("train", "val", "best", "baseline")
+"""All other sub-runs are bars on the loss chart."""
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make the folder of a run; a name in use gets a number.
+
+    Raises:
+        OSError: It can't be made; the message names it.
+    """
+    number = 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError as error:
+            if not folder.is_dir():
+                raise OSError(f"can't make the run folder {folder}: a file of this name is in the way") from error
+            number += 1
+        except OSError as error:
+            raise OSError(f"can't make the run folder {folder}: {error}") from error
+        else:
+            return folder
+
+
+def others(run_dir: Path) -> bool:
+    """Whether other runs stand beside this one."""
+    return any(folder != run_dir and any(folder.glob("*/events.*")) for folder in run_dir.parent.iterdir())
+
+
+def go_back(run_dir: Path, step: int, *, keep: Collection[str]) -> None:
+    """Make the folder what it was at ``step``: remove what was written beyond, and all bars but those in ``keep``."""
+    from fitwatch.callbacks import _events  # noqa: PLC0415 - a third of a second that only users of this pay
+
+    shutil.rmtree(run_dir / "best", ignore_errors=True)  # of a fit that ended
+    for folder in run_dir.iterdir():
+        files = sorted(folder.glob("events.out.tfevents.*"))
+        if folder.name in RUNS:
+            for file in files:
+                _events.cut(file, step)
+        elif files and folder.name not in keep and _events.tags(files) == {"loss"}:
+            shutil.rmtree(folder)  # a bar holds two points of one tag; what a user keeps beside it is left alone
