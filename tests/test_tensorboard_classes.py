@@ -1,0 +1,148 @@
+"""The confusion matrix and the precision-recall curves of the best epoch."""
+
+import pytest
+import torch
+from tensorboard.util.tensor_util import make_ndarray
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fitwatch as fw
+from fitwatch.callbacks._class_counts import STEPS, ClassCounts, curve
+from tests._events import read
+from tests._server import noisy_data, overfitting_trainer
+
+
+def reference(probabilities, positive, weights):
+    """The six rows of a curve, threshold by threshold, from the definition, in float64."""
+    rows = []
+    for i in range(STEPS + 1):
+        yes = probabilities.double() >= i / STEPS
+        tp, fp = (weights * positive)[yes].sum(), (weights * (1 - positive))[yes].sum()
+        fn, tn = (weights * positive)[~yes].sum(), (weights * (1 - positive))[~yes].sum()
+        precision = tp / (tp + fp) if tp + fp else torch.tensor(0.0)
+        recall = tp / (tp + fn) if tp + fn else torch.tensor(0.0)
+        rows.append([float(v) for v in (tp, fp, tn, fn, precision, recall)])
+    return torch.tensor(rows, dtype=torch.float64).T
+
+
+def count(loss, outputs, targets, weights=None):
+    """What is counted over ragged batches."""
+    state = fw.State(model=nn.Linear(1, 1), optimizer=None, loss=loss)
+    counts = ClassCounts(state)
+    for part in torch.arange(len(outputs)).split(7):
+        counts.update(outputs[part], targets[part], None if weights is None else weights[part])
+    return counts.counts
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["two logits", "one logit", "one column", "five classes", "three labels"])
+def test_the_counts_are_those_of_the_definition(kind, weighted):
+    """Matrix and curves equal a count threshold by threshold, also with weights, ignored targets and exact probabilities."""
+    generator = torch.Generator().manual_seed(2)
+    n = 200
+    weights = torch.rand(n, generator=generator).double() if weighted else torch.ones(n, dtype=torch.float64)
+    columns = {"two logits": 2, "five classes": 5, "three labels": 3}.get(kind, 1)
+    logits = 2 * torch.randn(n, columns, generator=generator)
+    logits[:20] = 0.0  # a probability that is a threshold
+    if kind in ("two logits", "five classes"):
+        targets = torch.randint(columns, (n,), generator=generator)
+        targets[::9] = -100
+        counts = count(fw.Focal(), logits, targets, weights if weighted else None)
+        kept = targets != -100
+        probabilities, weights = logits[kept].softmax(1), weights[kept]
+        positive = nn.functional.one_hot(targets[kept], columns).double()
+        expected = fw.confusion_matrix(logits[kept].argmax(1), targets[kept], columns, sample_weight=weights)
+        if columns == 2:
+            probabilities, positive = probabilities[:, 1:], positive[:, 1:]
+    else:
+        targets = torch.randint(2, (n, columns), generator=generator).float()
+        positive, probabilities = targets.double(), logits.sigmoid()
+        if kind == "one logit":
+            logits, targets = logits[:, 0], targets[:, 0]
+        counts = count(fw.BinaryCrossEntropy(), logits, targets, weights if weighted else None)
+        predicted, true = (logits.reshape(-1) > 0).long(), targets.reshape(-1).long()
+        if columns == 1:
+            expected = fw.confusion_matrix(predicted, true, 2, sample_weight=weights)
+    if kind == "three labels":
+        assert counts.matrix is None
+    else:
+        torch.testing.assert_close(counts.matrix, expected, check_dtype=False)
+    assert len(counts.scores) == positive.shape[1]
+    for k, scores in enumerate(counts.scores):
+        expected = reference(probabilities[:, k], positive[:, k], weights)
+        torch.testing.assert_close(torch.tensor(curve(scores), dtype=torch.float64), expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets"),
+    [
+        (fw.MeanSquaredError(), torch.randn(9), torch.randn(9)),
+        (lambda output, target: output.mean(), torch.randn(9, 2), torch.zeros(9).long()),
+        (fw.CrossEntropy(), torch.randn(9, 3), torch.rand(9, 3)),
+        (fw.CrossEntropy(), torch.randn(9, 3, 4), torch.zeros(9, 4).long()),
+        (fw.CrossEntropy(), {"logits": 1}, torch.zeros(9)),
+        (fw.CrossEntropy(), torch.randn(9, 101), torch.zeros(9).long()),
+    ],
+    ids=["regression", "own loss", "soft labels", "a class for each position", "a dict", "101 classes"],
+)
+def test_what_is_no_small_classifier_is_not_counted(loss, outputs, targets):
+    """Where the outputs are no logits of at most 100 classes, nothing is counted and nothing raised."""
+    counts = ClassCounts(fw.State(model=nn.Linear(1, 1), optimizer=None, loss=loss))
+    counts.update(outputs, targets)
+    assert counts.counts is None
+
+
+def test_eleven_classes_have_a_matrix_and_no_curves():
+    """Curves are for up to ten classes: eleven would hide each other."""
+    counts = count(fw.CrossEntropy(), torch.eye(11).repeat(3, 1), torch.arange(11).repeat(3))
+    assert counts.scores is None
+    assert counts.matrix.tolist() == (3 * torch.eye(11)).tolist()
+
+
+def shown(run):
+    """Tags of the sub-run best that hold a picture or a precision-recall curve."""
+    tags = read(run / "best").Tags()
+    return sorted([*tags["images"], *(tag for tag in tags["tensors"] if tag.startswith("pr_curve"))])
+
+
+def test_the_page_shows_the_best_epoch(tmp_path):
+    """The curve in the files is that of the restored best model on the validation set, at the step of the best epoch."""
+    trainer = overfitting_trainer(tmp_path)
+    train, val = noisy_data()
+    result = trainer.fit(train, val, epochs=60)
+    assert result.stop_reason
+    assert shown(tmp_path / "run") == ["pr_curve/1", "report/confusion"]
+    [event] = read(tmp_path / "run/best").Tensors("pr_curve/1")
+    assert event.step == result.best.step
+    x, y = val.dataset.tensors
+    with torch.no_grad():
+        probabilities = trainer.model.eval()(x).softmax(1)[:, 1]
+    expected = reference(probabilities, y.double(), torch.ones(len(y)))
+    torch.testing.assert_close(torch.tensor(make_ndarray(event.tensor_proto)), expected.float())
+    [image] = read(tmp_path / "run/best").Images("report/confusion")
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_the_best_epoch_before_a_resumption_is_shown(tmp_path):
+    """Resumed after its best epoch, a run still shows the confusion matrix and the curve of that epoch."""
+
+    def make():
+        return overfitting_trainer(tmp_path, patience=30, callbacks=[fw.Checkpoint(tmp_path / "saved", keep=99)])
+
+    whole = make().fit(*noisy_data(), epochs=16)
+    [before] = read(tmp_path / "run/best").Tensors("pr_curve/1")
+    resumed = make().fit(*noisy_data(), epochs=16, resume=tmp_path / "saved/epoch-14.pt")
+    assert resumed.best.epoch == whole.best.epoch < 14
+    [after] = read(tmp_path / "run/best").Tensors("pr_curve/1")
+    assert (after.step, after.tensor_proto) == (before.step, before.tensor_proto)
+
+
+def test_other_models_show_neither(tmp_path):
+    """A regression has no confusion matrix and no curve on its page, and nothing of it breaks."""
+    model = nn.Linear(3, 1)
+    x = torch.randn(20, 3)
+    loader = DataLoader(TensorDataset(x, x[:, :1]), 6)
+    page = fw.TensorBoard(tmp_path, show_link=False)
+    trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), fw.MeanSquaredError(), callbacks=[page])
+    trainer.fit(loader, loader, epochs=2)
+    assert shown(tmp_path / "run") == []

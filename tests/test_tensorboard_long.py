@@ -1,0 +1,118 @@
+"""Long curves in few points."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import fitwatch as fw
+from fitwatch.callbacks._thinning import FULL, MOST, Thinner
+from tests._events import points
+
+
+def loop(folder, windows, *, log_every=50, max_steps=None):
+    """A TensorBoard callback fed with so many windows of records, each a function of the window's number."""
+    model = nn.Linear(1, 1)
+    state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters()), loss=fw.CrossEntropy())
+    state.max_steps = max_steps
+    page = fw.TensorBoard(folder, show_link=False)
+    page.on_fit_start(state)
+    page.on_epoch_start(state)
+    for number, values in enumerate(windows):
+        state.progress.step = log_every * (number + 1)
+        state.records = [fw.Record(name, state.progress.step, v, reduce) for name, (v, reduce) in values.items()]
+        page.on_log(state)
+    page.on_fit_end(state)
+    return page.run_dir
+
+
+def test_a_million_steps_are_at_most_a_thousand_points(tmp_path):
+    """Of 20,000 windows a spike of a maximum survives, the means stay exact means, and the first 500 points are as logged."""
+    rng = random.Random(0)  # noqa: S311 - no secret
+    noise = [rng.random() for _ in range(20_000)]
+    spikes = [17, 700, 12_345, 19_999]
+    run = loop(
+        tmp_path,
+        (
+            {
+                "train/optim/grad_norm": (value, ""),
+                "train/optim/grad_norm_max": (9.0 if i in spikes else value, ""),
+                "train/optim/peak": (9.0 if i in spikes else value, "max"),
+                "train/optim/lr": (float(i), "last"),
+            }
+            for i, value in enumerate(noise)
+        ),
+        max_steps=1_000_000,
+    )
+    curves = {tag: points(run / "train", f"optim/{tag}") for tag in ("grad_norm", "grad_norm_max", "peak", "lr")}
+    steps = [step for step, _ in curves["lr"]]
+    assert all(steps == [step for step, _ in curve] for curve in curves.values())
+    assert 700 <= len(steps) <= 1000
+    assert steps[:FULL] == list(range(50, 50 * FULL + 1, 50))
+    assert steps[-1] == 1_000_000
+    ends = [step // 50 for step in steps]
+    begins = [0, *ends[:-1]]
+    for (_, mean), (_, last), begin, end in zip(curves["grad_norm"], curves["lr"], begins, ends, strict=True):
+        assert mean == pytest.approx(math.fsum(noise[begin:end]) / (end - begin), rel=1e-6)
+        assert last == end - 1
+    for tag in ("grad_norm_max", "peak"):
+        high = [i for i, (_, value) in enumerate(curves[tag]) if value == 9.0]
+        assert high == [next(i for i, end in enumerate(ends) if spike < end) for spike in spikes]
+
+
+@pytest.mark.parametrize("horizon", [1_000_000, None, 2_000])
+def test_a_million_values_are_at_most_a_thousand_points(horizon):
+    """With a window at each step too, and also where the end of the fit is unknown (taken for 4 times as far) or was wrong."""
+    thinner, written = Thinner(), []
+    for step in range(1, 1_000_001):
+        point = thinner.add("x", step, 1.0, "mean", 4 * step if horizon is None else horizon)
+        if point is not None:
+            written.append(point)
+    written += [point for _, point in thinner.rest()]
+    steps = [step for step, _ in written]
+    assert steps == sorted(set(steps))
+    assert FULL < len(steps) <= MOST
+    assert steps[-1] == 1_000_000
+
+
+def test_every_fit_of_many_has_points():
+    """Six fits of 2,000 windows each, one after the other: none is without points, and all together are at most 1,000."""
+    thinner, found = Thinner(), []
+    for fit in range(6):
+        thinner.begin()
+        steps = range(2_000 * fit + 1, 2_000 * (fit + 1) + 1)
+        new = [p for s in steps if (p := thinner.add("x", s, 1.0, "max", steps[-1])) is not None]
+        found.append(len(new) + len(list(thinner.rest())))
+    assert all(found)
+    assert sum(found) <= MOST
+
+
+def test_a_nan_survives_in_a_maximum():
+    """A NaN that is merged with larger and smaller maxima stays a NaN, wherever it came among them."""
+    for place in range(4):
+        thinner = Thinner()
+        for step in range(1, FULL + 1):
+            thinner.add("x", step, 1.0, "max", 10_000)
+        values = [3.0, 1.0, 2.0]
+        values.insert(place, math.nan)
+        got = [thinner.add("x", FULL + 1 + i, v, "max", 10_000) for i, v in enumerate(values)]
+        assert got == [None] * 4
+        assert [math.isnan(value) for _, (_, value) in thinner.rest()] == [True]
+
+
+def test_a_curve_goes_on_from_its_state_and_its_first_value_is_a_point_at_once():
+    """After a round trip through the state the points are the same, and a fit that begins writes its first value, with what waits."""
+    first, second = Thinner(), Thinner()
+    for step in range(1, 1003):
+        first.add("x", step, float(step), "mean", 10_000)
+    second.load_state_dict(first.state_dict())
+    for thinner in (first, second):
+        thinner.begin()
+    points = [[t.add("x", step, float(step), "mean", 10_000) for step in range(1003, 3000)] for t in (first, second)]
+    assert points[0] == points[1]
+    step, value = points[0][0]
+    assert step == 1003
+    waiting = round(2 * (1003 - value)) + 1  # the mean of the last n numbers is (n - 1) / 2 below the last
+    assert 1 < waiting < 100
