@@ -1,4 +1,4 @@
-"""Makes the pictures of the TensorBoard page: trains on the hypothyroid data, serves the run, and takes screenshots.
+"""Makes the pictures of the TensorBoard page: trains on the hypothyroid data, serves the runs, and takes screenshots.
 
 Run it from anywhere with the project's Python; it needs playwright and Chromium, as the browser tests do.
 """
@@ -29,12 +29,13 @@ def recall(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(1) == 1)[targets == 1].double().mean()
 
 
-def train(folder: Path) -> fw.TensorBoard:
+def train(folder: Path, name: str, *, lr: float = 3e-4, dropout: float = 0.0, width: int = 64) -> fw.TensorBoard:
     """A network that is too large for its data, until early stopping ends it."""
     torch.manual_seed(0)
     train_set, val_set, _ = hypothyroid.load()
-    model = nn.Sequential(nn.Linear(25, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-    page = fw.TensorBoard(folder, name="hypothyroid", show_link=False)
+    layers = [nn.Linear(25, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(width, 2))
+    page = fw.TensorBoard(folder, name=name, show_link=False)
     callbacks = [
         fw.WeightedLoss("balanced"),
         fw.GradientNorm(),
@@ -44,19 +45,19 @@ def train(folder: Path) -> fw.TensorBoard:
     ]
     trainer = fw.Trainer(
         model,
-        torch.optim.Adam(model.parameters(), 3e-4),
+        torch.optim.Adam(model.parameters(), lr),
         callbacks=callbacks,
         metrics={"recall": recall},
         log_every=10,
         seed=0,
     )
-    trainer.fit(DataLoader(train_set, batch_size=32, shuffle=True), DataLoader(val_set, batch_size=1024), epochs=100)
+    trainer.fit(DataLoader(train_set, batch_size=32, shuffle=True), DataLoader(val_set, batch_size=1024), epochs=60)
     return page
 
 
-def shoot(browser: Browser, address: str, wait_for: str, path: Path) -> None:
+def shoot(browser: Browser, address: str, wait_for: str, path: Path, height: int = 1000) -> None:
     """One screenshot, taken when the last of its charts has its line."""
-    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page = browser.new_page(viewport={"width": 1600, "height": height})
     page.goto(address)
     expect(page.locator(wait_for).first).to_be_attached(timeout=20_000)
     page.wait_for_timeout(1500)  # the lines slide into place
@@ -68,17 +69,25 @@ def shoot(browser: Browser, address: str, wait_for: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Train, serve, and write both pictures."""
+    """Train, serve, and write the pictures."""
     IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):  # the page shows the folder's name as it is given
-        run = train(Path("runs"))
-        with serve(Path("runs")) as address, sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    # The page shows the folder's name as it is given.
+    with tempfile.TemporaryDirectory() as folder, chdir(folder), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        run = train(Path("runs"), "hypothyroid")
+        with serve(Path("runs")) as address:
             link = run.link(int(address.rpartition(":")[2]))
             shoot(browser, link, "metrics-pinned-view svg circle", IMAGES / "tensorboard.png")
             custom = f"{address}/#custom_scalars&_smoothingWeight=0"
-            shoot(browser, custom, "tf-custom-scalar-margin-chart-card path.area[d]", IMAGES / "custom-scalars.png")
-            browser.close()
+            gap = "tf-custom-scalar-margin-chart-card path.area[d]"
+            shoot(browser, custom, gap, IMAGES / "custom-scalars.png", height=1300)
+        train(Path("runs"), "large-lr", lr=3e-3)
+        train(Path("runs"), "dropout", dropout=0.5)
+        train(Path("runs"), "small", width=8)
+        with serve(Path("runs")) as address:
+            link = run.link(int(address.rpartition(":")[2]), compare=True)
+            shoot(browser, link, "metrics-pinned-view svg circle", IMAGES / "compare.png")
+        browser.close()
 
 
 if __name__ == "__main__":

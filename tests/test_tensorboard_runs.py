@@ -1,0 +1,156 @@
+"""Several runs beside each other: settings in one table, trials in one row, one link that compares."""
+
+import json
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import torch
+from torch import nn
+
+import fitwatch as fw
+from tests._events import read
+from tests._server import get, noisy_data, overfitting_trainer, post, serve
+
+STATUSES = [f"STATUS_{name}" for name in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNNING")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A full run, one of another kind that failed, and three trials of one group."""
+    folder = tmp_path_factory.mktemp("runs")
+    overfitting_trainer(folder, name="full").fit(*noisy_data(), epochs=3)
+
+    class Fail(fw.Callback):
+        def on_epoch_end(self, state):
+            raise RuntimeError("planted")
+
+    model = nn.Sequential(nn.Linear(10, 1), nn.Flatten(0))
+    page = fw.TensorBoard(folder, name="failed", show_link=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    trainer = fw.Trainer(
+        model, optimizer, fw.BinaryCrossEntropy(), callbacks=[page, Fail()], scheduler=scheduler, clip_norm=1.0
+    )
+    loader = [(x, y.float()) for x, y in noisy_data()[0]]
+    with pytest.raises(RuntimeError, match="planted"):
+        trainer.fit(loader, loader, epochs=1)
+
+    for seed in range(3):
+        trial = overfitting_trainer(folder, name=f"trial-{seed}")
+        trial.seed = seed
+        trial.callbacks[-1].group = "trials"
+        trial.fit(*noisy_data(), epochs=2)
+    return folder
+
+
+def table(address):
+    """The columns of the HParams page, and its rows by name."""
+    body = {"experimentName": "", "startIndex": 0, "sliceSize": 50, "colParams": [], "allowedStatuses": STATUSES}
+    experiment = post(address, "hparams/experiment", {"experimentName": ""})
+    columns = [sorted(h["name"] for h in experiment["hparamInfos"])]
+    columns.append(sorted((m["name"]["group"], m["name"]["tag"]) for m in experiment["metricInfos"]))
+    return columns, {g["name"]: g for g in post(address, "hparams/session_groups", body)["sessionGroups"]}
+
+
+def test_the_table_of_settings_stays_put(folder):
+    """Two starts of the server give the same columns and rows; every row has every setting, that of the failed run too."""
+    tables = []
+    for _ in range(2):
+        with serve(folder) as address:
+            tables.append(table(address))
+    assert tables[0] == tables[1]
+    columns, rows = tables[0]
+    assert set(rows) == {"full", "failed", "trials"}
+    assert {"lr", "optimizer", "loss_function", "class_weights", "clip_norm", "seed"} <= set(columns[0])
+    assert all(sorted(row["hparams"]) == columns[0] for row in (rows["full"], rows["failed"]))
+    assert [s["status"] for s in rows["failed"]["sessions"]] == ["STATUS_FAILURE"]
+    assert sorted(s["name"] for s in rows["trials"]["sessions"]) == [f"trial-{seed}/best" for seed in range(3)]
+
+
+def test_a_group_has_the_mean_of_its_trials(folder):
+    """The loss in the row of the group is the mean of the best losses of its three runs."""
+    losses = [read(folder / f"trial-{seed}/best").Scalars("loss")[0].value for seed in range(3)]
+    assert len(set(losses)) == 3
+    with serve(folder) as address:
+        row = table(address)[1]["trials"]
+    [loss] = [m["value"] for m in row["metricValues"] if m["name"]["tag"] == "loss"]
+    assert loss == pytest.approx(sum(losses) / 3)
+
+
+def test_the_link_that_compares(folder):
+    """It filters the validation curves and dots of all runs, gives each run one colour, and pins tags that have data."""
+    trainer = overfitting_trainer(folder, name="last")
+    trainer.fit(*noisy_data(), epochs=1)
+    parts = urlsplit(trainer.callbacks[-1].link(compare=True))
+    query = parse_qs(parts.query, strict_parsing=True)
+    assert query["runFilter"] == ["/(val|best)$"]
+    assert query["runColorGroup"] == ["regex:^([^/]+)/"]
+    assert query["smoothing"] == ["0"]
+    pins = [card["tag"] for card in json.loads(query["pinnedCards"][0])]
+    assert pins == ["loss", "metrics/accuracy", "overfit/gap"]
+    assert set(pins) <= set(read(folder / "last/val").Tags()["scalars"])
+
+
+def test_the_link_that_compares_is_printed_where_there_are_others(tmp_path, capsys):
+    """The first run of a folder prints its own link alone, the second one the link to both too."""
+    for name, times in (("first", 0), ("second", 2)):
+        trainer = overfitting_trainer(tmp_path, name=name)
+        trainer.callbacks[-1].show_link = True
+        trainer.fit(*noisy_data(), max_steps=2)
+        assert capsys.readouterr().out.count(trainer.callbacks[-1].link(compare=True)) == times
+
+
+def test_the_monitored_metric_is_pinned_first(tmp_path):
+    """Of several metrics the link pins the monitored one, else the first that the user named."""
+
+    def pins(**options):
+        torch.manual_seed(0)
+        model = nn.Linear(10, 2)
+        stop = [fw.EarlyStopping(options["monitor"], mode="max")] if options else []
+        page = fw.TensorBoard(tmp_path, show_link=False)
+        metrics = {name: lambda outputs, targets: outputs.mean() for name in ("z", "a", "m")}
+        trainer = fw.Trainer(model, torch.optim.SGD(model.parameters()), callbacks=[*stop, page], metrics=metrics)
+        trainer.fit(*noisy_data(), max_steps=1)
+        return [card["tag"] for card in json.loads(parse_qs(urlsplit(page.link()).query)["pinnedCards"][0])]
+
+    assert pins()[1] == "metrics/z"
+    assert pins(monitor="val/m")[1] == "metrics/m"
+
+
+def test_the_layout_grows_with_the_curves(tmp_path):
+    """A curve that begins late gets its chart: the server shows the newest layout."""
+
+    class Late(fw.Callback):
+        def on_step_end(self, state):
+            if state.progress.epoch == 1:
+                state.log("train/params/zero_share/0", 0.5)
+
+    overfitting_trainer(tmp_path, callbacks=[Late()]).fit(*noisy_data(), epochs=2)
+    for options in ((), ("--load_fast=false",)):
+        with serve(tmp_path, *options) as address:
+            page = get(address, "custom_scalars/layout")
+        titles = [chart["title"] for category in page["category"] for chart in category["chart"]]
+        assert "share of exact zeros, per layer" in titles
+
+
+def test_the_end_report_is_a_table_to_paste(tmp_path):
+    """It has the best epoch's values, train beside validation, and how the fit ended, under the name of the run."""
+    result = (trainer := overfitting_trainer(tmp_path, name="mine")).fit(*noisy_data(), epochs=4)
+    [event] = read(tmp_path / "mine/best").Tensors("report/end")
+    report = event.tensor_proto.string_val[0].decode()
+    best = result.best
+    where = f"mine, best epoch {best.epoch} (from 0, by val/loss), step {best.step}"
+    assert report.startswith(f"| {where} | train | val |\n|---|---|---|\n")
+    assert f"| loss | {best.metrics['train/loss']:.6g} | {best.metrics['val/loss']:.6g} |" in report
+    assert f"| accuracy |  | {best.metrics['val/accuracy']:.6g} |" in report
+    assert f"| val/loss of the best constant prediction | {result.baseline.constant:.6g} |" in report
+    assert f"| epochs, steps | 4, {trainer.state.progress.step} |" in report
+    assert "| ended by | the end of training |" in report
+    assert f"| verdict | {result.verdict.status}: " in report
+
+
+@pytest.mark.parametrize("group", [3, ["a"]])
+def test_a_group_that_is_no_name_is_refused(group):
+    """A group is a string."""
+    with pytest.raises(TypeError, match="group"):
+        fw.TensorBoard("runs", group=group)
