@@ -29,6 +29,12 @@ def recall(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(1) == 1)[targets == 1].double().mean()
 
 
+def precision(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of the ill among those called ill."""
+    found = outputs.argmax(1) == 1
+    return (targets[found] == 1).double().sum() / found.sum().clamp_min(1)
+
+
 def train(folder: Path, name: str, *, lr: float = 3e-4, dropout: float = 0.0, width: int = 64) -> fw.TensorBoard:
     """A network that is too large for its data, until early stopping ends it."""
     torch.manual_seed(0)
@@ -47,7 +53,7 @@ def train(folder: Path, name: str, *, lr: float = 3e-4, dropout: float = 0.0, wi
         model,
         torch.optim.Adam(model.parameters(), lr),
         callbacks=callbacks,
-        metrics={"recall": recall},
+        metrics={"recall": recall, "precision": precision},
         log_every=10,
         seed=0,
     )

@@ -39,7 +39,9 @@ def shown(tmp_path_factory):
         page.set_default_timeout(20_000)
         expect.set_options(timeout=20_000)
         port = int(address.rpartition(":")[2])
-        yield SimpleNamespace(page=page, result=result, address=address, link=trainer.callbacks[-1].link(port))
+        board = trainer.callbacks[-1]
+        links = {"link": board.link(port), "compare": board.link(port, compare=True)}
+        yield SimpleNamespace(page=page, result=result, address=address, **links)
         browser.close()
 
 
@@ -112,13 +114,13 @@ def test_a_pin_without_data_shows_no_empty_card(page, shown):
 
 
 def test_every_chart_of_the_custom_page_has_lines(page, shown):
-    """Three categories; five charts of lines, the first with both curves, the baseline and both bars, and the shaded gap."""
+    """Three categories; seven charts of lines, the first with both curves, the baseline and both bars, and the shaded gap."""
     page.goto(f"{shown.address}/#custom_scalars&_smoothingWeight=0&regexInput=%5Erun%2F")
     titles = page.locator("tf-custom-scalar-dashboard tf-category-paginated-view .heading")
     expect(titles).to_contain_text(["1 Overfitting", "2 Gradients", "3 Optimiser"])
     charts = page.locator("tf-custom-scalar-multi-line-chart-card")
-    expect(charts).to_have_count(5)
-    for chart, count in zip(charts.all(), (6, 2, 2, 2, 1), strict=True):  # the dot counts as a line here
+    expect(charts).to_have_count(7)
+    for chart, count in zip(charts.all(), (6, 2, 2, 2, 1, 1, 1), strict=True):  # the dot counts as a line here
         expect(chart.locator("path.line[d]")).to_have_count(count)
     expect(page.locator("tf-custom-scalar-margin-chart-card path.area[d]")).to_have_count(1)
 
@@ -141,3 +143,49 @@ def test_the_text_page_shows_the_tables(page, shown):
     weights = page.locator("tf-text-loader").filter(has_text="report/class_weights")
     expect(weights.get_by_role("columnheader", name="weight", exact=True)).to_be_visible()
     expect(page.locator("tf-text-loader").filter(has_text="report/warnings")).to_contain_text("Overfitting.")
+
+
+def test_the_end_report_is_a_table(page, shown):
+    """The Text page shows the best epoch's train and validation loss side by side, under the name of the run."""
+    page.goto(f"{shown.address}/#text&regexInput=%5Erun%2F")
+    report = page.locator("tf-text-loader").filter(has_text="report/end")
+    best = shown.result.best
+    head = f"run, best epoch {best.epoch} (from 0, by val/loss), step {best.step}"
+    expect(report.get_by_role("columnheader", name=head, exact=True)).to_be_visible()
+    for name in ("train/loss", "val/loss"):
+        expect(report.get_by_role("cell", name=f"{best.metrics[name]:.6g}", exact=True)).to_be_visible()
+
+
+def test_the_precision_recall_curve_has_a_line(page, shown):
+    """The page of the PR curves has one chart for this run, of class 1, with a line that spans it."""
+    page.goto(f"{shown.address}/#pr_curves&regexInput=%5Erun%2F")
+    lines = page.locator("tf-pr-curve-card path.line[d]")
+    expect(page.locator("tf-pr-curve-card").filter(has_text="pr_curve/1")).to_have_count(1)
+    expect(lines).to_have_count(1)
+    assert lines.bounding_box()["width"] > 50
+
+
+def test_the_confusion_matrix_is_a_picture(page, shown):
+    """The Images page shows the matrix of the best epoch, loaded and as wide as it was drawn."""
+    page.goto(f"{shown.address}/#images&regexInput=%5Erun%2F")
+    loader = page.locator("tf-image-loader").filter(has_text="report/confusion")
+    expect(loader).to_have_count(1)
+    expect(loader.locator("img")).to_be_visible()
+    assert loader.locator("img").evaluate("image => image.naturalWidth") >= 330
+
+
+def test_the_link_that_compares_shows_all_runs(page, shown):
+    """Validation curves and dots of both runs and nothing else; each run has one colour, and the runs differ."""
+    page.goto(shown.compare)
+    expect(page.locator(PINNED)).to_have_count(3)
+    card = pinned(page, "loss")
+    expect(lines(card)).to_have_count(2)
+    expect(dots(card)).to_have_count(2)
+    rows = page.locator("runs-data-table tb-data-table-content-row")
+    expect(rows).to_have_count(4)
+    names = [row.get_attribute("data-id").partition("/")[2] for row in rows.all()]
+    assert names == ["other/best", "other/val", "run/best", "run/val"]
+    strokes = [line.evaluate("line => getComputedStyle(line).stroke") for line in lines(card).all()]
+    fills = [dot.evaluate("dot => getComputedStyle(dot).fill") for dot in dots(card).all()]
+    assert len(set(strokes)) == 2
+    assert sorted(strokes) == sorted(fills)

@@ -1,5 +1,9 @@
 """The loss of the best constant prediction, as a line in the chart of the loss."""
 
+_AT = {
+    4**k for k in range(16)
+}  # evaluations that give a point: TensorBoard scales a chart by its points, so they are few
+
 
 class Level:
     """The line of the baseline in the chart of the loss, in few points.
@@ -17,7 +21,7 @@ class Level:
         if loss < level / 2:
             return []
         self._evaluations += 1
-        if self._evaluations & (self._evaluations - 1):  # TensorBoard scales a chart by its points: one in each octave
+        if self._evaluations not in _AT:
             self._waiting = step, level
             return []
         start, self._first_step, self._waiting = self._first_step, None, None
