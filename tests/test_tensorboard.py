@@ -174,9 +174,25 @@ def test_the_baseline_ends_where_it_would_press_the_curves_down(tmp_path):
     assert [step for step, _ in points(tmp_path / "run/baseline", "loss")][-1] == above[-1]
 
 
-def test_few_files(runs):
-    """A run leaves at most six event files."""
-    assert len([f for f in runs.run.rglob("*") if f.is_file()]) <= 6
+def test_a_hundred_epochs_leave_six_files(tmp_path):
+    """With every callback attached, an overfitting run that is stopped in its hundredth epoch has one file in each of six sub-runs."""
+
+    class Stop(fw.Callback):
+        def on_validation_end(self, state):
+            if state.progress.epoch == 99:
+                state.mark("early stop", state.metrics)
+
+    callbacks = [fw.RealWorldCost([[0, 1], [5, 0]]), fw.Checkpoint(tmp_path / "saved"), fw.ProgressBar(), Stop()]
+    result = overfitting_trainer(tmp_path, patience=200, callbacks=callbacks).fit(*noisy_data(), epochs=100)
+    assert len(result.history) == 100
+    assert sorted(f.parent.name for f in (tmp_path / "run").rglob("*") if f.is_file()) == [
+        "baseline",
+        "best",
+        "early stop",
+        "overfitting",
+        "train",
+        "val",
+    ]
 
 
 # -- one run, as served --------------------------------------------------------------------------------------------

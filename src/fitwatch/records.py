@@ -73,7 +73,7 @@ class Record:
     @property
     def merge(self) -> str:
         """What is to stand for several windows, as in ``reduce``; where that is empty, the name tells."""
-        return self.reduce or ("max" if self.name.endswith("_max") else "mean")
+        return self.reduce or ("max" if "_max/" in f"{self.name}/" else "mean")
 
 
 class Window:
