@@ -123,16 +123,18 @@ def test_the_page_shows_the_best_epoch(tmp_path):
     assert image.encoded_image_string.startswith(b"\x89PNG")
 
 
-def test_the_best_epoch_before_a_resumption_is_shown(tmp_path):
-    """Resumed after its best epoch, a run still shows the confusion matrix and the curve of that epoch."""
+@pytest.mark.parametrize("later", [0, 3])
+def test_the_best_epoch_before_a_resumption_is_shown(tmp_path, later):
+    """Resumed right after its best epoch or later, a run still shows the curve of that epoch."""
 
     def make():
         return overfitting_trainer(tmp_path, patience=30, callbacks=[fw.Checkpoint(tmp_path / "saved", keep=99)])
 
     whole = make().fit(*noisy_data(), epochs=16)
     [before] = read(tmp_path / "run/best").Tensors("pr_curve/1")
-    resumed = make().fit(*noisy_data(), epochs=16, resume=tmp_path / "saved/epoch-14.pt")
-    assert resumed.best.epoch == whole.best.epoch < 14
+    done = whole.best.epoch + 1 + later
+    resumed = make().fit(*noisy_data(), epochs=16, resume=tmp_path / f"saved/epoch-{done}.pt")
+    assert resumed.best.epoch == whole.best.epoch < 13
     [after] = read(tmp_path / "run/best").Tensors("pr_curve/1")
     assert (after.step, after.tensor_proto) == (before.step, before.tensor_proto)
 

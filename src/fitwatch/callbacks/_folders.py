@@ -35,7 +35,18 @@ def others(run_dir: Path) -> bool:
 
 
 def go_back(run_dir: Path, step: int, *, keep: Collection[str]) -> None:
-    """Make the folder what it was at ``step``: remove what was written beyond, and all bars but those in ``keep``."""
+    """Make the folder what it was at ``step``: remove what was written beyond, and all bars but those in ``keep``.
+
+    Raises:
+        OSError: It can't be written to; the message names it.
+    """
+    try:
+        _go_back(run_dir, step, keep)
+    except OSError as error:
+        raise OSError(error.errno, f"can't resume in the run folder {run_dir}: {error.strerror}") from error
+
+
+def _go_back(run_dir: Path, step: int, keep: Collection[str]) -> None:
     from fitwatch.callbacks import _events  # noqa: PLC0415 - a third of a second that only users of this pay
 
     shutil.rmtree(run_dir / "best", ignore_errors=True)  # of a fit that ended

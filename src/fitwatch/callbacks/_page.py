@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from urllib.parse import quote
 
+from fitwatch.state import State
+
 Charts = dict[str, tuple[str, list[str]]]
 
 # Custom Scalars: category -> title -> kind and tags, which for "lines" are regular expressions that
@@ -51,6 +53,14 @@ def run_and_tag(name: str) -> tuple[str, str]:
     if "/" not in tag and not tag.startswith("loss"):
         tag = f"metrics/{tag}"
     return run, tag
+
+
+def metrics(state: State) -> list[str]:
+    """The tags of the metrics: the monitored one, those of the user in their order, then those of callbacks."""
+    given = [f"val/{name}" for name in state.val_metrics]
+    names = dict.fromkeys([state.monitor, *given, *sorted(state.names)])
+    tags = dict.fromkeys(run_and_tag(name)[1] for name in names)
+    return [tag for tag in tags if tag.startswith("metrics/")]
 
 
 def link(port: int, name: str, metrics: Sequence[str]) -> str:

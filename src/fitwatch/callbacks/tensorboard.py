@@ -93,15 +93,11 @@ class TensorBoard(Callback):
         self._charted = 0  # tags known when the charts were last written
         self._not_finite: set[str] = set()
         self._level = Level(self._first_step)
-        self._judged: Mapping[str, float] | None = None  # the newest evaluation
+        self._judged: Mapping[str, float] = state.metrics  # the newest evaluation that was seen
         self._counts = _class_counts.ClassCounts(state)
         state.observers.append(self._counts)
         self._clock = Clock(state.examples)
-        added = sorted(state.names - {f"val/{name}" for name in state.val_metrics})
-        tags = [_page.run_and_tag(name)[1] for name in [*(f"val/{name}" for name in state.val_metrics), *added]]
-        monitored = _page.run_and_tag(state.monitor)[1]
-        tags.sort(key=lambda tag: tag != monitored)  # what matters comes first, then as the user has put them
-        self._metrics = [tag for tag in tags if tag.startswith("metrics/")]
+        self._metrics = _page.metrics(state)
         self._show_link()
 
     def on_epoch_start(self, state: State) -> None:
@@ -228,6 +224,7 @@ class TensorBoard(Callback):
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
         if not self._begun:
+            self._metrics = _page.metrics(state)  # those of callbacks later in the list are known too
             self._write("train", self._first_step, [_events.text("report/start", _reports.start(state))])
             if self._failure is not None:  # nothing is trained yet
                 raise self._failure
@@ -282,7 +279,7 @@ class TensorBoard(Callback):
         except OSError as error:
             where = self._files[run].path if run in self._files else self.run_dir / run
             self._failure = OSError(error.errno, f"TensorBoard can't write to {where}: {error.strerror}")
-            logger.exception("%s; the fit will end after this epoch", self._failure)
+            logger.error("%s; nothing more is written, and the fit ends after this epoch", self._failure)  # noqa: TRY400 - the cause is named
 
     def _mark(self, name: str, step: int, marker: Marker) -> None:
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
@@ -301,7 +298,7 @@ class TensorBoard(Callback):
         """Take note of a new evaluation: how far the baseline reaches, and what the best outputs were."""
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
-        if not state.metrics or state.metrics is self._judged:
+        if state.metrics is self._judged:
             return
         self._judged = state.metrics
         if state.best is state.metrics:
