@@ -17,7 +17,7 @@ COSTS = fw.CostMatrix(MISSED, FALSE_ALARM, classes=CLASSES)
 
 
 def train(name, loss, *callbacks):
-    """One run; its result, its outputs on the test set, and the link to its page."""
+    """One run; its result, its outputs on the test set, and its page."""
     torch.manual_seed(1)
     page = fw.TensorBoard("runs", name=name, show_link=False)
     model = nn.Sequential(nn.Linear(25, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -43,7 +43,7 @@ def train(name, loss, *callbacks):
     )
     model.eval()
     with torch.no_grad():
-        return result, model(test_set.tensors[0].to(trainer.device)).cpu(), page.link()
+        return result, model(test_set.tensors[0].to(trainer.device)).cpu(), page
 
 
 def row(name, result, predicted):
@@ -63,7 +63,7 @@ def main():
     print(f"hypothyroid: {len(train_set)} patients to train on, {cases} of them ill;", end=" ")
     print(f"{len(val_set)} to validate, {len(test_set)} to test")
     print(f"cost of a missed case {MISSED:g}, of a false alarm {FALSE_ALARM:g}\n")
-    plain, plain_outputs, link = train("cross-entropy", fw.CrossEntropy())
+    plain, plain_outputs, page = train("cross-entropy", fw.CrossEntropy())
     weighted, weighted_outputs, _ = train("class-weights", fw.CrossEntropy(), fw.WeightedLoss("balanced"))
     real, real_outputs, _ = train("real-world-costs", fw.RealWorldCrossEntropy(COSTS))
 
@@ -87,7 +87,8 @@ def main():
     print("Epochs count from 0. Verdicts at the end of each run:")
     for name, result in (("cross-entropy", plain), ("class weights", weighted), ("real-world costs", real)):
         print(f"{name}: {result.verdict.evidence}")
-    print(f"\nTensorBoard: .venv/bin/tensorboard --logdir runs\n  {link}")
+    print(f"\nTensorBoard: .venv/bin/tensorboard --logdir runs\n  {page.link()}")
+    print(f"all three runs:\n  {page.link(compare=True)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fitwatch as fw
-from fitwatch.callbacks._thinning import FULL, MOST, Thinner
+from fitwatch.callbacks._thinning import FULL, MOST, Thinner, horizon
 from tests._events import points
 
 
@@ -116,3 +116,29 @@ def test_a_curve_goes_on_from_its_state_and_its_first_value_is_a_point_at_once()
     assert step == 1003
     waiting = round(2 * (1003 - value)) + 1  # the mean of the last n numbers is (n - 1) / 2 below the last
     assert 1 < waiting < 100
+
+
+@pytest.mark.parametrize("options", [{"epochs": 3}, {"max_steps": 7}, {"epochs": 3, "max_steps": 40}], ids=str)
+def test_the_end_of_a_fit_is_foreseen(options):
+    """From the first log window on, with two batches a step, the horizon is the step at which each of two fits ends."""
+    seen = []
+
+    class Ask(fw.Callback):
+        def on_log(self, state):
+            seen.append(horizon(state))
+
+    model = nn.Linear(3, 2)
+    loader = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))] * 8
+    optimizer = torch.optim.SGD(model.parameters())
+    trainer = fw.Trainer(model, optimizer, callbacks=[Ask()], accumulate=2, log_every=2, device="cpu")
+    for _ in range(2):
+        seen.clear()
+        trainer.fit(loader, loader, **options)
+        assert set(seen) == {trainer.state.progress.step}
+
+
+def test_where_no_end_is_known_it_is_four_times_as_far():
+    """A loop of one's own says nothing about its end."""
+    state = fw.State(model=nn.Linear(1, 1), optimizer=None, loss=None)
+    state.progress.step = 30
+    assert horizon(state) == 120
