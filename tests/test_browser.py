@@ -114,13 +114,13 @@ def test_a_pin_without_data_shows_no_empty_card(page, shown):
 
 
 def test_every_chart_of_the_custom_page_has_lines(page, shown):
-    """Three categories; seven charts of lines, the first with both curves, the baseline and both bars, and the shaded gap."""
+    """Three categories; nine charts of lines, the first with both curves, the baseline and both bars, and the shaded gap."""
     page.goto(f"{shown.address}/#custom_scalars&_smoothingWeight=0&regexInput=%5Erun%2F")
     titles = page.locator("tf-custom-scalar-dashboard tf-category-paginated-view .heading")
     expect(titles).to_contain_text(["1 Overfitting", "2 Gradients", "3 Optimiser"])
     charts = page.locator("tf-custom-scalar-multi-line-chart-card")
-    expect(charts).to_have_count(7)
-    for chart, count in zip(charts.all(), (6, 2, 2, 2, 1, 1, 1), strict=True):  # the dot counts as a line here
+    expect(charts).to_have_count(9)
+    for chart, count in zip(charts.all(), (6, 2, 2, 2, 2, 2, 1, 1, 1), strict=True):  # the dot counts as a line here
         expect(chart.locator("path.line[d]")).to_have_count(count)
     expect(page.locator("tf-custom-scalar-margin-chart-card path.area[d]")).to_have_count(1)
 

@@ -114,6 +114,11 @@ def histogram(tag: str, values: Histogram) -> Any:
     return Summary.Value(tag=tag, histo=proto(values))
 
 
+def picture(tag: str, value: Image | Histogram) -> Any:
+    """Either of the two."""
+    return image(tag, value) if isinstance(value, Image) else histogram(tag, value)
+
+
 def pr_curve(tag: str, rows: Sequence[Sequence[float]]) -> Any:
     """A precision-recall curve: true positives, false positives, true negatives, false negatives, precision, recall."""
     thresholds = len(rows[0])

@@ -130,10 +130,8 @@ class TensorBoard(Callback):
                 self._mark(record.name, record.step, record.value)
             elif isinstance(record.value, str):
                 _append(texts.setdefault(run, {}), tag, record.value)
-            elif isinstance(record.value, Image):
-                others.setdefault(run, []).append(_events.image(tag, record.value))
-            elif isinstance(record.value, Histogram):
-                others.setdefault(run, []).append(_events.histogram(tag, record.value))
+            elif isinstance(record.value, (Image, Histogram)):
+                others.setdefault(run, []).append(_events.picture(tag, record.value))
             else:
                 numbers.setdefault(run, {})[tag] = record.value, record.merge
                 self._warn(record, texts.setdefault(run, {}), tag)
