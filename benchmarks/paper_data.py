@@ -71,6 +71,14 @@ def caravan():
     return _table([row[:-1] for row in rows]), torch.tensor([int(row[-1] == "Yes") for row in rows])
 
 
+def default():
+    """Credit card default, 10,000 x 3 (one a yes or no); 1 is a customer who defaulted (3.3 %)."""
+    with (_pip("ISLP==0.6.0") / "ISLP/data/Default.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [[row["student"], row["balance"], row["income"]] for row in rows]
+    return _table(columns), torch.tensor([int(row["default"] == "Yes") for row in rows])
+
+
 def hypothyroid():
     """Hypothyroid, 3,163 x 25; 1 is ill (4.8 %)."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

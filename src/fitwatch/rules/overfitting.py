@@ -1,77 +1,32 @@
-"""Overfitting told from two loss curves: validation rises above its own noise while training still falls."""
+"""Overfitting told from two loss curves: validation rises above what noise explains while training still falls."""
 
 import math
 from collections.abc import Iterable
 from itertools import pairwise
 from statistics import median
-from typing import Any, Literal, SupportsFloat
+from typing import Any, SupportsFloat
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, fields
 
 from fitwatch._options import integer, number
+from fitwatch.rules._paired import PairedRise
+from fitwatch.rules._verdict import Curves, Status, Verdict, evidence
 
-Status = Literal["warming up", "improving", "plateau", "rising", "overfitting", "diverging"]
+__all__ = ["OverfittingRule", "Verdict", "diagnose"]
 
 # A rise below this share of the whole fall is nothing, however large it is beside a minimum close to 0.
 _NEGLIGIBLE = 1e-3
 # Fewer differences than this say nothing about noise.
-_MIN_DIFFERENCES = 5
-_STATE = (
-    "index",
-    "count",
-    "recent",
-    "first",
-    "negative",
-    "best",
-    "best_value",
-    "val",
-    "val_weight",
-    "train",
-    "train_weight",
-    "minimum",
-    "minimum_index",
-    "minimum_train",
-    "overfit_run",
-    "diverge_run",
-    "overfitting",
-    "onset",
-    "onset_minimum",
-    "detected",
-)
-
-
-@frozen(kw_only=True)
-class Verdict:
-    """What two loss curves say, as far as they go; indices count evaluations from 0.
-
-    Attributes:
-        overfitting: The verdict.
-        status: The first of these that holds. ``"diverging"``: the last validation loss is NaN or infinite.
-            ``"overfitting"``: as the verdict. ``"warming up"``: too few points. ``"diverging"``: validation
-            has risen, and so has training. ``"rising"``: validation is above the threshold, but not yet for
-            ``hold`` evaluations, or training did not fall. ``"improving"``: the newer half of the last ``window``
-            validation losses is lower on average than the older half, by more than two standard errors and a
-            tenth of ``min_rise``. ``"plateau"``: none of these.
-        onset: Index at which the rise began: the lowest loss among those that make the smoothed minimum. None
-            without a rise that counts.
-        detected: Index at which the rule first fired, which is later than the onset; None if it never did.
-        best: Index of the lowest finite validation loss; None if there is none.
-        gap: Validation minus training loss at the last point, in their unit; NaN or infinite if one of them
-            is.
-        rise: How far the smoothed validation loss stands above its minimum, in its unit; 0 or more.
-        threshold: What ``rise`` is held against, in the same unit; infinite while warming up.
-        evidence: One sentence with the figures.
-    """
-
-    overfitting: bool
-    status: Status
-    onset: int | None
-    detected: int | None
-    best: int | None
-    gap: float
-    rise: float
-    threshold: float
-    evidence: str
+_MIN_DIFFERENCES = 4
+# The smoothed value of fewer points is too noisy to be the minimum that all later ones are held against.
+_SETTLED = 3
+# A single evaluation counts for this many at most, however far it stands above the threshold.
+_MOST = 2.0
+# Where nobody says how exact the losses are, this share of the loss stands in for the standard error and its multiple;
+# more while training is young, since the first minimum is soon replaced by a better one.
+_UNKNOWN, _YOUNG = 0.051, 10.0
+# A loss that is still more than this share of the first one may be underfitting.
+_LITTLE_LEARNED = 0.1
 
 
 @define(kw_only=True)
@@ -79,30 +34,42 @@ class OverfittingRule:
     """Fires when validation has risen clearly above its minimum while training went on falling.
 
     Both curves are smoothed by a bias-corrected exponential mean V, T (Kingma & Ba 2015, section 3). With m
-    the minimum of V and T_m the value of T there, it fires after ``hold`` evaluations in a row with::
+    the minimum of V and T_m the value of T there, an evaluation shows a rise if::
 
-        V - m > max(min_rise * unit, 1e-3 * (first loss - m), noise * R)   and   T < T_m
-        R = 2 s sqrt(a / (2 - a)) sqrt(2 ln(n / span)),   a = 2 / (span + 1)
+        V - m > threshold   and   T < T_m
+        threshold^2 = (min_rise * m)^2 + (errors * e)^2 + (noise * R)^2
+        R = 2 s sqrt(2 ln(n / span) / span)
 
-    R is the range that V covers by noise alone in n evaluations: s is the standard deviation of one
-    validation loss (scaled median absolute deviation of the last differences, over sqrt(2)), a / (2 - a) the
-    part of its variance that the smoothing leaves, and 2 sqrt(2 ln k) the range of k independent normal
-    numbers (k large). So the lucky minimum of a long, flat, noisy curve doesn't make a rise of what follows.
-    Noise that is correlated from one evaluation to the next is underestimated. The ``unit`` is m, or, for a
-    loss that has been negative and so has no natural zero, the fall from the first loss to m. Multiplying
-    both curves by a constant changes no verdict.
+    The three parts are: the least rise that matters; e, the standard error of the rise, since a validation set is a
+    sample; and R, the range that V covers in n evaluations by the unrest of training alone, with s the standard
+    deviation of one validation loss about its trend (scaled median absolute deviation of the last differences, over
+    sqrt(2)), and 2 sqrt(2 ln k) the range of k independent normal numbers. So the lucky minimum of a long, flat, noisy
+    curve doesn't make a rise of what follows. Noise that is correlated from one evaluation to the next is
+    underestimated.
 
-    A verdict uses the evaluations up to its own only, and memory doesn't grow with their number. A NaN or
-    infinite loss is left out of the statistics.
+    The rule fires once such evaluations in a row add up to ``hold``, where each counts as many times as its rise is the
+    threshold, two at most: a large rise needs less time than a small one.
 
-    The verdict is taken back when V falls below the minimum of that rise by more than the threshold, as after a step in
-    the learning rate; ``detected`` remains the first firing.
+    If it gets the losses of the validation examples, e is that of a paired difference: the same examples at both
+    evaluations (see `PairedRise`). If it gets standard errors only, it is that of two independent sets, which is too
+    large. If it gets neither, errors * e is taken for 5 % of m, and for more while training is young.
+
+    Where a loss has been negative, and so has no natural zero, the fall from the first loss to m stands in for m.
+    Multiplying both curves (and the losses of the examples) by a constant changes no verdict.
+
+    A verdict uses the evaluations up to its own only, and memory doesn't grow with their number: some 40 numbers, and
+    two vectors of the number of validation examples. A NaN or infinite loss is left out of the statistics.
+
+    The verdict is taken back when V falls below m, as after a step in the learning rate; ``detected`` remains the first
+    firing.
 
     Attributes:
-        min_rise: Least rise, as a fraction of the minimum; above 0.
-        noise: Least rise, as a multiple of the range that noise alone explains; 0 or more, 0 to ignore noise.
+        min_rise: Least rise that matters, as a share of the minimum; above 0.
+        errors: What a rise must exceed in standard errors of its own; 0 or more, 0 to ignore them.
+        noise: What it must exceed as a multiple of the range that the unrest of training explains; 0 or more.
         span: Evaluations that the smoothing averages over, about; 1 or more. 1 does not smooth.
-        hold: Evaluations in a row for which the rise must last; 1 or more.
+        hold: Evaluations in a row for which a rise that just exceeds the threshold must last; 1 or more.
+        warmup: Evaluations before the first verdict, 4 or more.
         window: Last differences from which the noise is estimated; 5 or more.
 
     Raises:
@@ -110,15 +77,19 @@ class OverfittingRule:
         TypeError: If an option is of the wrong type.
     """
 
-    min_rise: float = field(default=0.06, validator=number(above=0))
-    noise: float = field(default=1.2, validator=number(least=0))
-    span: int = field(default=5, validator=integer(1))
-    hold: int = field(default=5, validator=integer(1))
+    min_rise: float = field(default=0.04, validator=number(above=0))
+    errors: float = field(default=0.25, validator=number(least=0))
+    noise: float = field(default=0.7, validator=number(least=0))
+    span: int = field(default=4, validator=integer(1))
+    hold: float = field(default=2.0, validator=number(least=1))
+    warmup: int = field(default=8, validator=integer(_MIN_DIFFERENCES))
     window: int = field(default=30, validator=integer(_MIN_DIFFERENCES))
 
     _index: int = field(default=-1, init=False)  # of the last evaluation
     _count: int = field(default=0, init=False)  # finite validation losses so far
-    _recent: list[list[float]] = field(factory=list, init=False)  # the last finite ones, as [index, loss]
+    _recent: list[list[float]] = field(
+        factory=list, init=False
+    )  # validation and training losses of the last finite ones
     _first: float = field(default=0.0, init=False)
     _negative: bool = field(default=False, init=False)
     _best: int | None = field(default=None, init=False)
@@ -128,27 +99,43 @@ class OverfittingRule:
     _train: float = field(default=0.0, init=False)
     _train_weight: float = field(default=0.0, init=False)
     _minimum: float = field(default=math.inf, init=False)
-    _minimum_index: int = field(default=0, init=False)
     _minimum_train: float | None = field(default=None, init=False)
-    _overfit_run: int = field(default=0, init=False)
+    _reference: int | None = field(default=None, init=False)
+    _reference_value: float = field(default=math.nan, init=False)
+    _evidence_run: float = field(default=0.0, init=False)
     _diverge_run: int = field(default=0, init=False)
     _overfitting: bool = field(default=False, init=False)
     _onset: int | None = field(default=None, init=False)
-    _onset_minimum: float = field(default=math.inf, init=False)
     _detected: int | None = field(default=None, init=False)
+    _paired: PairedRise = field(factory=PairedRise, init=False)
+    _last_point: list[float] = field(factory=list, init=False)  # index, loss, standard error of the last finite one
+    _reference_error: float = field(default=math.nan, init=False)
 
-    def update(self, train_loss: float, val_loss: float) -> Verdict:
+    def update(
+        self,
+        train_loss: float,
+        val_loss: float,
+        *,
+        standard_error: float | None = None,
+        losses: Any = None,
+        weights: Any = None,
+    ) -> Verdict:
         """Take the losses of one more evaluation, finite or not.
 
         Args:
             train_loss: Training loss; best measured in eval mode with the weights that validation sees.
             val_loss: Validation loss, in the same unit.
+            standard_error: That of ``val_loss``, as the mean of a sample; not needed beside ``losses``.
+            losses: Losses of the validation examples, shape (N,), a tensor or what `torch.as_tensor` takes: the same
+                examples in the same order at every evaluation.
+            weights: Their weights, shape (N,); None for 1 each. ``val_loss`` is sum(w l) / sum(w).
 
         Returns:
-            The verdict on all evaluations so far.
+            The verdict on all evaluations so far. Costs O(N) where there are losses of examples.
 
         Raises:
             TypeError: If a loss is not a number.
+            ValueError: If there are not as many losses of examples as at the evaluations before.
         """
         train_loss, val_loss = float(train_loss), float(val_loss)
         self._index += 1
@@ -156,18 +143,24 @@ class OverfittingRule:
         if math.isfinite(train_loss):
             self._train_weight += alpha * (1 - self._train_weight)
             self._train += alpha / self._train_weight * (train_loss - self._train)
-        if not math.isfinite(val_loss):
-            return self._verdict(train_loss, val_loss, self._threshold(self._sigma()))
-        self._take(val_loss, alpha)
-        threshold = self._threshold(self._sigma())
-        self._judge(threshold)
-        return self._verdict(train_loss, val_loss, threshold)
+        if math.isfinite(val_loss):
+            error = math.nan if standard_error is None else float(standard_error)
+            bottom = self._take(val_loss, train_loss, error, alpha)
+            if losses is not None:
+                self._paired.take(losses, weights, bottom=bottom)
+            sigma = self._sigma()
+            threshold = self._threshold(sigma)
+            self._judge(threshold)
+        else:
+            sigma = self._sigma()
+            threshold = self._threshold(sigma)
+        return self._verdict(train_loss, val_loss, sigma, threshold)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything seen so far, in plain numbers and lists; the options are not part of it."""
-        state = {name: getattr(self, f"_{name}") for name in _STATE}
+        """Everything seen so far, in plain numbers, lists and two tensors; the options are not part of it."""
+        state = {name.lstrip("_"): getattr(self, name) for name in _STATE}
         state["recent"] = [list(point) for point in self._recent]
-        return state
+        return {**state, "last_point": list(self._last_point), "paired": self._paired.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict` as if never interrupted, given the same options.
@@ -175,155 +168,185 @@ class OverfittingRule:
         Raises:
             ValueError: If a key is missing or unknown.
         """
-        if state.keys() != set(_STATE):
-            wrong = sorted(state.keys() ^ set(_STATE))
+        expected = {name.lstrip("_") for name in _STATE} | {"paired"}
+        if state.keys() != expected:
+            wrong = sorted(state.keys() ^ expected)
             raise ValueError(f"not a state of OverfittingRule: keys missing or unknown: {wrong}")
         for name in _STATE:
-            setattr(self, f"_{name}", state[name])
+            setattr(self, name, state[name.lstrip("_")])
         self._recent = [list(point) for point in state["recent"]]
+        self._last_point = list(state["last_point"])
+        self._paired.load_state_dict(state["paired"])
 
     @property
-    def _warmup(self) -> int:
-        # The smoothed value of fewer points is too noisy to be the minimum that all later ones are held
-        # against.
-        return max(self.span, _MIN_DIFFERENCES)
+    def _smoothed_rise(self) -> float:
+        return self._val - self._minimum if math.isfinite(self._minimum) else 0.0
 
     @property
-    def _rise(self) -> float:
-        return self._val - self._minimum if self._count > self._warmup else 0.0
+    def _unit(self) -> float:
+        """What rises are a share of."""
+        return self._first - self._minimum if self._negative else self._minimum
 
-    def _take(self, loss: float, alpha: float) -> None:
-        """Bring the smoothed curve and its minimum up to date."""
+    def _take(self, loss: float, train_loss: float, error: float, alpha: float) -> bool:
+        """Bring the smoothed curve and its minimum up to date; whether it is lowest here."""
         if not self._count:
             self._first = loss
+        before, self._last_point = self._last_point, [self._index, loss, error]
         self._count += 1
         self._negative = self._negative or loss < 0
-        self._recent = [*self._recent[-max(self.window, self._warmup) :], [self._index, loss]]
+        self._recent = [*self._recent[-self.window :], [loss, train_loss]]
         if loss < self._best_value:
             self._best, self._best_value = self._index, loss
         self._val_weight += alpha * (1 - self._val_weight)
         self._val += alpha / self._val_weight * (loss - self._val)
-        if self._count > self._warmup and self._val < self._minimum:
+        bottom = self._count >= _SETTLED and self._val < self._minimum
+        if bottom:
             self._minimum = self._val
             self._minimum_train = self._train if self._train_weight else None
-            # The smoothed curve lags behind: of the points that make its minimum, the lowest is the turn.
-            self._minimum_index = int(min(self._recent[-self._warmup - 1 :], key=lambda point: point[1])[0])
+            # The smoothed curve lags behind by an evaluation or two.
+            index, self._reference_value, self._reference_error = before
+            self._reference = int(index)
+        return bottom
 
     def _sigma(self) -> float:
-        """Standard deviation of one validation loss about its trend; infinite if there are too few points."""
-        losses = [loss for _, loss in self._recent[-self.window - 1 :]]
-        steps = [b - a for a, b in pairwise(losses)]
-        if len(steps) < _MIN_DIFFERENCES:
-            return math.inf
-        middle = median(steps)
-        # 1.4826 turns the MAD of a normal variable into its standard deviation, and a difference has sqrt(2)
-        # times the noise of one loss. Few differences often give far too small a value, hence the last
-        # factor.
-        return 1.4826 * median(abs(s - middle) for s in steps) / math.sqrt(2) * (1 + 2 / len(steps))
+        return unrest([loss for loss, _ in self._recent])
+
+    @property
+    def _independent_error(self) -> float:
+        """As if the two evaluations had had different examples; NaN where no standard errors are given."""
+        return math.hypot(self._last_point[2], self._reference_error) if self._last_point else math.nan
+
+    def _error(self) -> float:
+        """Standard error of the rise, for the threshold; NaN where nothing is known of it."""
+        if self._paired.examples:
+            return self._paired.error if math.isfinite(self._paired.error) else 0.0
+        return self._independent_error
 
     def _threshold(self, sigma: float) -> float:
-        if self._count <= self._warmup:
+        if not math.isfinite(self._minimum) or not math.isfinite(sigma):
             return math.inf
-        fall = self._first - self._minimum
-        unit = fall if self._negative else self._minimum
         # a / (2 - a) is 1 / span for a = 2 / (span + 1)
         spread = 2 * sigma * math.sqrt(2 * math.log(max(2.0, self._count / self.span)) / self.span)
-        return max(self.min_rise * unit, _NEGLIGIBLE * fall, self.noise * spread)
+        error = self.errors * self._error()
+        if math.isnan(error):
+            error = _UNKNOWN * self._unit * (1 + _YOUNG / self._count)
+        return max(math.hypot(self.min_rise * self._unit, error, self.noise * spread), _NEGLIGIBLE * (self._first - self._minimum))
 
     def _judge(self, threshold: float) -> None:
         """Count for how long there has been a rise, and decide."""
-        risen = self._rise > threshold
-        before = self._minimum_train
-        self._overfit_run = self._overfit_run + 1 if risen and before is not None and self._train < before else 0
+        rise, before = self._smoothed_rise, self._minimum_train
+        risen = rise > threshold
+        counts = risen and before is not None and self._train < before
+        times = rise / threshold if threshold else _MOST
+        self._evidence_run = self._evidence_run + min(times, _MOST) if counts else 0.0
         train_risen = before is not None and self._train > before + self.min_rise * abs(before)
         self._diverge_run = self._diverge_run + 1 if risen and train_risen else 0
         if self._overfitting:
-            if self._val < self._onset_minimum - threshold:
+            if rise <= 0:
                 self._overfitting, self._onset = False, None
-        elif self._overfit_run >= self.hold:
-            self._overfitting, self._onset, self._onset_minimum = True, self._minimum_index, self._minimum
+        elif self._evidence_run >= self.hold and self._count > self.warmup:
+            self._overfitting, self._onset = True, self._reference
             if self._detected is None:
                 self._detected = self._index
 
-    def _verdict(self, train_loss: float, val_loss: float, threshold: float) -> Verdict:
-        status = self._status(val_loss, threshold)
-        return Verdict(
+    def _verdict(self, train_loss: float, val_loss: float, sigma: float, threshold: float) -> Verdict:
+        gap = val_loss - train_loss
+        facts = Verdict(
             overfitting=self._overfitting,
-            status=status,
+            status=self._status(val_loss, gap),
             onset=self._onset,
             detected=self._detected,
             best=self._best,
-            gap=val_loss - train_loss,
-            rise=self._rise,
+            gap=gap,
+            relative_gap=gap / train_loss if train_loss > 0 else math.nan,
+            rise=val_loss - self._reference_value,
+            rise_se=self._rise_se(sigma),
+            reference=self._reference,
+            smoothed_rise=self._smoothed_rise,
             threshold=threshold,
-            evidence=self._evidence(status, val_loss, threshold),
+            examples_needed=self._examples_needed(),
+            evidence="",
         )
+        curves = Curves(
+            count=self._count,
+            warmup=self.warmup,
+            minimum=self._minimum,
+            noise=sigma if math.isfinite(sigma) else math.nan,
+            train_then=self._minimum_train,
+            train_now=self._train,
+        )
+        return evolve(facts, evidence=evidence(facts, curves))
 
-    def _status(self, val_loss: float, threshold: float) -> Status:
-        if not math.isfinite(val_loss):
-            return "diverging"
-        if self._overfitting:
+    def _rise_se(self, sigma: float) -> float:
+        if self._paired.examples:
+            return self._paired.error
+        independent = self._independent_error
+        if math.isnan(independent) and math.isfinite(sigma) and self._reference is not None:
+            return math.sqrt(2) * sigma
+        return independent
+
+    def _examples_needed(self) -> int | None:
+        """For two standard errors to be the least rise that matters: the error falls with the root of their number."""
+        error, least = self._paired.error, self.min_rise * self._unit
+        if not (math.isfinite(error) and least > 0 and 2 * error > least):
+            return None
+        return math.ceil(self._paired.examples * (2 * error / least) ** 2)
+
+    def _status(self, val_loss: float, gap: float) -> Status:
+        if self._overfitting and math.isfinite(val_loss):
             return "overfitting"
-        if self._count <= self._warmup:
-            return "warming up"
-        if self._diverge_run >= self.hold:
+        if not math.isfinite(val_loss) or (self._diverge_run >= self.hold and self._count > self.warmup):
             return "diverging"
-        fall, least = self._recent_fall()
-        if self._rise > threshold:
-            return "rising"
-        return "improving" if fall > least else "plateau"
-
-    def _recent_fall(self) -> tuple[float, float]:
-        """Mean of the older half of the window minus that of the newer half, and what it must exceed."""
-        losses = [loss for _, loss in self._recent[-self.window :]]
-        half = len(losses) // 2
-        old, new = sum(losses[:half]) / half, sum(losses[-half:]) / half
-        unit = self._first - self._minimum if self._negative else self._minimum
-        return old - new, max(2 * self._sigma() * math.sqrt(2 / half), 0.1 * self.min_rise * unit)
-
-    def _evidence(self, status: Status, val_loss: float, threshold: float) -> str:
-        if not math.isfinite(val_loss):
-            said = f", after overfitting was noticed at evaluation {self._detected}" if self._overfitting else ""
-            return f"The validation loss at evaluation {self._index} is {val_loss}{said}."
-        if self._count <= self._warmup:
-            need = self._warmup + 1
-            return f"Too few points: {self._count} finite validation losses, and a verdict needs {need} or more."
-        share = f" ({self._rise / self._minimum:.1%})" if self._minimum > 0 and not self._negative else ""
-        figures = (
-            f"{self._rise:.4g}{share} above its minimum {self._minimum:.4g}, "
-            f"against a threshold of {threshold:.4g} and a noise of {self._sigma():.2g} per evaluation"
-        )
-        risen = self._rise > threshold
-        if self._overfitting and not risen:
-            return (
-                f"Validation rose after evaluation {self._onset}, noticed at evaluation {self._detected}, "
-                f"but the smoothed validation loss is now {figures}."
-            )
-        if not risen:
-            fall, least = self._recent_fall()
-            return (
-                f"No rise that counts: the smoothed validation loss is {figures}; "
-                f"of late it fell by {fall:.4g}, where {least:.4g} counts as improving."
-            )
-        if self._minimum_train is None:
-            training = "there was no finite training loss to compare with"
-        else:
-            word = "fell" if self._train < self._minimum_train else "did not fall"
-            training = f"the smoothed training loss {word} ({self._minimum_train:.4g} then, {self._train:.4g} now)"
-        if status == "overfitting":
-            since = f"Since evaluation {self._onset}"
-            return f"{since} the smoothed validation loss has risen to {figures}; {training}."
-        run = self._overfit_run
-        lasted = f", for {run} of the {self.hold} evaluations in a row that are needed" if 0 < run < self.hold else ""
-        return f"The smoothed validation loss is {figures}; {training}{lasted}."
+        if self._count <= self.warmup:
+            return "warming up"
+        fall = 0.1 * self.min_rise * self._unit
+        if falls([loss for loss, _ in self._recent], fall):
+            return "improving"
+        much_is_left = self._val > _LITTLE_LEARNED * self._first and not self._negative
+        if much_is_left and gap <= self.min_rise * self._val and not falls([loss for _, loss in self._recent], fall):
+            return "underfitting"
+        return "plateau"
 
 
-def diagnose(train_losses: Iterable[SupportsFloat], val_losses: Iterable[SupportsFloat], **options: Any) -> Verdict:
+_STATE = tuple(a.name for a in fields(OverfittingRule) if not a.init and a.name != "_paired")
+
+
+def unrest(losses: list[float]) -> float:
+    """Standard deviation of one loss of a curve about its trend; infinite if there are too few points."""
+    steps = [b - a for a, b in pairwise(losses)]
+    if len(steps) < _MIN_DIFFERENCES:
+        return math.inf
+    middle = median(steps)
+    # 1.4826 turns the MAD of a normal variable into its standard deviation, and a difference has sqrt(2) times the
+    # noise of one loss. Few differences often give far too small a value, hence the last factor.
+    return 1.4826 * median(abs(s - middle) for s in steps) / math.sqrt(2) * (1 + 2 / len(steps))
+
+
+def falls(losses: list[float], least: float) -> bool:
+    """Whether the newer half is lower than the older one, by more than two standard errors and ``least``."""
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    half = len(losses) // 2
+    if half < _SETTLED:
+        return False
+    old, new = sum(losses[:half]) / half, sum(losses[-half:]) / half
+    return old - new > max(2 * unrest(losses) * math.sqrt(2 / half), least)
+
+
+def diagnose(
+    train_losses: Iterable[SupportsFloat],
+    val_losses: Iterable[SupportsFloat],
+    *,
+    example_losses: Iterable[Any] | None = None,
+    example_weights: Any = None,
+    **options: Any,
+) -> Verdict:
     """Judge whole loss curves, one point per evaluation: the last verdict of an `OverfittingRule`.
 
     Args:
         train_losses: Training losses, shape (N,), N at least 1.
         val_losses: Validation losses, shape (N,), in the same unit.
+        example_losses: Losses of the validation examples at each evaluation, shape (N, examples), where they are known.
+        example_weights: Their weights, shape (examples,); None for 1 each.
         **options: Options of `OverfittingRule`.
 
     Raises:
@@ -336,8 +359,12 @@ def diagnose(train_losses: Iterable[SupportsFloat], val_losses: Iterable[Support
         raise ValueError(f"train_losses has {len(train)} points and val_losses {len(val)}: they must be as many")
     if not train:
         raise ValueError("train_losses and val_losses are empty: at least 1 point is needed")
-    *_, last = (rule.update(t, v) for t, v in zip(train, val, strict=True))
-    return last
+    examples = [None] * len(val) if example_losses is None else list(example_losses)
+    if len(examples) != len(val):
+        raise ValueError(f"example_losses has {len(examples)} rows and val_losses {len(val)}: they must be as many")
+    for t, v, losses in zip(train, val, examples, strict=True):
+        verdict = rule.update(t, v, losses=losses, weights=example_weights)
+    return verdict
 
 
 def _numbers(name: str, losses: Iterable[SupportsFloat]) -> list[float]:
