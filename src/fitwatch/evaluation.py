@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fitwatch._loss import ClassLoss
 from fitwatch.baseline import Baseline, TargetSums
 from fitwatch.counting import exposed_targets
-from fitwatch.losses import BinaryCrossEntropy, MeanSquaredError
-from fitwatch.metrics import Metrics, WeightedMean
+from fitwatch.losses import BinaryCrossEntropy, LossSum, MeanSquaredError
+from fitwatch.metrics import Metrics, WeightedMean, evaluating
+
+NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
+"""For an evaluation that is not to look for one."""
 
 
 class Evaluation:
@@ -41,6 +45,13 @@ class Evaluation:
         self._observers = observers
         for observer in observers:
             observer.reset()
+
+    def run(self, model: nn.Module, batches: Iterable[Any], step: Callable[[Any], LossSum]) -> dict[str, float]:
+        """Evaluate a model: `add` what ``step`` gives for each batch, in eval mode without gradients, then `values`."""
+        with evaluating(model):
+            for batch in batches:
+                self.add(*step(batch))
+        return self.values()
 
     def add(self, total: Tensor, weight: Tensor | float) -> None:
         """Take in the loss of a batch, as sums."""

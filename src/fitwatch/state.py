@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +65,9 @@ class State:
     # Objects that see validation: reset() at its start, update(outputs, targets, sample_weight) for each batch.
     observers: list[Any] = field(factory=list)
     examples: int = 0  # of training seen in this fit, as far as the batches tell
+    # Loss and metrics over other batches, as validation measures them: {"loss": ..., ...}. None: nobody can.
+    measure: Callable[[Iterable[Any]], dict[str, float]] | None = None
+    batch: Any = None  # the micro-batch that on_batch_end follows, on the device; its tensors may be used again
     baseline: Baseline | None = None  # of the validation loss, once it is known
     monitor: str = ""  # the metric that says which evaluation is best
     mode: str = "min"

@@ -1,5 +1,6 @@
 """The loop."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from fitwatch import checkpoint, loading
 from fitwatch._options import instance, integer, number, one_of
 from fitwatch.callback import Callback, Callbacks
-from fitwatch.evaluation import Evaluation, expected_baseline
+from fitwatch.evaluation import NO_BASELINE, Evaluation, expected_baseline
 from fitwatch.gradients import StepGradient, check_scheduler, parameters, zero_grad
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
-from fitwatch.metrics import Metrics, evaluating
+from fitwatch.metrics import Metrics
 from fitwatch.result import Result
 from fitwatch.settings import check_fit, describe
 from fitwatch.state import Progress, State
@@ -201,20 +202,9 @@ class Trainer:
         self._to_device()
         state = self.state
         known = state.baseline if loader is state.val_loader and state.history else None
-        loss = state.loss if state.eval_loss is None else state.eval_loss
         observers = state.observers if loader is state.val_loader else ()
-        evaluation = Evaluation(loss, state.val_metrics, known, observers)
-        self._evaluation = evaluation
-        try:
-            with evaluating(self.model):
-                for batch in loader:
-                    moved = self._move(batch)
-                    with self._autocast():
-                        total, weight = self._sums(self.validation_step(moved), moved, "validation_step")
-                    evaluation.add(total, weight)
-            values = evaluation.values()
-        finally:
-            self._evaluation = None
+        evaluation = Evaluation(self._eval_loss, state.val_metrics, known, observers)
+        values = self._evaluate(evaluation, loader)
         if loader is state.val_loader:
             state.baseline = evaluation.baseline
         return values
@@ -272,7 +262,7 @@ class Trainer:
 
     def _backward(self, batch: Any, gradient: StepGradient) -> None:
         """Forward and backward of one micro-batch."""
-        batch = self._move(batch)
+        batch = self.state.batch = self._move(batch)
         with self._autocast():
             output = self.training_step(batch)
         total, weight = self._sums(output, batch, "training_step")
@@ -317,6 +307,28 @@ class Trainer:
         if self.state.records:
             self._hooks.on_log(self.state)
 
+    def _evaluate(self, evaluation: Evaluation, loader: Iterable[Any]) -> dict[str, float]:
+        self._evaluation = evaluation
+        try:
+            return evaluation.run(self.model, loader, self._validate_batch)
+        finally:
+            self._evaluation = None
+
+    def _validate_batch(self, batch: Any) -> LossSum:
+        batch = self._move(batch)
+        with self._autocast():
+            return self._sums(self.validation_step(batch), batch, "validation_step")
+
+    def _measure(self, batches: Iterable[Any]) -> dict[str, float]:
+        """See `State.measure`."""
+        metrics = copy.deepcopy(dict(self.metrics or {}))  # the originals hold what the validation has just measured
+        values = self._evaluate(Evaluation(self._eval_loss, metrics, NO_BASELINE), batches)
+        return {name.removeprefix("val/"): value for name, value in values.items() if name != "val/loss_left"}
+
+    @property
+    def _eval_loss(self) -> Any:
+        return self.state.loss if self.state.eval_loss is None else self.state.eval_loss
+
     # -- small parts ---------------------------------------------------------------------------------------------
 
     def _new_state(self, **given: Any) -> State:
@@ -333,6 +345,7 @@ class Trainer:
             clip_norm=self.clip_norm,
             settings=describe(self.model, self.optimizer, self.loss, self.scheduler, **options),
             val_metrics=dict(self.metrics or {}),
+            measure=self._measure,
             **given,
         )
 
@@ -352,7 +365,7 @@ class Trainer:
     def _check_metrics(self) -> None:
         """Refuse now, not after an epoch, to monitor what will not be measured."""
         state = self.state
-        loss = state.loss if state.eval_loss is None else state.eval_loss
+        loss = self._eval_loss
         if state.val_loader is not None and getattr(loss, "has_weights", False):
             state.names.add("val/loss_unweighted")
         state.baseline = expected_baseline(loss, state.train_loader, state.val_loader)

@@ -1,15 +1,14 @@
 """Stop when a metric no longer improves, and give back the best weights."""
 
-import copy
 import logging
 from typing import Any, Literal
 
 from attrs import define, field, fields
-from torch import Tensor
 
 from fitwatch._options import instance, integer, one_of
 from fitwatch.callback import Callback
-from fitwatch.checkpoint import unwrap
+from fitwatch.callbacks._best_weights import BestWeights
+from fitwatch.callbacks._example_losses import ExampleLosses
 from fitwatch.rules.stopping import Patience, StoppingRule, StopReason
 from fitwatch.state import State
 
@@ -34,7 +33,8 @@ class EarlyStopping(Callback):
             "error" in it; else it must be given.
         patience: Evaluations in a row without improvement that end training, 1 or more.
         min_delta: What counts as improvement over the last one that counted, 0 or more, in units of the metric; or a
-            number of standard errors, such as ``"1se"``. They are read from the metric ``<monitor>_se``.
+            number of standard errors, such as ``"1se"``. They are read from the metric ``<monitor>_se``, which is
+            measured for ``"val/loss"``.
         relative: Whether ``min_delta`` is a share of that value's magnitude.
         cumulative: Whether small gains add up. False: each must exceed ``min_delta`` over the best value so far.
         window: Evaluations whose mean must improve, 1 or more; 1: no smoothing. Thresholds and the best weights go
@@ -78,7 +78,7 @@ class EarlyStopping(Callback):
             raise ValueError(f"{', '.join(extra)} can't be given beside {self.rule!r}: a rule has its own options")
         elif self.rule.mode != (self.mode or "min"):
             raise ValueError(f"mode must be that of the rule, {self.rule.mode!r}, got {self.mode!r}")
-        self._best: dict[str, Any] | None = None
+        self._best = BestWeights()
 
     @property
     def reason(self) -> StopReason | None:
@@ -89,10 +89,12 @@ class EarlyStopping(Callback):
         """Announce the metric; begin anew, unless training resumes."""
         state.watch(self.monitor, self.mode, by="EarlyStopping")
         if self.rule.needs_standard_error:
+            if self.monitor == "val/loss" and state.val_loader is not None and "loss_se" not in state.val_metrics:
+                state.add_metric("loss_se", ExampleLosses(state))
             state.watch(f"{self.monitor}_se", "min", by="EarlyStopping with min_delta in standard errors")
         if not state.resumed:
             self.rule.reset()
-            self._best = None
+            self._best.kept = None
         elif self.rule.reason is not None:  # it had stopped already
             self._stop(state)
 
@@ -107,9 +109,7 @@ class EarlyStopping(Callback):
 
     def on_fit_end(self, state: State) -> None:
         """Restore the best weights."""
-        if self._best is not None and self.restore_best:
-            unwrap(state.model).load_state_dict(self._best)
-        self._best = None  # a fit that fails before it begins must not restore them once more
+        self._best.restore(state.model)
 
     def _decide(self, state: State) -> None:
         if self.monitor not in state.metrics:
@@ -123,7 +123,7 @@ class EarlyStopping(Callback):
             warm_up=state.metrics["epoch"] < self.start_epoch,
         )
         if self.rule.best != before and self.restore_best:
-            self._keep(unwrap(state.model).state_dict())
+            self._best.keep(state.model)
         if stop:
             self._stop(state)
             state.mark("early stop", state.metrics)
@@ -131,16 +131,10 @@ class EarlyStopping(Callback):
     def _stop(self, state: State) -> None:
         state.request_stop(f"early stopping on {self.monitor}: {self.rule.sentence}")
 
-    def _keep(self, weights: dict[str, Any]) -> None:
-        # A new copy, not one into the old: Ctrl-C half-way must not leave a mixture of two epochs.
-        self._best = {
-            name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w) for name, w in weights.items()
-        }
-
     def state_dict(self) -> dict[str, Any]:
         """The rule's state, the options it had, and the best weights, which may be older than the checkpoint."""
         options = {"options": self._options(), "restore_best": self.restore_best}
-        return {"rule": self.rule.state_dict(), "best": self._best, **options}
+        return {"rule": self.rule.state_dict(), "best": self._best.kept, **options}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them back.
@@ -165,7 +159,7 @@ class EarlyStopping(Callback):
                 "so it does not have the best weights"
             )
         self.rule.load_state_dict(state_dict["rule"])
-        self._best = state_dict["best"]
+        self._best.kept = state_dict["best"] if self.restore_best else None
         if changes := [f"{name} {now[name]} (was {was[name]})" for name in now if now[name] != was[name]]:
             logger.warning("EarlyStopping resumes with other options: %s", ", ".join(changes))
             self.rule.reason = self.rule.sentence = None

@@ -34,7 +34,7 @@ class Verdict:
         smoothed_rise: How far the smoothed validation loss stands above its minimum: what is judged; 0 or more.
         threshold: What ``smoothed_rise`` is held against, in the same unit; infinite while warming up.
         examples_needed: How many validation examples it would take to tell a rise of ``min_rise`` from none (by two
-            standard errors), where the losses of the examples are known and are too few for it; else None.
+            standard errors), where the losses of the examples leave it open whether there is one; else None.
         evidence: One sentence with the figures.
     """
 

@@ -179,6 +179,11 @@ class OverfittingRule:
         self._paired.load_state_dict(state["paired"])
 
     @property
+    def examples(self) -> int:
+        """Validation examples whose losses were given; 0 if there are none."""
+        return self._paired.examples
+
+    @property
     def _smoothed_rise(self) -> float:
         return self._val - self._minimum if math.isfinite(self._minimum) else 0.0
 
@@ -230,7 +235,10 @@ class OverfittingRule:
         error = self.errors * self._error()
         if math.isnan(error):
             error = _UNKNOWN * self._unit * (1 + _YOUNG / self._count)
-        return max(math.hypot(self.min_rise * self._unit, error, self.noise * spread), _NEGLIGIBLE * (self._first - self._minimum))
+        return max(
+            math.hypot(self.min_rise * self._unit, error, self.noise * spread),
+            _NEGLIGIBLE * (self._first - self._minimum),
+        )
 
     def _judge(self, threshold: float) -> None:
         """Count for how long there has been a rise, and decide."""
@@ -264,7 +272,7 @@ class OverfittingRule:
             reference=self._reference,
             smoothed_rise=self._smoothed_rise,
             threshold=threshold,
-            examples_needed=self._examples_needed(),
+            examples_needed=self._examples_needed(val_loss - self._reference_value),
             evidence="",
         )
         curves = Curves(
@@ -285,10 +293,11 @@ class OverfittingRule:
             return math.sqrt(2) * sigma
         return independent
 
-    def _examples_needed(self) -> int | None:
+    def _examples_needed(self, rise: float) -> int | None:
         """For two standard errors to be the least rise that matters: the error falls with the root of their number."""
         error, least = self._paired.error, self.min_rise * self._unit
-        if not (math.isfinite(error) and least > 0 and 2 * error > least):
+        undecided = abs(rise - least) < 2 * error  # False where the error is NaN
+        if not (undecided and least > 0 and 2 * error > least):
             return None
         return math.ceil(self._paired.examples * (2 * error / least) ** 2)
 

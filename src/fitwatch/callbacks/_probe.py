@@ -1,0 +1,133 @@
+"""A fixed part of the training set, to be measured as the validation set is."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from fitwatch import loading
+from fitwatch.checkpoint import rng_state, set_rng_state
+from fitwatch.state import State
+
+MOST = 2000
+"""Examples that are enough: more would only cost time."""
+
+
+class TrainProbe:
+    """A fixed, seeded part of the training examples.
+
+    Of a `DataLoader` over a data set with indices they are drawn from all that its sampler may draw, and read anew each
+    time, as validation examples are. Of a list of batches they are whole batches. Any other loader can't give a part:
+    then the first batches of the first epoch (after a resume, of the first one that runs) are copied and kept on the
+    device.
+
+    Args:
+        examples: How many; None: as many as the validation set has, `MOST` at most.
+        seed: Of the choice. The global generators are left alone.
+
+    Attributes:
+        examples: How many are measured, once it is known.
+        reason: Why nothing can be measured; None if it can.
+    """
+
+    def __init__(self, examples: int | None, seed: int) -> None:
+        self.wanted, self.seed = examples, seed
+        self.examples = 0
+        self.reason: str | None = None
+        self._batches: Iterable[Any] | None = None
+        self._first: list[Any] = []
+        self._collected = 0
+        self.collects = False
+
+    def begin(self, state: State) -> None:
+        """Look at the loader; `collects` says whether batches are to be given to `collect`."""
+        if self.wanted == 0:
+            self.reason = "probe_examples is 0"
+        elif state.measure is None:
+            self.reason = "this loop can't measure other batches"
+        loader = state.train_loader
+        indexed = _is_indexed(loader) or isinstance(loader, Sequence)
+        self.collects = self.reason is None and not indexed
+
+    def collect(self, batch: Any) -> None:
+        """Keep a copy of a training batch, until there are enough."""
+        try:
+            size = loading.batch_size(batch)
+        except TypeError as error:
+            self.collects, self.reason = False, str(error)
+            return
+        if not self._first or self._collected + size <= (MOST if self.wanted is None else self.wanted):
+            self._first.append(copy.deepcopy(batch))
+            self._collected += size
+        else:
+            self.collects = False
+
+    def measure(self, state: State, val_examples: int) -> dict[str, float] | None:
+        """Loss and metrics of the probe, as `State.measure` names them; None where there is no probe.
+
+        Args:
+            state: Of the fit.
+            val_examples: Of the validation that was just made; the probe is to cost no more.
+        """
+        self.collects = False  # the first epoch is over, or validation comes within it
+        if self.reason is not None or state.measure is None:
+            return None
+        if self._batches is None:
+            wanted = min(val_examples or MOST, MOST) if self.wanted is None else self.wanted
+            try:
+                self._batches = self._choose(state, wanted)
+            except TypeError as error:
+                self.reason = str(error)
+                return None
+        saved = rng_state()  # augmentation draws random numbers, and training is to go on as without a probe
+        try:
+            return state.measure(self._batches)
+        finally:
+            set_rng_state(saved)
+
+    def _choose(self, state: State, wanted: int) -> Iterable[Any]:
+        loader, generator = state.train_loader, torch.Generator().manual_seed(self.seed)
+        if _is_indexed(loader):
+            indices = _indices(loader)
+            chosen = indices[torch.randperm(len(indices), generator=generator)[:wanted]].sort().values.tolist()
+            self.examples = len(chosen)
+            size = getattr(state.val_loader, "batch_size", None) or loader.batch_size or 256
+            return DataLoader(
+                Subset(loader.dataset, chosen),
+                size,
+                collate_fn=loader.collate_fn,
+                num_workers=loader.num_workers,
+                worker_init_fn=loader.worker_init_fn,
+                persistent_workers=loader.num_workers > 0,
+                pin_memory=loader.pin_memory,
+                generator=generator,  # its own: an iterator draws a seed for its workers
+            )
+        batches: list[Any] = self._first
+        if isinstance(loader, Sequence):
+            batches = [loader[i] for i in torch.randperm(len(loader), generator=generator).tolist()]
+        kept: list[Any] = []
+        for batch in batches:
+            size = loading.batch_size(batch)
+            if kept and self.examples + size > wanted:
+                break
+            kept.append(batch)
+            self.examples += size
+        if not kept:
+            raise TypeError("no training batch was seen before the first validation")
+        return kept
+
+
+def _is_indexed(loader: Any) -> TypeGuard[DataLoader[Any]]:
+    """Whether single examples can be read from the loader's data set."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    return loader.batch_sampler is not None and hasattr(loader.dataset, "__len__")
+
+
+def _indices(loader: DataLoader[Any]) -> Tensor:
+    """The examples that the loader may draw: those of a sampler over a part of the data set, else all."""
+    part = getattr(loader.sampler, "indices", None)  # SubsetRandomSampler
+    return torch.as_tensor(part) if part is not None else torch.arange(len(loader.dataset))  # type: ignore[arg-type]

@@ -1,0 +1,53 @@
+"""What to do about a verdict, with what the run has now."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from fitwatch.checkpoint import unwrap
+from fitwatch.rules.overfitting import Verdict
+from fitwatch.state import State
+
+
+def card(verdict: Verdict, state: State, train_examples: int | None) -> str:
+    """A Markdown text: the verdict, its evidence, and the remedies that fit the run.
+
+    Args:
+        verdict: With a status that calls for a word.
+        state: Of the fit.
+        train_examples: In the training set, where it is known.
+    """
+    remedies = "\n".join(f"- {remedy}" for remedy in _remedies(verdict, state, train_examples))
+    return f"**{verdict.status.capitalize()}.** {verdict.evidence}\n\n{remedies}".rstrip()
+
+
+def _remedies(verdict: Verdict, state: State, train_examples: int | None) -> Iterator[str]:
+    decay = sorted({float(group.get("weight_decay", 0.0)) for group in state.optimizer.param_groups})
+    modules = unwrap(state.model).modules()
+    dropout = sorted({m.p for m in modules if isinstance(m, (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout))})
+    now = f"weight decay {_listed(decay)}, dropout {_listed(dropout) if dropout else 'none'}"
+    parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    per_example = f", {parameters / train_examples:,.3g} for each training example" if train_examples else ""
+    if verdict.status == "overfitting":
+        yield f"More regularisation: this run has {now}."
+        yield f"A smaller model, or more data: this one has {parameters:,} parameters{per_example}."
+        if verdict.best is not None:
+            best = state.history[verdict.best]
+            yield (
+                f"Early stopping with the best weights: validation was best at epoch {best['epoch']:g}, step "
+                f"{best['step']:g}, with a loss of {best['val/loss']:.4g}."
+            )
+    if verdict.status == "underfitting":
+        yield f"A larger model or a higher learning rate: this one has {parameters:,} parameters{per_example}."
+        yield f"Less regularisation: this run has {now}."
+    if verdict.status == "diverging":
+        yield f"A lower learning rate (now {state.optimizer.param_groups[0]['lr']:.3g}), or clipping of the gradients."
+    if verdict.examples_needed is not None:
+        yield (
+            "Cross-validation, or a larger validation set: the standard error of this one hides a rise that would "
+            f"matter; it would take about {verdict.examples_needed:,} examples."
+        )
+
+
+def _listed(values: list[float]) -> str:
+    return " and ".join(f"{value:g}" for value in values)
