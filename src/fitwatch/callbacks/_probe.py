@@ -129,5 +129,6 @@ def _is_indexed(loader: Any) -> TypeGuard[DataLoader[Any]]:
 
 def _indices(loader: DataLoader[Any]) -> Tensor:
     """The examples that the loader may draw: those of a sampler over a part of the data set, else all."""
-    part = getattr(loader.sampler, "indices", None)  # SubsetRandomSampler
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)  # a batch sampler given by hand has its own
+    part = getattr(sampler, "indices", None)  # SubsetRandomSampler
     return torch.as_tensor(part) if part is not None else torch.arange(len(loader.dataset))  # type: ignore[arg-type]

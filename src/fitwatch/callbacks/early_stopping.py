@@ -9,6 +9,7 @@ from fitwatch._options import instance, integer, one_of
 from fitwatch.callback import Callback
 from fitwatch.callbacks._best_weights import BestWeights
 from fitwatch.callbacks._example_losses import ExampleLosses
+from fitwatch.losses import Loss
 from fitwatch.rules.stopping import Patience, StoppingRule, StopReason
 from fitwatch.state import State
 
@@ -33,8 +34,8 @@ class EarlyStopping(Callback):
             "error" in it; else it must be given.
         patience: Evaluations in a row without improvement that end training, 1 or more.
         min_delta: What counts as improvement over the last one that counted, 0 or more, in units of the metric; or a
-            number of standard errors, such as ``"1se"``. They are read from the metric ``<monitor>_se``, which is
-            measured for ``"val/loss"``.
+            number of standard errors, such as ``"1se"``. They are read from the metric ``<monitor>_se``; that of
+            ``"val/loss"`` is measured if the loss is a `Loss`, unless a callback before this one has announced it.
         relative: Whether ``min_delta`` is a share of that value's magnitude.
         cumulative: Whether small gains add up. False: each must exceed ``min_delta`` over the best value so far.
         window: Evaluations whose mean must improve, 1 or more; 1: no smoothing. Thresholds and the best weights go
@@ -89,7 +90,8 @@ class EarlyStopping(Callback):
         """Announce the metric; begin anew, unless training resumes."""
         state.watch(self.monitor, self.mode, by="EarlyStopping")
         if self.rule.needs_standard_error:
-            if self.monitor == "val/loss" and state.val_loader is not None and "loss_se" not in state.val_metrics:
+            measurable = self.monitor == "val/loss" and state.val_loader is not None and isinstance(state.loss, Loss)
+            if measurable and "val/loss_se" not in state.names:  # another callback may have announced its own
                 state.add_metric("loss_se", ExampleLosses(state))
             state.watch(f"{self.monitor}_se", "min", by="EarlyStopping with min_delta in standard errors")
         if not state.resumed:

@@ -74,6 +74,7 @@ class OverfittingDetector(Callback):
         state.verdict = self._verdict
         self._examples = ExampleLosses(state)
         state.observers.append(self._examples)
+        self._warned = False
         self._probe = TrainProbe(self.probe_examples, self.probe_seed)
         self._probe.begin(state)
         if self._verdict is not None and self._verdict.overfitting:  # resumed after it had stopped
@@ -89,7 +90,7 @@ class OverfittingDetector(Callback):
         probe = self._probe.measure(state, self._examples.examples)
         train_loss = state.metrics["train/loss"] if probe is None else probe["loss"]
         for name, value in (probe or {}).items():
-            if not name.startswith("loss"):
+            if name not in ("loss", "loss_unweighted"):
                 state.log(f"train/{name}", value, reduce="last")
         losses, weights = self._pairs()
         verdict = self.rule.update(train_loss, state.metrics["val/loss"], losses=losses, weights=weights)
@@ -127,11 +128,13 @@ class OverfittingDetector(Callback):
             return None, None
         before = self.rule.examples
         if before not in (0, len(known[0])):
-            logger.warning(
-                "the validation set has %d examples, and had %d: the overfitting verdict compares means only",
-                len(known[0]),
-                before,
-            )
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "the validation set has %d examples, and had %d: the overfitting verdict can't pair them",
+                    len(known[0]),
+                    before,
+                )
             return None, None
         return known
 

@@ -95,9 +95,12 @@ def evidence(v: Verdict, c: Curves) -> str:
             f"Since evaluation {v.onset} the validation loss has risen by {v.rise:.4g}{exact}{training}; "
             f"smoothed, it is {judged}."
         )
+    plateau = "The validation loss neither falls nor rises by an amount that counts."
+    if v.smoothed_rise > v.threshold:
+        plateau = f"The validation loss has risen, {_why_not(c)}."
     said = {
         "improving": "The validation loss still falls.",
-        "plateau": "The validation loss neither falls nor rises by an amount that counts.",
+        "plateau": plateau,
         "underfitting": "Neither loss falls any more, and validation is no worse than training: the model has not "
         "learned what the training data has to teach.",
         "diverging": "Both losses have risen: training diverges.",
@@ -111,3 +114,12 @@ def evidence(v: Verdict, c: Curves) -> str:
         )
     unrest = f", with a noise of {c.noise:.2g} per evaluation" if math.isfinite(c.noise) else ""
     return f"{said} Smoothed, it is {judged}{unrest}.{taken_back}{small}"
+
+
+def _why_not(c: Curves) -> str:
+    """Why a rise that counts is not overfitting."""
+    if c.train_then is None:
+        return "and there was no finite training loss to hold it against"
+    if c.train_now < c.train_then:
+        return "and not yet for long enough"
+    return f"but the training loss did not fall ({c.train_then:.4g} then, {c.train_now:.4g} now)"

@@ -83,7 +83,7 @@ class OverfittingRule:
     span: int = field(default=4, validator=integer(1))
     hold: float = field(default=2.0, validator=number(least=1))
     warmup: int = field(default=8, validator=integer(_MIN_DIFFERENCES))
-    window: int = field(default=30, validator=integer(_MIN_DIFFERENCES))
+    window: int = field(default=30, validator=integer(_MIN_DIFFERENCES + 1))
 
     _index: int = field(default=-1, init=False)  # of the last evaluation
     _count: int = field(default=0, init=False)  # finite validation losses so far
@@ -127,7 +127,7 @@ class OverfittingRule:
             val_loss: Validation loss, in the same unit.
             standard_error: That of ``val_loss``, as the mean of a sample; not needed beside ``losses``.
             losses: Losses of the validation examples, shape (N,), a tensor or what `torch.as_tensor` takes: the same
-                examples in the same order at every evaluation.
+                examples in the same order at every evaluation. None ends the pairs; later losses begin new ones.
             weights: Their weights, shape (N,); None for 1 each. ``val_loss`` is sum(w l) / sum(w).
 
         Returns:
@@ -146,7 +146,9 @@ class OverfittingRule:
         if math.isfinite(val_loss):
             error = math.nan if standard_error is None else float(standard_error)
             bottom = self._take(val_loss, train_loss, error, alpha)
-            if losses is not None:
+            if losses is None:
+                self._paired = PairedRise()  # its error would be that of an evaluation long ago
+            else:
                 self._paired.take(losses, weights, bottom=bottom)
             sigma = self._sigma()
             threshold = self._threshold(sigma)
