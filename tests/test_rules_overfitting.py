@@ -35,6 +35,11 @@ def verdicts(train, val, **options):
     return [rule.update(t, v) for t, v in zip(train, val, strict=True)]
 
 
+def same(one, other):
+    """Whether two verdicts are equal to the last digit; figures that are not known yet are NaN in both."""
+    return repr(one) == repr(other)
+
+
 def facts(verdict):
     """All that a verdict decides, without the figures in the unit of the loss."""
     return verdict.overfitting, verdict.status, verdict.onset, verdict.detected, verdict.best
@@ -51,26 +56,61 @@ def test_overfit_curve_is_flagged_with_onset_near_its_minimum(seed):
     assert verdict.onset < verdict.detected <= 65
     assert verdict.best == int(val.argmin())
     assert verdict.gap == pytest.approx(val[-1] - train[-1])
-    assert verdict.rise > verdict.threshold > 0
+    assert verdict.relative_gap == pytest.approx((val[-1] - train[-1]) / train[-1])
+    assert verdict.rise == pytest.approx(val[-1] - val[verdict.reference])
+    assert verdict.smoothed_rise > verdict.threshold > 0
 
 
-def test_noise_free_onset_is_the_exact_turn():
-    """Without noise the onset is the very minimum, not where the lagging mean turns."""
+def test_noise_free_onset_is_the_turn():
+    """Without noise the onset is the minimum, to an evaluation: not where the lagging mean turns."""
     train, val = overfit(noise=0.0)
-    assert diagnose(train, val).onset == 40
+    assert abs(diagnose(train, val).onset - 40) <= 1
+
+
+def alarms(curve, level, **options):
+    """The share of seeds for which the rule fires on this curve, at any evaluation."""
+    seeds = range(300 if level else 1)
+    return np.mean([diagnose(*curve(100, level, seed), **options).detected is not None for seed in seeds])
 
 
 @pytest.mark.parametrize("curve", [flat, healthy])
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03])
 def test_curves_without_a_rise_are_seldom_flagged(curve, noise):
-    """Over many seeds, at most one noisy curve in eleven without a rise is called overfitting."""
-    flagged = [diagnose(*curve(n, noise, seed)).detected is not None for n in (40, 100, 200) for seed in range(60)]
-    assert np.mean(flagged) <= (0.09 if noise else 0)
+    """Of 300 noisy curves without a rise at most 2 % are called overfitting, where noise is up to 3 % of the loss."""
+    assert alarms(curve, noise) <= (0.02 if noise else 0)
+
+
+def test_more_noise_needs_a_larger_multiple_of_it():
+    """Noise of 5 or 10 % of the loss fools the default often; noise=1.3, or 2, seldom."""
+    assert alarms(flat, 0.05) > 0.1
+    assert alarms(flat, 0.05, noise=1.3) <= 0.04
+    assert alarms(flat, 0.1, noise=2.0) <= 0.03
+
+
+def stepped(n, noise, seed):
+    """Healthy losses that fall to one floor, and to a lower one after the learning rate drops half-way."""
+    rng = np.random.default_rng(seed)
+    i = np.arange(n)
+    at = n // 2
+    floor = np.where(i < at, 0.6 + 0.4 * np.exp(-i / 8), 0.45 + 0.15 * np.exp(-np.maximum(i - at, 0) / 3))
+    return 0.8 * floor + 0.002 * rng.standard_normal(n), floor + noise * rng.standard_normal(n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("curve", "noise", "most"), [(flat, 0.03, 20), (flat, 0.01, 20), (stepped, 0.01, 0)])
+def test_false_alarms_over_a_thousand_seeds(curve, noise, most):
+    """Flat noise fires for at most 2 % of 1,000 seeds, and a healthy run with a step in the learning rate for none."""
+    assert sum(diagnose(*curve(100, noise, seed)).detected is not None for seed in range(1000)) <= most
+
+
+def test_a_step_in_the_learning_rate_is_never_flagged():
+    """Of 200 healthy runs with a step in the learning rate none is called overfitting."""
+    assert not any(diagnose(*stepped(100, 0.01, seed)).detected is not None for seed in range(200))
 
 
 def test_flat_noise_fools_a_rule_that_ignores_noise():
-    """The flat curves above are no easy case: a rule that only looks at the 6 % rise, not at the noise, fires on most."""
-    flagged = [diagnose(*flat(200, 0.1, seed), noise=0).overfitting for seed in range(20)]
+    """The flat curves above are no easy case: a rule that looks at the 4 % alone, not at the noise, fires on most."""
+    flagged = [diagnose(*flat(200, 0.1, seed), noise=0, errors=0).detected is not None for seed in range(20)]
     assert np.mean(flagged) > 0.8
 
 
@@ -91,17 +131,58 @@ def test_rise_of_both_losses_is_diverging():
     val = np.where(i < 40, 1 - i / 80, 0.5 + (i - 40) / 40)
     verdict = diagnose(val * 0.9, val)
     assert (verdict.overfitting, verdict.status) == (False, "diverging")
-    assert "did not fall" in verdict.evidence
+    assert "Both losses have risen" in verdict.evidence
 
 
 def test_statuses_of_healthy_curves():
-    """Few points are a warm-up, a falling loss improves, a flat one is a plateau."""
+    """Few points are a warm-up, a falling loss improves, a flat one is a plateau while training is better."""
     train, val = healthy(300, 0.01, 0)
     seen = [v.status for v in verdicts(train, val)]
-    assert seen[:5] == ["warming up"] * 5
-    assert set(seen[5:40]) == {"improving"}
+    assert seen[:8] == ["warming up"] * 8
+    assert set(seen[8:40]) == {"improving"}
     assert set(seen) == {"warming up", "improving", "plateau"}
     assert np.mean([s == "plateau" for s in seen[-100:]]) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "status"),
+    [
+        (0.9, 0.9, "underfitting"),
+        (0.9, 1.2, "plateau"),  # a gap: the model learned what validation does not have
+        (0.05, 0.05, "plateau"),  # little is left of the first loss
+    ],
+)
+def test_flat_losses_without_a_gap_are_underfitting(train, val, status):
+    """Two flat losses that are equal and high are underfitting; a gap or a low loss make it a plateau."""
+    rng = np.random.default_rng(1)
+    i = np.arange(80)
+    noise = 0.003 * rng.standard_normal((2, 80))
+    start = np.exp(-i / 2.0)
+    verdict = diagnose(train + (2 - train) * start + train * noise[0], val + (2 - val) * start + val * noise[1])
+    assert verdict.status == status
+    assert ("Neither loss falls" in verdict.evidence) == (status == "underfitting")
+
+
+def test_falling_training_is_not_underfitting():
+    """A flat validation loss is a plateau while the training loss above it still falls."""
+    rng = np.random.default_rng(0)
+    val = 0.9 + 1.1 * np.exp(-np.arange(80) / 2) + 0.005 * rng.standard_normal(80)
+    assert diagnose(np.linspace(2, 0.9, 80), val).status == "plateau"
+
+
+def test_a_large_rise_needs_fewer_evaluations_than_a_small_one():
+    """One evaluation far above the threshold counts for two; rises that just exceed it must be seen twice."""
+    train = np.linspace(1, 0.1, 60)
+    for slope, hold in ((0.5, 2), (0.5, 6), (0.008, 2), (0.008, 6)):
+        val = np.where(np.arange(60) < 30, 1.0 - 0.01 * np.arange(60), 0.7 + slope * (np.arange(60) - 30))
+        seen = verdicts(train, val, hold=hold)
+        first = next(i for i, v in enumerate(seen) if v.overfitting)
+        counted = [v for v in seen[: first + 1] if v.smoothed_rise > v.threshold]
+        total = sum(min(2, v.smoothed_rise / v.threshold) for v in counted)
+        assert total >= hold
+        assert total - min(2, counted[-1].smoothed_rise / counted[-1].threshold) < hold
+        if slope > 0.1:
+            assert len(counted) == hold / 2
 
 
 @pytest.mark.parametrize("make", [overfit, lambda: flat(100, 0.1, 3), lambda: healthy(100, 0.05, 1)])
@@ -109,7 +190,7 @@ def test_verdict_at_each_point_uses_the_past_only(make):
     """Running the rule point by point gives what diagnosing each prefix alone gives, so nothing looks ahead."""
     train, val = make()
     for k, verdict in enumerate(verdicts(train, val), start=1):
-        assert verdict == diagnose(train[:k], val[:k])
+        assert same(verdict, diagnose(train[:k], val[:k]))
 
 
 def test_first_firing_stays_and_so_does_the_verdict_while_the_rise_lasts():
@@ -133,14 +214,24 @@ def test_the_verdict_is_taken_back_after_a_clear_new_minimum():
 
 
 @pytest.mark.parametrize("scale", [100.0, 1e-6, 1e6])
-@pytest.mark.parametrize("make", [overfit, lambda: flat(100, 0.1, 3), lambda: [c - 0.6 for c in overfit()]])
-def test_verdict_does_not_depend_on_the_unit_of_the_loss(make, scale):
-    """Both losses times a constant give the same verdicts, and figures times that constant."""
+@pytest.mark.parametrize(
+    "make", [overfit, lambda: flat(100, 0.03, 3), lambda: flat(100, 0.1, 3), lambda: [c - 0.6 for c in overfit()]]
+)
+@pytest.mark.parametrize("paired", [False, True])
+def test_verdict_does_not_depend_on_the_unit_of_the_loss(make, scale, paired):
+    """All losses times a constant give the same verdicts, and figures times that constant."""
     train, val = make()
-    for one, other in zip(verdicts(train, val), verdicts(scale * train, scale * val), strict=True):
+    spread = np.random.default_rng(1).normal(0, 0.3, (len(val), 50))
+    examples = val[:, None] + spread - spread.mean(1, keepdims=True) if paired else [None] * len(val)
+    rules = OverfittingRule(), OverfittingRule()
+    for t, v, losses in zip(train, val, examples, strict=True):
+        one = rules[0].update(t, v, losses=losses)
+        other = rules[1].update(scale * t, scale * v, losses=None if losses is None else scale * losses)
         assert facts(one) == facts(other)
-        assert other.rise == pytest.approx(scale * one.rise, rel=1e-6, abs=scale * 1e-12)
-        assert other.threshold == pytest.approx(scale * one.threshold, rel=1e-6)
+        assert one.examples_needed is None or abs(one.examples_needed - other.examples_needed) <= 1  # rounded up
+        for figure in ("rise", "rise_se", "smoothed_rise", "threshold", "gap"):
+            expected = scale * getattr(one, figure)
+            assert getattr(other, figure) == pytest.approx(expected, rel=1e-6, abs=scale * 1e-12, nan_ok=True)
 
 
 def test_negative_losses_are_judged_wherever_their_zero_lies():
@@ -173,15 +264,15 @@ def test_non_finite_validation_loss_is_diverging_and_leaves_no_trace(bad):
     assert seen[-1].overfitting
     # 3 points were inserted before the turn's end or the detection
     assert seen[-1].detected == clean.detected + 3
-    assert seen[-1].rise == pytest.approx(clean.rise, rel=0.05)
-    assert all(math.isfinite(seen[i].rise) for i in range(len(seen)))
+    assert diagnose(np.insert(train, at[:3], 0.5), np.insert(val, at[:3], bad)).rise == pytest.approx(clean.rise)
+    assert all(math.isfinite(v.smoothed_rise) for v in seen)
 
 
 def test_all_nan_never_crashes():
     """Curves of NaN only give a verdict that claims nothing."""
     verdict = diagnose([math.nan] * 30, [math.nan] * 30)
     assert facts(verdict) == (False, "diverging", None, None, None)
-    assert "nan" in verdict.evidence
+    assert "NaN" in verdict.evidence
 
 
 def test_without_a_finite_training_loss_there_is_no_overfitting():
@@ -189,7 +280,15 @@ def test_without_a_finite_training_loss_there_is_no_overfitting():
     _, val = overfit()
     verdict = diagnose([math.nan] * 120, val)
     assert not verdict.overfitting
-    assert "no finite training loss" in verdict.evidence
+    assert "has risen, and there was no finite training loss" in verdict.evidence
+
+
+def test_a_rise_that_is_not_overfitting_says_why():
+    """A rise is waited out for a while, and is none of overfitting's while training stands still."""
+    val = np.concatenate([np.linspace(1, 0.5, 20), [0.8]])
+    assert "not yet for long enough" in diagnose(np.linspace(1, 0.2, 21), val, hold=6).evidence
+    train = np.concatenate([np.linspace(1, 0.2, 20), [0.27, 0.27, 0.27]])
+    assert "the training loss did not fall" in diagnose(train, [*val, 0.8, 0.8]).evidence
 
 
 def test_huge_losses_never_crash():
@@ -209,17 +308,19 @@ def test_state_round_trip_continues_as_if_never_interrupted():
             first.update(t, v)
         second = OverfittingRule()
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert [second.update(t, v) for t, v in zip(train[cut:], val[cut:], strict=True)] == whole[cut:]
+        after = [second.update(t, v) for t, v in zip(train[cut:], val[cut:], strict=True)]
+        assert all(same(one, other) for one, other in zip(whole[cut:], after, strict=True))
 
 
 def test_state_is_a_copy_that_does_not_grow():
-    """The state is as large after 2000 evaluations as after 100, and later updates do not change it."""
+    """The state is as large after 5,000 evaluations as after 50, and later updates do not change it."""
     rule = OverfittingRule()
     sizes = []
-    for i in range(2000):
+    for i in range(5000):
         rule.update(1.0, 1.0 + i % 7)
-        sizes.append(len(json.dumps(rule.state_dict()["recent"]).split(",")))
-    assert sizes[-1] == sizes[100]
+        if i in (49, 4999):
+            sizes.append(len(json.dumps(rule.state_dict()).split(",")))
+    assert sizes[0] == sizes[1] < 120
     state = rule.state_dict()
     before = json.dumps(state)
     rule.update(1.0, 0.5)
@@ -238,13 +339,20 @@ def test_evidence_carries_the_figures():
     """The sentence says since when, by how much and against what, and is honest before there are enough points."""
     train, val = overfit()
     verdict = diagnose(train, val)
-    for figure in (f"evaluation {verdict.onset}", f"{verdict.rise:.4g}", f"{verdict.threshold:.4g}", "noise", "fell"):
+    for figure in (
+        f"Since evaluation {verdict.onset}",
+        f"risen by {verdict.rise:.4g} ± {verdict.rise_se:.2g} (standard error)",
+        f"{verdict.smoothed_rise:.4g} (",
+        f"{verdict.threshold:.3g} counts as a rise",
+        "while the training loss went from",
+    ):
         assert figure in verdict.evidence
     few = diagnose(train[:4], val[:4])
     assert few.status == "warming up"
     assert few.threshold == math.inf
     assert "4 finite" in few.evidence
-    assert "No rise" in diagnose(*healthy(60, 0.01, 0)).evidence
+    assert "still falls" in diagnose(*healthy(60, 0.01, 0)).evidence
+    assert "with a noise of" in diagnose(*healthy(60, 0.01, 0)).evidence
     for v in [verdict, few]:
         assert v.evidence.endswith(".")
 
@@ -282,7 +390,9 @@ def test_curves_may_be_any_sequence_of_numbers():
         ("min_rise", 0),
         ("min_rise", math.inf),
         ("min_rise", math.nan),
+        ("errors", -0.1),
         ("noise", -1),
+        ("warmup", 3),
         ("span", 0),
         ("hold", 0),
         ("window", 4),
@@ -294,7 +404,7 @@ def test_options_out_of_range_are_refused(name, value):
         OverfittingRule(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [("span", 2.5), ("hold", True), ("noise", "2")])
+@pytest.mark.parametrize(("name", "value"), [("span", 2.5), ("hold", True), ("noise", "2"), ("warmup", 8.0)])
 def test_options_of_the_wrong_type_are_refused(name, value):
     """An option of the wrong type is refused, and so are unknown and positional ones."""
     with pytest.raises((TypeError, ValueError), match=name):

@@ -93,27 +93,30 @@ def evidence(v: Verdict, c: Curves) -> str:
         )
         return (
             f"Since evaluation {v.onset} the validation loss has risen by {v.rise:.4g}{exact}{training}; "
-            f"smoothed, it is {judged}."
+            f"smoothed, it is {judged}.{_more_examples(v)}"
         )
-    plateau = "The validation loss neither falls nor rises by an amount that counts."
-    if v.smoothed_rise > v.threshold:
-        plateau = f"The validation loss has risen, {_why_not(c)}."
     said = {
         "improving": "The validation loss still falls.",
-        "plateau": plateau,
+        "plateau": "The validation loss neither falls nor rises by an amount that counts.",
         "underfitting": "Neither loss falls any more, and validation is no worse than training: the model has not "
         "learned what the training data has to teach.",
         "diverging": "Both losses have risen: training diverges.",
     }[v.status]
+    if v.status != "diverging" and v.smoothed_rise > v.threshold:
+        said = f"The validation loss has risen, {_why_not(c)}."
     taken_back = "" if v.detected is None else f" Overfitting was noticed at evaluation {v.detected}, and is gone."
-    small = ""
-    if v.examples_needed is not None:
-        small = (
-            f" The rise since evaluation {v.reference} is {v.rise:.3g} ± {v.rise_se:.2g}: the validation set is too "
-            f"small to tell overfitting from none; it would take about {v.examples_needed:,} examples."
-        )
     unrest = f", with a noise of {c.noise:.2g} per evaluation" if math.isfinite(c.noise) else ""
-    return f"{said} Smoothed, it is {judged}{unrest}.{taken_back}{small}"
+    return f"{said} Smoothed, it is {judged}{unrest}.{taken_back}{_more_examples(v)}"
+
+
+def _more_examples(v: Verdict) -> str:
+    """Whether the validation set is too small, and how large it should be."""
+    if v.examples_needed is None:
+        return ""
+    return (
+        f" The rise since evaluation {v.reference} is {v.rise:.3g} ± {v.rise_se:.2g}: the validation set is too small "
+        f"to be sure of it or of none; it would take about {v.examples_needed:,} examples."
+    )
 
 
 def _why_not(c: Curves) -> str:
