@@ -171,7 +171,7 @@ def test_folders_that_differ_in_the_role_only(tmp_path):
 
 
 def test_the_pages_of_our_own_callback(tmp_path):
-    """Dots, bars and the dashed line are no runs: each training is one, with the history and the verdict of its result."""
+    """Dots, bars and the dashed line are no runs: each training is one, with the history of its result and the verdict on it."""
     trainer = overfitting_trainer(tmp_path, patience=30)
     results = [trainer.fit(*noisy_data(), epochs=60)]
     assert {"baseline", "best", "overfitting", "train", "val"} <= {path.name for path in (tmp_path / "run").iterdir()}
@@ -182,8 +182,10 @@ def test_the_pages_of_our_own_callback(tmp_path):
         assert (one.train, one.val) == ("train/loss", "val/loss")
         assert [entry["step"] for entry in result.history] == one.steps
         assert [float(np.float32(entry["val/loss"])) for entry in result.history] == one.losses
-        assert (result.verdict.status, result.verdict.onset) == (one.verdict.status, one.verdict.onset)
-        assert (result.verdict.detected, result.best.step) == (one.verdict.detected, one.steps[one.verdict.best])
+        curves = [[entry[name] for entry in result.history] for name in ("train/loss", "val/loss")]
+        expected = fw.diagnose(*curves)  # what the curves tell; the fit's own verdict knows the examples and a probe
+        assert (expected.status, expected.onset) == (one.verdict.status, one.verdict.onset)
+        assert (expected.detected, result.best.step) == (one.verdict.detected, one.steps[one.verdict.best])
     assert results[0].verdict.overfitting
     with pytest.raises(LogError, match="there are run, run-2$"):
         diagnose_logs(tmp_path, run="run-3")

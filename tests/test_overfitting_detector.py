@@ -1,0 +1,491 @@
+"""The overfitting detector in a fit: its probe of the training set, what reaches the rule, and what it does."""
+
+import copy
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+
+import fitwatch as fw
+
+WEIGHTS = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)
+
+
+def network(seed=0, dropout=0.5):
+    """A small network in float64."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 3)).double()
+
+
+def examples(count=64, seed=1):
+    """Features and random labels of three classes: whoever fits the labels overfits."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (count,), generator=generator)
+
+
+X, Y = examples()
+VX, VY = examples(20, 2)
+
+
+def make(*callbacks, loss=None, lr=0.05, dropout=0.5, kind=fw.Trainer, **options):
+    """A trainer of a new network."""
+    model = network(dropout=dropout)
+    return kind(model, torch.optim.Adam(model.parameters(), lr), loss, callbacks=callbacks, device="cpu", **options)
+
+
+def reference(model, x, y, weights=None):
+    """The loss in eval mode, by torch's own function."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        return F.cross_entropy(model(x), y, weights).item()
+
+
+class Stream(IterableDataset):
+    """The examples in order, with no index to ask for."""
+
+    def __iter__(self):
+        return zip(X, Y, strict=True)
+
+
+class Batches:
+    """A loader of one's own that can be iterated again."""
+
+    def __iter__(self):
+        return zip(X.split(8), Y.split(8), strict=True)
+
+
+class Watch(fw.Callback):
+    """Keeps weights, verdicts and logged values; stands before the detector and looks at what is there after it."""
+
+    def __init__(self):
+        self.weights, self.verdicts, self.logged, self.texts, self.bars = [], [], {}, [], []
+
+    def on_validation_start(self, state):
+        self.weights.append(copy.deepcopy(state.model))
+
+    def on_log(self, state):
+        for record in state.records:
+            if isinstance(record.value, fw.Marker):
+                self.bars.append(record)
+            elif isinstance(record.value, str):
+                self.texts.append(record)
+            else:
+                self.logged.setdefault(record.name, []).append(record.value)
+
+    def on_epoch_end(self, state):
+        self.verdicts.append(state.verdict)
+
+
+def chosen(probe_of, wanted, seed=0):
+    """The indices that a probe has drawn: a permutation of the eligible ones by its own seed."""
+    order = torch.randperm(len(probe_of), generator=torch.Generator().manual_seed(seed))
+    return torch.as_tensor(probe_of)[order[:wanted]]
+
+
+PART = list(range(0, 64, 2))
+LOADERS = {
+    "data set": (lambda: DataLoader(TensorDataset(X, Y), 16, shuffle=True), chosen(range(64), 20)),
+    "subset": (lambda: DataLoader(TensorDataset(X, Y), 16, sampler=SubsetRandomSampler(PART)), chosen(PART, 20)),
+    "list": (
+        lambda: list(zip(X.split(8), Y.split(8), strict=True)),
+        torch.cat([torch.arange(64).split(8)[i] for i in chosen(range(8), 2).tolist()]),
+    ),
+    "stream": (lambda: DataLoader(Stream(), 8), torch.arange(16)),
+    "iterable": (Batches, torch.arange(16)),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_the_probe_is_the_loss_of_fixed_training_examples_in_eval_mode(loader, weights):
+    """At every epoch the probe equals torch's loss of the same training examples, without dropout, with the weights."""
+    build, rows = LOADERS[loader]
+    watch = Watch()
+    trainer = make(watch, fw.OverfittingDetector(), loss=fw.CrossEntropy(weights))
+    result = trainer.fit(build(), [(VX, VY)], epochs=4)
+    expected = [reference(m, X[rows], Y[rows], weights) for m in watch.weights]
+    actual = [entry["val/loss"] - verdict.gap for entry, verdict in zip(result.history, watch.verdicts, strict=True)]
+    assert actual == pytest.approx(expected, rel=1e-12)
+    assert watch.logged["val/overfit/train_loss"] == pytest.approx(expected, rel=1e-6)  # written as float32
+    last = reference(watch.weights[-1], VX, VY, weights) - expected[-1]
+    assert result.verdict.gap == pytest.approx(last, rel=1e-9)
+    assert "like for like" not in result.verdict.evidence
+
+
+@pytest.mark.parametrize(("options", "size"), [({}, 20), ({"probe_examples": 7}, 7), ({"probe_examples": 1000}, 64)])
+def test_size_and_seed_of_the_probe(options, size):
+    """As many as the validation set by default, else as many as asked for, as far as there are some; drawn by seed."""
+    for seed in (0, 5):
+        watch = Watch()
+        detector = fw.OverfittingDetector(probe_seed=seed, **options)
+        make(watch, detector).fit(LOADERS["data set"][0](), [(VX, VY)], epochs=2)
+        rows = chosen(range(64), size, seed)
+        expected = [reference(m, X[rows], Y[rows]) for m in watch.weights]
+        assert watch.logged["val/overfit/train_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_probe_is_no_larger_than_2000():
+    """A validation set of 2,500 examples gets a probe of 2,000, since more would only cost time."""
+    x, y = examples(2500, 3)
+    watch = Watch()
+    make(watch, fw.OverfittingDetector()).fit(DataLoader(TensorDataset(x, y), 500), [(x, y)], epochs=1)
+    rows = chosen(range(2500), 2000)
+    assert watch.logged["val/overfit/train_loss"] == pytest.approx([reference(watch.weights[0], x[rows], y[rows])])
+
+
+def test_without_a_probe_the_verdict_says_so():
+    """probe_examples=0 compares with the running loss, and says that the gap is not like for like."""
+    watch = Watch()
+    result = make(watch, fw.OverfittingDetector(probe_examples=0)).fit([(X, Y)], [(VX, VY)], epochs=3)
+    assert "not like for like" in result.verdict.evidence
+    assert "probe_examples is 0" in result.verdict.evidence
+    assert result.verdict.gap == result.history[-1]["val/loss"] - result.history[-1]["train/loss"]
+
+
+def test_a_batch_without_tensors_is_no_probe():
+    """Where nobody can tell the size of a batch, the verdict says so in place of an error."""
+
+    class Named:
+        def __init__(self, x, y):
+            self.x, self.y = x, y
+
+    class Own(fw.Trainer):
+        def training_step(self, batch):
+            return self.compute_loss(self.model(batch.x), batch.y)
+
+        validation_step = training_step
+
+    for loader in ([Named(X, Y)], iter_again(Named(X, Y))):
+        result = make(fw.OverfittingDetector(), kind=Own).fit(loader, [Named(VX, VY)], epochs=2)
+        assert "can't tell how many examples a Named holds" in result.verdict.evidence
+
+
+def iter_again(batch):
+    """A loader of one batch that is no list."""
+
+    class Again:
+        def __iter__(self):
+            return iter([batch])
+
+    return Again()
+
+
+class Noisy(Dataset):
+    """Examples with random augmentation, from torch's and numpy's global generators."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        return X[i] + 0.1 * torch.randn(4) + 0.1 * np.random.standard_normal(), Y[i]  # noqa: NPY002 - the global one
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_training_is_the_same_with_and_without_the_detector(every):
+    """Dropout, shuffling and random augmentation draw the same numbers: the weights are equal to the bit."""
+    ends = []
+    for callbacks in ((), (fw.OverfittingDetector(),)):
+        trainer = make(*callbacks, seed=3)
+        loader = DataLoader(Noisy(), 8, shuffle=True)
+        result = trainer.fit(loader, DataLoader(TensorDataset(VX, VY), 5), epochs=4, validate_every=every)
+        ends.append((*trainer.model.state_dict().values(), torch.tensor([e["val/loss"] for e in result.history])))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_metrics_are_measured_on_the_probe_and_those_of_validation_are_not_disturbed():
+    """`train/<metric>` is the metric on the probe; an object still holds the validation set's figures after it."""
+
+    class Errors:
+        def reset(self):
+            self.wrong, self.count = 0.0, 0
+
+        def update(self, outputs, targets):
+            self.wrong += (outputs.argmax(1) != targets).sum().item()
+            self.count += len(targets)
+
+        def compute(self):
+            return self.wrong / self.count
+
+    watch, errors = Watch(), Errors()
+    metrics = {"accuracy": lambda o, t: (o.argmax(1) == t).double().mean(), "errors": errors}
+    trainer = make(
+        watch,
+        fw.OverfittingDetector(),
+        fw.RealWorldCost([[0, 1, 1], [2, 0, 2], [3, 3, 0]]),
+        metrics=metrics,
+    )
+    result = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=3)
+    rows = chosen(range(64), 20)
+    for i, model in enumerate(watch.weights):
+        model.eval()
+        on_probe = (model(X[rows]).argmax(1) == Y[rows]).double().mean().item()
+        on_val = (model(VX).argmax(1) == VY).double().mean().item()
+        assert watch.logged["train/accuracy"][i] == pytest.approx(on_probe, rel=1e-6)
+        assert watch.logged["train/errors"][i] == pytest.approx(1 - on_probe, rel=1e-6)
+        assert result.history[i]["val/accuracy"] == pytest.approx(on_val)
+        costs = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)[VY] * (model(VX).argmax(1) != VY)
+        assert result.history[i]["val/cost"] == pytest.approx(costs.mean().item())
+    assert errors.count == len(VY)
+
+
+MULTI = (VX[:, :3] > 0).double()
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch", "known"),
+    [
+        (fw.CrossEntropy(), (VX, VY), True),
+        (fw.CrossEntropy(WEIGHTS), (VX, VY), True),
+        (fw.CrossEntropy(), (VX, VY, torch.linspace(0, 2, 20, dtype=torch.float64)), True),
+        (fw.BinaryCrossEntropy(), (VX, MULTI), True),
+        (F.cross_entropy, (VX, VY), False),
+    ],
+    ids=["plain", "class weights", "sample weights", "several labels", "function"],
+)
+def test_losses_of_examples_reach_the_rule(loss, batch, known):
+    """The error of the rise is that of the pairs for every loss that has them, and that of the curve for a function."""
+    watch = Watch()
+    trainer = make(watch, fw.OverfittingDetector(), loss=loss)
+    verdict = trainer.fit([batch], [batch], epochs=8).verdict
+    assert (trainer.callbacks[1].rule.examples == 20) == known
+    assert math.isfinite(verdict.rise_se)
+    if known:
+        influence = []
+        for model in (watch.weights[verdict.reference], watch.weights[-1]):
+            with torch.no_grad():
+                outputs = model.eval()(batch[0])
+            if isinstance(loss, fw.BinaryCrossEntropy):
+                losses, w = F.binary_cross_entropy_with_logits(outputs, MULTI, reduction="none").mean(1), torch.ones(20)
+            else:
+                losses = F.cross_entropy(outputs, VY, reduction="none")
+                w = torch.ones(20, dtype=torch.float64) if loss.weight is None else loss.weight[VY]
+                w = w * batch[2] if len(batch) == 3 else w
+            influence.append(w / w.sum() * (losses - (w * losses).sum() / w.sum()))
+        plain = ((influence[1] - influence[0]).square().sum() * 20 / 19).sqrt().item()
+        assert plain < verdict.rise_se < 2.5 * plain  # the corrections for long tails have tests of their own
+
+
+def test_an_own_validation_step_without_update_metrics_is_judged_by_means():
+    """A step that hands nothing to `update_metrics` gives the means, and they are judged."""
+
+    class Own(fw.Trainer):
+        def validation_step(self, batch):
+            return self.compute_loss(self.model(batch[0]), batch[1])
+
+    trainer = make(fw.OverfittingDetector(), kind=Own, dropout=0.0)
+    result = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=40)
+    assert trainer.callbacks[0].rule.examples == 0
+    assert result.verdict.overfitting
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_validation_within_the_first_epoch(loader):
+    """Validated after every step, the probe is there from the first one on, and indices are those of the history."""
+    watch = Watch()
+    result = make(watch, fw.OverfittingDetector(), dropout=0.0).fit(
+        LOADERS[loader][0](), [(VX, VY)], epochs=30, validate_every=2
+    )
+    assert len(watch.logged["val/overfit/train_loss"]) == len(result.history)
+    assert result.verdict.best == min(range(len(result.history)), key=lambda i: result.history[i]["val/loss"])
+    assert "like for like" not in result.verdict.evidence
+
+
+@pytest.mark.parametrize("action", ["warn", "stop", "restore"])
+def test_actions(action):
+    """Action "warn" goes on, "stop" ends training when it is detected, "restore" ends with the best weights."""
+    watch = Watch()
+    trainer = make(watch, fw.OverfittingDetector(action=action), dropout=0.0)
+    result = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=40)
+    verdict = result.verdict
+    assert verdict.overfitting
+    assert len(result.history) == (40 if action == "warn" else verdict.detected + 1)
+    assert (result.stop_reason is None) == (action == "warn")
+    best = min(range(len(result.history)), key=lambda i: result.history[i]["val/loss"])
+    kept = watch.weights[best if action == "restore" else -1]
+    expected, actual = kept.state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert best < len(result.history) - 1
+
+
+def test_a_healthy_run_is_not_restored():
+    """Action "restore" leaves the weights alone where nothing overfits."""
+    watch = Watch()
+    trainer = make(watch, fw.OverfittingDetector(action="restore"), lr=1e-4)
+    assert not trainer.fit([(X, Y)], [(X, Y)], epochs=12).verdict.overfitting
+    expected, actual = watch.weights[-1].state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_change_is_told_once_with_remedies_that_fit_the_run(caplog):
+    """One warning, one bar at the onset, and one text with decay, dropout, parameters per example and best epoch."""
+    watch = Watch()
+    trainer = make(watch, fw.OverfittingDetector(), dropout=0.25)
+    trainer.optimizer.param_groups[0]["weight_decay"] = 0.0125
+    with caplog.at_level(logging.WARNING, "fitwatch"):
+        result = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=40)
+    verdict = result.verdict
+    assert (verdict.status, verdict.overfitting) == ("overfitting", True)
+    assert len([r for r in caplog.records if r.message.startswith("overfitting: ")]) == 1
+    onset = result.history[verdict.onset]
+    assert [(b.name, b.step, b.value) for b in watch.bars] == [
+        ("overfitting", onset["step"], fw.Marker(onset["train/loss"], onset["val/loss"]))
+    ]
+    (text,) = [t for t in watch.texts if t.name == "val/report/verdict"]
+    assert text.step == result.history[verdict.detected]["step"]
+    best = min(result.history[: verdict.detected + 1], key=lambda e: e["val/loss"])
+    for words in (
+        "**Overfitting.**",
+        "weight decay 0.0125, dropout 0.25",
+        f"259 parameters, {259 / 64:.3g} for each training example",
+        f"best at epoch {best['epoch']}, step {best['step']}, with a loss of {best['val/loss']:.4g}",
+    ):
+        assert words in text.value
+
+
+def test_a_resumed_fit_gives_the_verdicts_of_a_whole_one(tmp_path):
+    """Resumed in the middle, evidence, errors and all are those of an uninterrupted fit, and the best is restored."""
+    ends = []
+    for cut in (None, 5):
+        watch = Watch()
+        folder = tmp_path / str(cut)
+
+        def fit(epochs, watch=watch, folder=folder, resume=None):
+            torch.manual_seed(0)
+            detector = fw.OverfittingDetector(action="restore")
+            trainer = make(watch, detector, fw.Checkpoint(folder, keep=1), seed=1, dropout=0.1)
+            loader = DataLoader(TensorDataset(X, Y), 16, shuffle=True, generator=torch.Generator().manual_seed(4))
+            return trainer, trainer.fit(loader, [(VX, VY)], epochs=epochs, resume=resume)
+
+        if cut is not None:
+            fit(cut)
+        trainer, result = fit(40, resume=None if cut is None else "auto")
+        assert result.verdict.overfitting
+        assert result.verdict.detected > 5
+        ends.append(([repr(v) for v in watch.verdicts], result.stop_reason, trainer.model.state_dict()))
+    assert ends[0][:2] == ends[1][:2]
+    assert all(torch.equal(ends[0][2][name], ends[1][2][name]) for name in ends[0][2])
+
+
+def test_verdicts_do_not_depend_on_batches_or_the_scale_of_weights():
+    """Validation batches of 1, 7 and 64, and class weights times a constant, give the same verdict and figures."""
+    seen = []
+    for size, scale in ((64, 1), (1, 1), (7, 1), (64, 1000.0)):
+        watch = Watch()
+        trainer = make(watch, fw.OverfittingDetector(), loss=fw.CrossEntropy(WEIGHTS * scale), dropout=0.0)
+        val = DataLoader(TensorDataset(VX, VY), size)
+        seen.append(trainer.fit(DataLoader(TensorDataset(X, Y), 16), val, epochs=30).verdict)
+    for verdict in seen[1:]:
+        for name in ("overfitting", "status", "onset", "detected", "best", "reference", "examples_needed"):
+            assert getattr(seen[0], name) == getattr(verdict, name)
+        for name in ("gap", "rise", "rise_se", "smoothed_rise", "threshold"):
+            assert getattr(verdict, name) == pytest.approx(getattr(seen[0], name), rel=1e-6)
+    assert seen[0].overfitting
+
+
+def test_a_validation_set_that_changes_its_size_is_judged_by_means(caplog):
+    """Another number of examples can't be paired: one warning for the fit, and no error."""
+    sizes = iter([20, 20, 15, 20, 10, 20, 20, 20])
+
+    class Changing:
+        def __iter__(self):
+            n = next(sizes)
+            return iter([(VX[:n], VY[:n])])
+
+    with caplog.at_level(logging.WARNING, "fitwatch"):
+        result = make(fw.OverfittingDetector()).fit([(X, Y)], Changing(), epochs=8)
+    assert len([r for r in caplog.records if "can't pair them" in r.message]) == 1
+    assert len(result.history) == 8
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_the_standard_error_of_the_validation_loss(weights):
+    """min_delta="1se" measures val/loss_se: sqrt(sum(a^2) N / (N - 1)) of the influences, with room for a long tail."""
+    watch = Watch()
+    stop = fw.EarlyStopping(min_delta="1se", patience=50)
+    result = make(watch, stop, loss=fw.CrossEntropy(weights)).fit([(X, Y)], [(VX, VY)], epochs=4)
+    for entry, model in zip(result.history, watch.weights, strict=True):
+        with torch.no_grad():
+            losses = F.cross_entropy(model.eval()(VX), VY, reduction="none").numpy()
+        w = np.ones(20) if weights is None else weights[VY].numpy()
+        a = w * (losses - np.average(losses, weights=w)) / w.sum()
+        kurtosis = 20 * (a**4).sum() / (a**2).sum() ** 2
+        nu = 2 * 20 / (kurtosis - 1)
+        wider = (2 + (2**3 + 2) / 4 / nu + (5 * 2**5 + 16 * 2**3 + 6) / 96 / nu**2
+                 + (3 * 2**7 + 19 * 2**5 + 17 * 2**3 - 30) / 384 / nu**3) / 2  # fmt: skip
+        variance = (a**2).sum() * 20 / 19 + (a**2).max()
+        assert entry["val/loss_se"] == pytest.approx(wider * math.sqrt(variance), rel=1e-9)
+
+
+def test_a_loss_without_examples_has_no_standard_error():
+    """min_delta="1se" with a function as the loss is an error before training, which lists what will be measured."""
+    trainer = make(fw.EarlyStopping(min_delta="1se"), loss=F.cross_entropy)
+    with pytest.raises(ValueError, match="standard errors monitors 'val/loss_se', which this fit will not measure"):
+        trainer.fit([(X, Y)], [(VX, VY)], epochs=2)
+    assert trainer.state.progress.step == 0
+
+
+def test_a_hand_written_loop_has_no_probe():
+    """Without `State.measure` the running loss is compared, and the verdict says why."""
+    model = network()
+    state = fw.State(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        loss=fw.CrossEntropy(),
+        train_loader=[(X, Y)],
+        val_loader=[(VX, VY)],
+    )
+    detector = fw.OverfittingDetector()
+    detector.on_fit_start(state)
+    state.train_loss.add(torch.tensor(1.0), 1.0)
+    state.evaluated({"val/loss": 1.5})
+    detector.on_validation_end(state)
+    assert "this loop can't measure other batches" in state.verdict.evidence
+    assert state.verdict.gap == 0.5
+
+
+def test_the_detector_needs_a_validation_set():
+    """Without a val_loader there is nothing to compare: an error before the first step."""
+    with pytest.raises(ValueError, match="fit needs a val_loader"):
+        make(fw.OverfittingDetector()).fit([(X, Y)], epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"action": "halt"}, ValueError, "action must be one of 'warn', 'stop', 'restore', got 'halt'"),
+        ({"probe_examples": -1}, ValueError, "probe_examples must be 0 or more"),
+        ({"probe_examples": 2.0}, TypeError, "probe_examples must be an integer"),
+        ({"probe_seed": -1}, ValueError, "probe_seed must be 0 or more"),
+        ({"rule": 3}, TypeError, "rule must be of type OverfittingRule"),
+    ],
+)
+def test_options_are_checked(options, error, message):
+    """Each wrong option is refused when the detector is built."""
+    with pytest.raises(error, match=message):
+        fw.OverfittingDetector(**options)
+
+
+def test_a_second_fit_is_judged_anew():
+    """The rule of a second fit has its options and none of the first one's evaluations."""
+    detector = fw.OverfittingDetector(rule=fw.OverfittingRule(hold=3))
+    trainer = make(detector, dropout=0.0)
+    assert trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=40).verdict.overfitting
+    again = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=2)
+    assert (again.verdict.status, detector.rule.hold) == ("warming up", 3)
+
+
+def test_a_batch_sampler_of_ones_own_over_a_part_of_the_set():
+    """The probe is drawn from the part that the sampler within a batch sampler has."""
+    sampler = torch.utils.data.BatchSampler(SubsetRandomSampler(PART), 8, drop_last=False)
+    watch = Watch()
+    make(watch, fw.OverfittingDetector()).fit(
+        DataLoader(TensorDataset(X, Y), batch_sampler=sampler), [(VX, VY)], epochs=1
+    )
+    rows = chosen(PART, 20)
+    assert watch.logged["val/overfit/train_loss"] == pytest.approx([reference(watch.weights[0], X[rows], Y[rows])])
