@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
     first.fit(*noisy_data(), epochs=60)
     before = bars(folder / "resumed")
     resumed = overfitting_trainer(folder, name="resumed", callbacks=[fw.Checkpoint(checkpoints, keep=100)])
-    again = resumed.fit(*noisy_data(), epochs=14, resume=checkpoints / "epoch-10.pt")
+    again = resumed.fit(*noisy_data(), epochs=12, resume=checkpoints / "epoch-10.pt")
 
     twice = overfitting_trainer(folder, name="twice", patience=2)
     both = [twice.fit(*noisy_data(), epochs=60) for _ in range(2)]
@@ -86,10 +86,11 @@ def test_optimizer_and_gradients_stand_in_train(runs):
 
 
 def test_the_evidence_of_overfitting_stands_in_val(runs):
-    """The gap is validation minus train loss at every evaluation; rise, threshold and both losses stand beside it."""
-    gap = points(runs.run / "val", "overfit/gap")
-    assert gap == [(e["step"], float(np.float32(e["val/loss"] - e["train/loss"]))) for e in runs.result.history]
-    assert points(runs.run / "val", "overfit/train_loss") == curve(runs.result.history, "train/loss")
+    """The gap is validation minus probe loss at every evaluation; rise, threshold and both losses stand beside it."""
+    gap, probe = (points(runs.run / "val", f"overfit/{name}") for name in ("gap", "train_loss"))
+    assert [step for step, _ in probe] == [entry["step"] for entry in runs.result.history]
+    expected = [entry["val/loss"] - loss for entry, (_, loss) in zip(runs.result.history, probe, strict=True)]
+    assert [value for _, value in gap] == pytest.approx(expected, abs=1e-6)
     assert points(runs.run / "val", "overfit/val_loss") == curve(runs.result.history, "val/loss")
     rise, threshold = (
         dict(points(runs.run / "val", "overfit/rise")),
@@ -132,7 +133,7 @@ def test_the_texts(runs):
     targets = noisy_data()[0].dataset.tensors[1]
     for label, count in enumerate(targets.bincount().tolist()):
         assert f"| {label} | {count} | {len(targets) / 2 / count:.4g} |" in weights
-    [(step, warning)] = texts(runs.run / "val", "report/warnings")
+    [(step, warning)] = texts(runs.run / "val", "report/verdict")
     assert step == runs.result.history[runs.result.verdict.detected]["step"]
     assert "Overfitting" in warning
 
@@ -240,7 +241,7 @@ def test_the_texts_are_served(address):
     """The Text page has the start report as an HTML table, the class weights and the warning."""
     tags = get(address, "text/tags")
     assert sorted(tags["run/train"]) == ["report/class_weights", "report/start"]
-    assert tags["run/val"] == ["report/warnings"]
+    assert tags["run/val"] == ["report/verdict"]
     [report] = get(address, "text/text", run="run/train", tag="report/start")
     assert "<th>setting</th>" in report["text"]
     assert "<td>Adam</td>" in report["text"]
@@ -250,15 +251,15 @@ def test_the_texts_are_served(address):
 
 
 def test_a_resumed_fit_goes_on_in_its_folder_without_overlap(runs, address):
-    """Resumed at epoch 10 of 18 to stop at 14: 14 points a curve, each once, those of the resumed history; disk and server agree."""
+    """Resumed at epoch 10 of 18 to stop at 12: 12 points a curve, each once, those of the resumed history; disk and server agree."""
     assert not (runs.folder / "resumed-2").exists()
     history = runs.again.history
-    assert [entry["epoch"] for entry in history] == list(range(14))
+    assert [entry["epoch"] for entry in history] == list(range(12))
     for run in ("train", "val"):
         assert points(runs.folder / "resumed" / run, "loss") == curve(history, f"{run}/loss")
         assert served(address, f"resumed/{run}", "loss") == curve(history, f"{run}/loss")
     steps = [step for step, _ in points(runs.folder / "resumed/train", "optim/lr")]
-    assert steps == list(range(2, 14 * 6 + 1, 2))
+    assert steps == list(range(2, 12 * 6 + 1, 2))
 
 
 def test_a_resumed_fit_loses_the_bars_that_did_not_happen(runs, address):
