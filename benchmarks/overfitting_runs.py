@@ -79,7 +79,7 @@ def settings(number):
 
 
 def train(options):
-    """Training curve (running), probe curve, validation losses (epochs, N), their weights, test losses likewise."""
+    """Training losses, running and of a probe, and the losses of all validation and test examples, (epochs, N)."""
     torch.set_num_threads(1)
     torch.manual_seed(options["seed"])
     x, y = DATA[options["dataset"]]
@@ -128,7 +128,15 @@ def train(options):
     running = np.array([entry["train/loss"] for entry in result.history], np.float32)
     (probe, pw), (val, vw), (test, tw) = (tuple(np.stack(c) for c in zip(*k, strict=True)) for k in recorder.curves)
     probe_mean = (probe * pw).sum(1) / pw.sum(1)
-    return running, probe_mean, val, vw[0], test, tw[0]
+    return {
+        "running": running,
+        "probe": probe_mean,
+        "val": val,
+        "val_weights": vw[0],
+        "val_targets": parts[1][1].numpy(),
+        "test": test,
+        "test_weights": tw[0],
+    }
 
 
 class Shuffled:
@@ -168,9 +176,8 @@ def work(number):
     path = FOLDER / f"run_{number:04d}.npz"
     if not path.exists():
         options = settings(number)
-        running, probe, val, vw, test, tw = train(options)
-        facts = {**options, **label(running, test, tw)}
-        arrays = {"running": running, "probe": probe, "val": val, "val_weights": vw, "test": test, "test_weights": tw}
+        arrays = train(options)
+        facts = {**options, **label(arrays["running"], arrays["test"], arrays["test_weights"])}
         np.savez(path.with_suffix(".part.npz"), facts=json.dumps(facts), **arrays)
         path.with_suffix(".part.npz").rename(path)
     return number
