@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,16 +105,6 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _positive(weight: Tensor | float) -> Tensor | float:
     return torch.where(weight > 0, weight, 1) if isinstance(weight, Tensor) else weight or 1.0
-
-
-def check_scheduler(scheduler: Any, optimizer: Optimizer) -> None:
-    """Refuse what is no scheduler instance, or one of another optimizer; None passes."""
-    if scheduler is None:
-        return
-    if isinstance(scheduler, (type, Optimizer)) or not hasattr(scheduler, "step"):
-        raise TypeError(f"scheduler must be an instance of a torch scheduler, got {scheduler!r}")
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise ValueError("scheduler belongs to another optimizer than the one given")
 
 
 def zero_grad(optimizer: Optimizer) -> None:

@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from fitwatch import loading
 from fitwatch._options import check_counts
 from fitwatch.checkpoint import unwrap
 
 
-def describe(model: nn.Module, optimizer: Optimizer, loss: Any, scheduler: Any, **options: Any) -> dict[str, Any]:
+def describe(trainer: Any) -> dict[str, Any]:
     """Name -> value of everything worth a line; always the same names, so that runs compare in one table."""
+    model, optimizer, loss, scheduler = trainer.model, trainer.optimizer, trainer.loss, trainer.scheduler
+    options = {name: getattr(trainer, name) for name in ("accumulate", "clip_norm", "precision", "device", "seed")}
+    options["device"] = str(trainer.device)
     group = optimizer.param_groups[0]
     return {
         "model": type(unwrap(model)).__name__,

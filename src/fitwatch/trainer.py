@@ -14,10 +14,11 @@ from fitwatch import checkpoint, loading
 from fitwatch._options import instance, integer, number, one_of
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.evaluation import NO_BASELINE, Evaluation, expected_baseline
-from fitwatch.gradients import StepGradient, check_scheduler, parameters, zero_grad
+from fitwatch.gradients import StepGradient, parameters, zero_grad
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.metrics import Metrics
 from fitwatch.result import Result
+from fitwatch.schedule import Schedule
 from fitwatch.settings import check_fit, describe
 from fitwatch.state import Progress, State
 
@@ -79,7 +80,8 @@ class Trainer:
     def __attrs_post_init__(self) -> None:
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise TypeError("optimizer must step without a closure, which LBFGS can't")
-        check_scheduler(self.scheduler, self.optimizer)
+        self._schedule = Schedule(self.scheduler, self.scheduler_interval, self.scheduler_monitor)
+        self._schedule.check(self.optimizer)
         self._hooks = Callbacks(self.callbacks)
         Metrics(self.metrics or {})  # refuses a wrong one now
         self._evaluation: Evaluation | None = None  # while one runs
@@ -213,7 +215,6 @@ class Trainer:
 
     def _loop(self, validate_every: int | None) -> None:
         state, hooks, progress = self.state, self._hooks, self.state.progress
-        per_epoch = self.scheduler if self.scheduler_interval == "epoch" and not self._plateau else None
         while not (self._stops() or self._epochs_done(progress.epoch)):
             self.model.train()
             progress.epoch_step = progress.epoch_batch = 0
@@ -225,14 +226,13 @@ class Trainer:
             last = self._stops() or self._epochs_done(progress.epoch + complete)
             if state.val_loader is None:
                 state.evaluated({})
-                self._step_plateau()
+                self._schedule.after_evaluation(state.metrics)
             elif (last or validate_every is None) and not state.stop_reason and not self._validated():
                 self._validate_and_log()
             if complete:
                 progress.epoch += 1
                 progress.epoch_step = progress.epoch_batch = 0
-                if per_epoch is not None:
-                    per_epoch.step()
+                self._schedule.after("epoch")
             hooks.on_epoch_end(state)
             self._log()
 
@@ -282,8 +282,8 @@ class Trainer:
         if self.clip_norm is not None:
             state.total_norm = nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip_norm)
         stepped = gradient.step()
-        if stepped and self.scheduler is not None and self.scheduler_interval == "step" and not self._plateau:
-            self.scheduler.step()
+        if stepped:
+            self._schedule.after("step")
         progress.step += 1
         progress.epoch_step += 1
         hooks.on_step_end(state)
@@ -299,7 +299,7 @@ class Trainer:
         hooks.on_validation_start(state)
         state.evaluated(self.validate(state.val_loader))
         hooks.on_validation_end(state)
-        self._step_plateau()
+        self._schedule.after_evaluation(state.metrics)
         self._log()
 
     def _log(self) -> None:
@@ -332,8 +332,6 @@ class Trainer:
     # -- small parts ---------------------------------------------------------------------------------------------
 
     def _new_state(self, **given: Any) -> State:
-        names = ("accumulate", "clip_norm", "precision", "device", "seed")
-        options = {name: getattr(self, name) for name in names} | {"device": str(self.device)}
         return State(
             model=self.model,
             optimizer=self.optimizer,
@@ -343,7 +341,7 @@ class Trainer:
             device=self.device,
             log_every=self.log_every,
             clip_norm=self.clip_norm,
-            settings=describe(self.model, self.optimizer, self.loss, self.scheduler, **options),
+            settings=describe(self),
             val_metrics=dict(self.metrics or {}),
             measure=self._measure,
             **given,
@@ -369,17 +367,8 @@ class Trainer:
         if state.val_loader is not None and getattr(loss, "has_weights", False):
             state.names.add("val/loss_unweighted")
         state.baseline = expected_baseline(loss, state.train_loader, state.val_loader)
-        if self._plateau:
-            state.watch(self.scheduler_monitor, self.scheduler.mode, by="ReduceLROnPlateau")
+        self._schedule.watch(state)
         state.check_watched()
-
-    @property
-    def _plateau(self) -> bool:
-        return isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-
-    def _step_plateau(self) -> None:
-        if self._plateau:
-            self.scheduler.step(self.state.metrics[self.scheduler_monitor])
 
     def _stops(self) -> bool:
         state, progress = self.state, self.state.progress
