@@ -219,7 +219,8 @@ def test_frozen_layers_are_notes_with_their_reason(batches, caplog):
     assert "`0` is not trained: requires_grad is False" in text
     assert "`2` is not trained: the optimizer does not hold it" in text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert trainer.state.report["layers not healthy"] == "frozen: `0`, `2`"
+    assert trainer.state.report["layers not healthy"] == "none"
+    assert trainer.state.report["layers not trained"] == "`0`, `2`"
 
 
 def test_weights_that_rounding_holds_still_are_named(batches):

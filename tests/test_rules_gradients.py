@@ -40,6 +40,9 @@ PLANTED = {
 }
 
 
+OVER = {"no gradient": "without a gradient"}
+
+
 @pytest.mark.parametrize("status", PLANTED)
 def test_a_planted_layer_is_named_once_and_its_recovery_too(status):
     """Each fault is named after one window with its steps, not again while it lasts, and taken back when it is over."""
@@ -53,7 +56,7 @@ def test_a_planted_layer_is_named_once_and_its_recovery_too(status):
     assert run(others(bad=PLANTED[status])) == []
     (over,) = run(others(bad=layer()))
     assert (over.status, over.layers, over.trouble) == ("healthy", ("bad",), False)
-    assert f"No longer {status}" in over.evidence
+    assert over.evidence.startswith(f"No longer {OVER.get(status, status)}: `bad`.")
     assert run.rule.trouble() == "none"
 
 
@@ -99,23 +102,81 @@ def test_frozen_on_purpose_is_a_note():
     """What is left out of training is said at once, without a warning, and so is its return."""
     run = Run()
     (finding,) = run(others(bad=fw.LayerGradient(untrained="requires_grad is False")), steps=1)
-    assert (finding.status, finding.trouble) == ("frozen", False)
+    assert (finding.status, finding.trouble) == ("untrained", False)
+    assert (run.rule.trouble(), run.rule.untrained()) == ("none", "`bad`")
     assert "requires_grad is False" in finding.evidence
     assert run(others(bad=fw.LayerGradient(untrained="requires_grad is False"))) == []
     (over,) = run(others(bad=layer()))
     assert (over.status, over.trouble) == ("trained", False)
+    assert over.evidence.startswith("No longer frozen: `bad`.")
+    assert run.rule.untrained() == "none"
 
 
-@pytest.mark.parametrize(("lr", "trouble"), [(0.1, True), (0.0, False)])
-def test_weights_that_do_not_move_are_frozen(lr, trouble):
+@pytest.mark.parametrize(("lr", "status"), [(0.1, "frozen"), (0.0, "untrained")])
+def test_weights_that_do_not_move_are_frozen(lr, status):
     """Two sampled steps that changed nothing make it frozen: a warning, unless the learning rate is 0."""
     run = Run()
     still = layer(update_norm=0.0, lr=lr)
     assert run(others(bad=still)) == []
     (finding,) = run(others(bad=still))
-    assert ("frozen", trouble) == (finding.status, finding.trouble)
+    assert (status, status == "frozen") == (finding.status, finding.trouble)
     assert run(others(bad=layer(update_norm=math.nan))) == []  # not sampled: nothing new
-    assert run.rule.statuses == {"bad": "frozen"}
+    assert run.rule.statuses == {"bad": status}
+
+
+def test_a_rate_of_zero_counts_for_nothing_else():
+    """One step at rate 0 and one whose update was lost are not two of either."""
+    run = Run()
+    assert run(others(bad=layer(update_norm=0.0, lr=0.0))) == []
+    assert run(others(bad=layer(update_norm=0.0))) == []
+    assert [f.status for f in run(others(bad=layer(update_norm=0.0)))] == ["frozen"]
+
+
+@pytest.mark.parametrize("sample", [{"update_norm": 0.0}, {"update_norm": 50.0}])
+def test_a_sampled_step_without_a_gradient_says_nothing(sample):
+    """Of a layer that was unused at the sampled step, its update is no sign of anything."""
+    run = Run()
+    assert [run(others(bad=layer(zero_share=1.0, **sample))) for _ in range(4)] == [[]] * 4
+
+
+def test_a_parameter_around_zero_does_not_explode():
+    """Updates that exceed the weights of the moment, but not the largest they had, are no explosion."""
+    run = Run()
+    assert run(others(bias=layer(weight_norm=0.05, update_norm=0.01))) == []
+    around = others(bias=layer(weight_norm=0.001, update_norm=0.01))
+    assert [run(around) for _ in range(3)] == [[]] * 3
+
+
+@pytest.mark.parametrize("status", PLANTED)
+def test_a_status_that_comes_and_goes_is_given_ever_more_rarely(status):
+    """After a recovery the same fault must last ten times as long; a hundred silences of 20 steps are one warning."""
+    run = Run()
+    bad, good = others(bad=PLANTED[status]), others(bad=layer())
+    assert [len(run(layers)) for layers in (bad, bad, good)] == [1, 0, 1]
+    for _ in range(100):
+        assert [run(layers) for layers in (bad, bad, good)] == [[]] * 3
+    found = [run(bad) for _ in range(20)]
+    assert found[:19] == [[]] * 19
+    assert [f.status for f in found[19]] == [status]
+    assert [f.status for f in run(good)] == ["healthy"]
+    assert [run(bad) for _ in range(199)] == [[]] * 199
+
+
+def test_a_layer_used_now_and_then_has_to_be_silent_for_longer():
+    """After a window in which 8 of 10 steps had no gradient, 80 steps without one are needed."""
+    run = Run()
+    assert run(others(bad=layer(zero_steps=8))) == []
+    assert [run(others(bad=PLANTED["dead"])) for _ in range(7)] == [[]] * 7
+    assert [f.status for f in run(others(bad=PLANTED["dead"]))] == ["dead"]
+
+
+def test_an_explosion_is_over_when_the_norm_is_well_below_the_threshold():
+    """The end is said at a tenth of the multiple that made the beginning, so that it does not come and go."""
+    run = Run(exploding=100)
+    assert [f.status for norm in (1.0, 300.0) for f in run(norms=[norm] * 20)] == ["exploding"]
+    assert run(norms=[50.0] * 20) == []
+    assert run(norms=[11.0] * 20) == []
+    assert [f.status for f in run(norms=[9.0] * 20)] == ["healthy"]
 
 
 def test_a_layer_that_outgrows_its_weights_explodes():
@@ -194,9 +255,13 @@ def test_quantiles_are_those_of_all_values_within_a_percent():
     for share in (0.01, 0.5, 0.95, 0.999):
         expected = values.sort().values[math.ceil(share * 5000) - 1].item()
         assert histogram.quantile(share) == pytest.approx(expected, rel=0.006)
+    above = (values > 3.0).double().mean().item()
+    assert histogram.share_above(3.0) == pytest.approx(above, abs=0.005)
     histogram.add([0.0] * 20000)
+    assert histogram.share_above(3.0) == pytest.approx(above / 5, abs=0.001)
     assert histogram.quantile(0.5) == 0
     assert LogHistogram().quantile(0.5) is None
+    assert math.isnan(LogHistogram().share_above(1.0))
 
 
 def test_the_summary_counts_spikes():
@@ -206,6 +271,29 @@ def test_the_summary_counts_spikes():
     assert run.rule.summary() == "median 1, 95 % up to 1, largest 50 at step 99, 1 step above 10 times the median"
     assert fw.GradientRule().summary() == "no finite norm was seen"
     assert fw.GradientRule().clip_norm is None
+
+
+@pytest.mark.parametrize("window", [1, 7, 50])
+def test_the_norm_to_clip_to_is_above_all_but_spikes(window):
+    """Spikes in 2 % of steps over norms that fall by 1e6 are cut where the level is highest, whatever the windows."""
+    level = torch.logspace(0, -6, 1000, dtype=torch.float64)
+    norms = (level * (1 + 0.2 * torch.rand(1000))).tolist()
+    norms[::50] = [100 * norm for norm in norms[::50]]
+    run = Run()
+    for start in range(0, 1000, window):
+        run(norms=norms[start : start + window])
+    assert 0.8 < run.rule.clip_norm < 1.5
+    assert sum(norm > run.rule.clip_norm for norm in norms) < 20
+
+
+def test_an_explosion_leaves_the_norm_to_clip_to_as_it_was():
+    """A clip_norm from after the explosion would not have prevented it."""
+    run = Run()
+    run(norms=[1.0] * 40)
+    before = run.rule.clip_norm
+    assert [f.status for f in run(norms=[1e9] * 20)] == ["exploding"]
+    run(norms=[1e12] * 20)
+    assert before == run.rule.clip_norm == pytest.approx(1, rel=0.01)
 
 
 def test_a_rule_goes_on_from_its_state():

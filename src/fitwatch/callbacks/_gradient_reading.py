@@ -29,6 +29,7 @@ class Figures:
     first_bad: list[int]  # of each parameter: the first of these steps with a norm that is not finite, or how many
     mean: list[float]  # of each layer, over the steps
     max: list[float]
+    zero_steps: list[float]  # of each layer: steps with a norm of 0
     nonzero: list[float]  # of each layer, at the sampled step: elements of the gradient that are not 0
     weight: list[float]  # 2-norm of the weights before that step
     update: list[float]  # 2-norm of what it added to them
@@ -145,30 +146,33 @@ class Reading:
 
     def _reduce_layers(self, norms: Tensor, finite: Tensor) -> list[Tensor]:
         layers = self._by_layer(norms)
+        zero = (layers == 0).sum(0)
         if self.skips:
             made = finite.all(1, keepdim=True)
             layers = torch.where(made, layers, 0)
-            parts = [layers.sum(0) / made.sum(), layers.amax(0)]
+            largest = torch.where(made.any(), layers.amax(0), math.nan)  # as the mean: of no step at all
+            parts = [layers.sum(0) / made.sum(), largest, zero]
         else:
-            parts = [layers.mean(0), layers.amax(0)]
+            parts = [layers.mean(0), layers.amax(0), zero]
         if self._nonzero is None or not self._sample:
             return [*parts, torch.full((3 * self.layers,), math.nan, device=self.device)]
         return [*parts, self._nonzero, *self._sample]
 
     def close_window(self, numbers: list[float]) -> Figures:
         """What `reduce` gave, on the host; and begin anew."""
-        sizes = [len(self.places), len(self.parameters), *([self.layers] * 5)]
+        sizes = [len(self.places), len(self.parameters), *([self.layers] * 6)]
         parts, start = [], 0
         for size in sizes:
             parts.append(numbers[start : start + size])
             start += size
-        norms, first_bad, mean, largest, nonzero, weight, update = parts
+        norms, first_bad, mean, largest, zero_steps, nonzero, weight, update = parts
         figures = Figures(
             places=self.places,
             norms=norms,
             first_bad=[int(i) for i in first_bad],
             mean=mean,
             max=largest,
+            zero_steps=zero_steps,
             nonzero=nonzero,
             weight=weight,
             update=update,

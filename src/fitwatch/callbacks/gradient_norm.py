@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from attrs import define, evolve, field
+from attrs import define, field
 from torch import Tensor
 
 from fitwatch._options import instance, integer
@@ -22,6 +22,7 @@ from fitwatch.state import State
 logger = logging.getLogger("fitwatch")
 
 SERIES = 20  # layers in a chart, at most
+_NO_GRAD = "requires_grad is False"
 _LARGEST = 15  # where there are more: so many with the largest norms; the rest is for those in trouble
 
 
@@ -41,6 +42,15 @@ def _pattern(_: Any, option: Any, value: Any) -> None:
         re.compile(value)
     except re.error as error:
         raise ValueError(f"{option.name} must be a regular expression, got {value!r}: {error}") from error
+
+
+def _siblings(names: list[str], members: list[list[int]]) -> list[set[int]]:
+    """For each layer those that have parameters of the same modules, itself too."""
+    parts: dict[str, set[int]] = {}  # of a module
+    for layer, parameters in enumerate(members):
+        for i in parameters:
+            parts.setdefault(names[i].rpartition(".")[0], set()).add(layer)
+    return [set().union(*(parts[names[i].rpartition(".")[0]] for i in parameters)) for parameters in members]
 
 
 @define(eq=False, slots=False)
@@ -108,29 +118,31 @@ class GradientNorm(Callback):
 
     @property
     def suggested_clip_norm(self) -> float | None:
-        """A ``clip_norm`` that 95 % of the steps so far stay below, to cut spikes and nothing else.
+        """A ``clip_norm`` that cuts spikes and little else: see `GradientRule.clip_norm`.
 
-        None before the first log window, and where ``norm_type`` is not 2.
+        None before the first 20 steps are read, and where ``norm_type`` is not 2.
         """
         value = self.rule.clip_norm if self.norm_type == 2 else None
         return None if value is None else float(f"{value:.2g}")
 
     def on_fit_start(self, state: State) -> None:
-        """Group the parameters by layer."""
+        """Begin anew, unless training resumes."""
         if not state.resumed:
-            self.rule = evolve(self.rule)  # a new one with the same options
+            self.rule.reset()
             self._forget()
         self._key: Any = None
-        self._batches, self._read = 0, False
-        self._group(state)
+        self._batches, self._read, self._grouped = 0, False, False
+        self._reading: Reading | None = None
 
-    def on_epoch_start(self, state: State) -> None:
-        """Group them anew: layers may have been frozen or given to the optimizer in between."""
-        self._batches = 0
-        self._group(state)
+    def on_epoch_start(self, state: State) -> None:  # noqa: ARG002
+        """Layers may be frozen or given to the optimizer between epochs, also by a callback after this one."""
+        self._batches, self._grouped = 0, False
 
     def on_gradients_ready(self, state: State) -> None:
         """Take the norms; they stay on the device."""
+        if not self._grouped:
+            self._grouped = True
+            self._group(state)
         progress, reading = state.progress, self._reading
         if reading is None or (self.every > 1 and (progress.step + 1) % self.every):
             return
@@ -140,6 +152,8 @@ class GradientNorm(Callback):
         state.log(self._receiver, reading.norms(place), reduce=reading.reduce)
         if first and self._layers:
             reading.begin_sample()
+            rates = [group["lr"] for group in self._optimized]
+            self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]  # may change in place
             self._take_histograms(reading)
 
     def on_step_end(self, state: State) -> None:
@@ -185,16 +199,15 @@ class GradientNorm(Callback):
         for i, layer in enumerate(of):
             if layer is not None:
                 self._members[number[layer]].append(i)
-        self._names = [name for name, _ in moved]
+        self._names, self._moved = [name for name, _ in moved], [p for _, p in moved]
+        self._siblings = _siblings(self._names, self._members)
         self._sizes = [sum(moved[i][1].numel() for i in members) for members in self._members]
         self._optimized = [groups[id(moved[members[0]][1])] for members in self._members]
         self._untrained = {}
         for name, p in named:
             layer = self._layer_of(name)
             if layer is not None and layer not in number:
-                self._untrained[layer] = (
-                    "the optimizer does not hold it" if p.requires_grad else "requires_grad is False"
-                )
+                self._untrained[layer] = "the optimizer does not hold it" if p.requires_grad else _NO_GRAD
         self._values: dict[str, Tensor] = {}
         self._reading = None
         if moved:
@@ -243,10 +256,14 @@ class GradientNorm(Callback):
         totals = self._totals(state, figures, reading)
         state.report["gradient norm"] = self._summary()
         state.report["layers not healthy"] = self.rule.trouble()
+        if (untrained := self.rule.untrained()) != "none":
+            state.report["layers not trained"] = untrained
+        else:
+            state.report.pop("layers not trained", None)
         texts = {"train/report/warnings": "\n\n".join(loud), "train/report/gradients": "\n\n".join(notes)}
         return {
             **totals,
-            **self._curves(layers),
+            **({} if reading.skips and not any(map(math.isfinite, figures.norms)) else self._curves(layers)),
             **{name: text for name, text in texts.items() if text},
             **self._count_histograms(),
         }
@@ -256,14 +273,22 @@ class GradientNorm(Callback):
         # An overflow at the sampled step makes the scaler leave it out: no weight moved.
         sampled = math.isfinite(figures.norms[0])
         for i, layer in enumerate(self._layers):
+            has_gradient = not figures.silent.issuperset(self._members[i])
+            if not has_gradient and not any(self._moved[j].requires_grad for j in self._members[i]):
+                layers[layer] = LayerGradient(untrained=_NO_GRAD)  # since the epoch began
+                continue
+            rate = float(self._rates[i])
             layers[layer] = LayerGradient(
                 mean=figures.mean[i],
                 max=figures.max[i],
-                has_gradient=not figures.silent.issuperset(self._members[i]),
+                has_gradient=has_gradient,
                 zero_share=1 - figures.nonzero[i] / self._sizes[i],
                 weight_norm=figures.weight[i] if sampled else math.nan,
                 update_norm=figures.update[i] if sampled else math.nan,
-                lr=float(self._optimized[i]["lr"]),
+                lr=rate,
+                lr_rises=float(self._optimized[i]["lr"]) > rate,
+                zero_steps=int(figures.zero_steps[i]),
+                module_mean=max(figures.mean[j] for j in self._siblings[i]),
             )
         return layers
 
@@ -346,5 +371,6 @@ class GradientNorm(Callback):
         if steps:
             text += f"; {clipped / steps:.0%} of the steps were clipped"
         if self.suggested_clip_norm is not None:
-            text += f"; clip_norm={self.suggested_clip_norm:g} would leave 95 % of the steps as they are"
+            share = self.rule.norms.share_above(self.suggested_clip_norm)
+            text += f"; suggested clip_norm: {self.suggested_clip_norm:g}, which {share:.1%} of the norms exceed"
         return text

@@ -5,15 +5,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from fitwatch._options import integer, number
+from fitwatch.rules._clipping import ClipAdvice
+from fitwatch.rules._layer_memory import LayerMemory
 from fitwatch.rules.quantiles import LogHistogram
 
 _ENOUGH = 10  # norms that make a median to compare with
 _SPIKE = 10.0  # times the median
-_CLIP_QUANTILE = 0.95
 _LISTED = 5  # names in a sentence
+_WARM_UP = 100  # steps of "vanishing" while the learning rate rises: layers that begin near zero need it to grow
+_ROUNDING = 1e-6  # in float32, of the rest of the module: a bias before a BatchNorm has a gradient of 0 but for this
+_OVER = {"no gradient": "without a gradient", "untrained": "frozen"}  # "no longer ..."
 
 
 def _share(instance: Any, option: Any, value: Any) -> None:
@@ -26,7 +30,7 @@ def _share(instance: Any, option: Any, value: Any) -> None:
 class LayerGradient:
     """A layer in one log window.
 
-    The last four are of one step of the window, and NaN where it was not sampled.
+    From `zero_share` to `lr` they are of one step of the window, and NaN where it was not sampled.
 
     Attributes:
         mean: Of the norm of the layer's gradient, over the steps read.
@@ -37,6 +41,9 @@ class LayerGradient:
         weight_norm: 2-norm of the weights before the step.
         update_norm: 2-norm of what the step added to them.
         lr: Learning rate.
+        lr_rises: Whether the learning rate is higher after the window.
+        zero_steps: Steps read in which the norm was exactly 0, or there was no gradient.
+        module_mean: The largest mean among the layers that have parameters of the same modules.
     """
 
     mean: float = math.nan
@@ -47,6 +54,9 @@ class LayerGradient:
     weight_norm: float = math.nan
     update_norm: float = math.nan
     lr: float = math.nan
+    lr_rises: bool = False
+    zero_steps: int = 0
+    module_mean: float = 0.0
 
 
 @frozen(kw_only=True)
@@ -54,11 +64,11 @@ class GradientFinding:
     """A change of status, in words.
 
     Attributes:
-        status: ``"not finite"``, ``"exploding"``, ``"vanishing"``, ``"dead"``, ``"no gradient"``, ``"frozen"`` or
-            ``"healthy"`` (what was wrong is over), or ``"trained"`` (no longer frozen).
+        status: ``"not finite"``, ``"exploding"``, ``"vanishing"``, ``"dead"``, ``"no gradient"``, ``"frozen"``,
+            ``"untrained"``, ``"healthy"`` (what was wrong is over), or ``"trained"`` (no longer untrained).
         layers: Those that it is about; empty if it is about the model as a whole.
         evidence: A sentence with the figures.
-        trouble: Whether to warn: False for the last two, and for layers that are frozen on purpose.
+        trouble: Whether to warn: False for the last three.
     """
 
     status: str
@@ -74,14 +84,20 @@ class GradientRule:
     - ``"no gradient"``: no parameter of the layer got a gradient in the window.
     - ``"dead"``: it got one that was exactly zero in every step.
     - ``"vanishing"``: its norm, and its norm relative to its weights, are below ``vanishing`` times those of other
-      layers.
-    - ``"frozen"``: it is left out of training, or its weights did not move in two sampled steps in a row.
-    - ``"exploding"``: two sampled steps in a row moved a layer by more than the norm of its weights. For the model as a
-      whole: the median norm of the window is ``exploding`` times that of all steps before, and the largest so far.
+      layers. While the learning rate rises, for 100 steps.
+    - ``"frozen"``: its weights did not move in two sampled steps in a row.
+    - ``"untrained"``: it is left out of training, or its learning rate is 0 in two sampled steps in a row: no fault.
+    - ``"exploding"``: two sampled steps in a row moved a layer by more than the largest norm its weights had. For the
+      model as a whole: the median norm of the window is ``exploding`` times that of all steps before, and the largest
+      so far.
     - ``"not finite"``: for the model as a whole, a NaN or an infinity in a gradient.
 
     "Other layers" is the second largest, so that one loud layer does not make all others look silent; of two layers
     it is the larger.
+
+    A layer that is used only now and then (an expert, a rare category) comes and goes, and is healthy. So a status that
+    is over, having lasted for some steps, is given again only after ten times as many. Zero gradients between others
+    count as such a silence. A step in which the gradient was zero says nothing of ``"frozen"`` and ``"exploding"``.
 
     Args:
         vanishing: Share of the norm of other layers; between 0 and 1.
@@ -102,7 +118,8 @@ class GradientRule:
     statuses: dict[str, str] = field(factory=dict, init=False)  # of the layers that are not healthy
     spikes: int = field(default=0, init=False)
     largest: tuple[float, int] = field(default=(0.0, 0), init=False)  # total norm, and its step
-    _pending: dict[str, tuple[str, int, int]] = field(factory=dict, init=False)  # seen in so many windows, steps
+    _clip: ClipAdvice = field(factory=ClipAdvice, init=False)
+    _memory: dict[str, LayerMemory] = field(factory=dict, init=False)
     _peak: float = field(default=0.0, init=False)  # largest median of a window
     _calm: float | None = field(default=None, init=False)  # while the model explodes: the median before
     _finite: bool = field(default=True, init=False)
@@ -132,7 +149,7 @@ class GradientRule:
         reference = _reference(layers)
         for name, layer in layers.items():
             before = self.statuses.get(name, "healthy")
-            now = self._confirm(name, layer, self._look(layer, reference, before), len(steps))
+            now = self._judge(name, layer, reference, len(steps))
             if now == before:
                 continue
             self.statuses[name] = now
@@ -144,8 +161,11 @@ class GradientRule:
 
     @property
     def clip_norm(self) -> float | None:
-        """The 0.95 quantile of all total norms so far: clipping to it leaves 19 of 20 steps as they are."""
-        return self.norms.quantile(_CLIP_QUANTILE) or None
+        """A norm that only spikes exceed: the 0.95 quantile of norms over the running median, times its largest value.
+
+        None before 20 norms. Steps in which the model explodes are left out.
+        """
+        return self._clip.value
 
     def summary(self) -> str:
         """The total norms so far, in a sentence."""
@@ -153,16 +173,21 @@ class GradientRule:
         if median is None:
             return "no finite norm was seen"
         spikes = f", {_times(self.spikes, 'step')} above {_SPIKE:g} times the median" if self.spikes else ""
-        high = self.norms.quantile(_CLIP_QUANTILE)
+        high = self.norms.quantile(0.95)
         largest, step = self.largest
         return f"median {median:.3g}, 95 % up to {high:.3g}, largest {largest:.3g} at step {step}{spikes}"
 
     def trouble(self) -> str:
-        """The layers that are not healthy now, by status; "none" if all are."""
+        """The layers that are not healthy now, by status; "none" if all are. `untrained` names those left out."""
         by_status: dict[str, list[str]] = {}
         for name, status in self.statuses.items():
-            by_status.setdefault(status, []).append(name)
+            if status != "untrained":
+                by_status.setdefault(status, []).append(name)
         return "; ".join(f"{status}: {_listed(names)}" for status, names in by_status.items()) or "none"
+
+    def untrained(self) -> str:
+        """The layers that are left out of training now; "none" if all are trained."""
+        return _listed([name for name, status in self.statuses.items() if status == "untrained"]) or "none"
 
     # -- the model as a whole ------------------------------------------------------------------------------------
 
@@ -192,6 +217,8 @@ class GradientRule:
         if largest > self.largest[0]:
             self.largest = largest, steps[list(norms).index(largest)]
         self.norms.add(finite)
+        if self._calm is None:
+            self._clip.add(finite)
         return findings
 
     def _explosion(self, before: float | None, norms: list[float], step: int) -> list[GradientFinding]:
@@ -218,44 +245,58 @@ class GradientRule:
 
     # -- layer by layer ------------------------------------------------------------------------------------------
 
-    def _look(self, layer: LayerGradient, reference: tuple[float, float], before: str) -> str | None:
+    def _look(self, layer: LayerGradient, reference: tuple[float, float], before: str, heaviest: float) -> str | None:
         """What this window alone says of a layer; None if nothing."""
         if layer.untrained:
-            return "frozen"
+            return "untrained"
         if not layer.has_gradient:
             return "no gradient"
         if not math.isfinite(layer.max):
             return None
         if layer.max == 0 and not layer.zero_share < 1:  # a norm of 0 may also be one that is too small to square
             return "dead"
-        return self._look_at_sizes(layer, reference, before)
+        return self._look_at_sizes(layer, reference, before, heaviest)
 
-    def _look_at_sizes(self, layer: LayerGradient, reference: tuple[float, float], before: str) -> str:
+    def _look_at_sizes(self, layer: LayerGradient, reference: tuple[float, float], before: str, heaviest: float) -> str:
         norm, relative = reference
         share = self.vanishing * (10 if before == "vanishing" else 1)  # so that it does not come and go
-        if layer.mean < share * norm and not layer.mean >= share * relative * layer.weight_norm:
+        small = layer.mean < share * norm and not layer.mean >= share * relative * layer.weight_norm
+        if small and layer.mean >= _ROUNDING * layer.module_mean:  # else it is 0 but for rounding
             return "vanishing"
+        if math.isnan(layer.update_norm) or layer.zero_share == 1:
+            return before if before in ("frozen", "untrained", "exploding") else "healthy"
         if layer.update_norm == 0:
-            return "frozen"
-        if 0 < layer.weight_norm < layer.update_norm:
-            return "exploding"
-        return before if before in ("frozen", "exploding") and math.isnan(layer.update_norm) else "healthy"
+            return "untrained" if layer.lr == 0 else "frozen"
+        return "exploding" if 0 < heaviest < layer.update_norm else "healthy"
 
-    def _confirm(self, name: str, layer: LayerGradient, seen: str | None, readings: int) -> str:
-        """The status of a layer, which is the one just seen once it was seen for long enough."""
-        before = self.statuses.get(name, "healthy")
-        earlier, windows, steps = self._pending.pop(name, ("", 0, 0))
-        if seen is None or seen == before:
+    def _judge(self, name: str, layer: LayerGradient, reference: tuple[float, float], readings: int) -> str:
+        """The status of a layer, which is what was seen once it was seen for long enough."""
+        before, memory = self.statuses.get(name, "healthy"), self._memory.setdefault(name, LayerMemory())
+        memory.heaviest = max(memory.heaviest, layer.weight_norm)  # stays where it is NaN
+        seen = self._look(layer, reference, before, memory.heaviest)
+        if seen is None:
             return before
-        if seen == "healthy" or layer.untrained:
-            return seen
-        windows, steps = (windows + 1, steps + readings) if seen == earlier else (1, readings)
-        # Weights that begin at zero are outgrown by their first few updates.
-        least = {"frozen": (2, 0), "exploding": (2, _ENOUGH)}.get(seen, (0, self.readings))
-        if windows >= least[0] and steps >= least[1]:
-            return seen
-        self._pending[name] = seen, windows, steps
-        return before
+        lasted = memory.steps if memory.seen == before else 0
+        memory.see(seen, readings)
+        now = seen if seen == "healthy" or self._long_enough(layer, memory) else before
+        if now != before != "healthy":
+            memory.outlived(before, max(lasted, self.readings))
+        if seen == "healthy":
+            for silence in ("dead", "no gradient"):
+                memory.at_least(silence, layer.zero_steps)
+        return now
+
+    def _long_enough(self, layer: LayerGradient, memory: LayerMemory) -> bool:
+        windows, steps = 0, self.readings
+        if layer.untrained:
+            steps = 0
+        elif memory.seen in ("frozen", "untrained"):
+            windows, steps = 2, 0
+        elif memory.seen == "exploding":
+            windows, steps = 2, _ENOUGH  # weights that begin at zero are outgrown by their first few updates
+        elif memory.seen == "vanishing" and (layer.lr_rises or layer.lr == 0):
+            steps = _WARM_UP
+        return memory.confirms(windows=windows, steps=steps)
 
     def _finding(
         self, status: str, detail: str, names: list[str], layers: Mapping[str, LayerGradient], window: str
@@ -281,7 +322,7 @@ class GradientRule:
                 f"Exploding: a step moved {listed} by more than its own weights (`{names[0]}`: {ratio:.3g} times them, "
                 f"with a gradient of norm {first.mean:.3g}) {window}. A lower learning rate or a clip_norm may help."
             )
-        elif status == "frozen" and detail:
+        elif status == "untrained":
             evidence, trouble = f"Frozen: {listed} is not trained: {detail}.", False
         elif status == "frozen":
             evidence = (
@@ -289,11 +330,16 @@ class GradientRule:
                 f"{first.mean:.3g} and learning rate {first.lr:.3g}. Is the update below the rounding of the weights?"
             )
         else:
-            status = "trained" if detail == "frozen" else status
-            evidence = f"No longer {detail}: {listed}. The norm of `{names[0]}` is {first.mean:.3g} {window}."
+            status = "trained" if detail == "untrained" else status
+            over = f"No longer {_OVER.get(detail, detail)}: {listed}."
+            evidence = f"{over} The norm of `{names[0]}` is {first.mean:.3g} {window}."
         return GradientFinding(status=status, layers=tuple(names), evidence=evidence, trouble=trouble)
 
     # -- for checkpoints -----------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget everything seen; the options stay."""
+        self.load_state_dict(evolve(self).state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything seen so far, in plain values; the options are not part of it."""
@@ -302,7 +348,8 @@ class GradientRule:
             "statuses": dict(self.statuses),
             "spikes": self.spikes,
             "largest": list(self.largest),
-            "pending": {name: list(entry) for name, entry in self._pending.items()},
+            "clip": self._clip.state_dict(),
+            "memory": {name: memory.state_dict() for name, memory in self._memory.items()},
             "peak": self._peak,
             "calm": self._calm,
             "finite": self._finite,
@@ -313,7 +360,11 @@ class GradientRule:
         self.norms.load_state_dict(state["norms"])
         self.statuses, self.spikes = dict(state["statuses"]), state["spikes"]
         self.largest = (state["largest"][0], state["largest"][1])
-        self._pending = {name: (seen, windows, steps) for name, (seen, windows, steps) in state["pending"].items()}
+        self._clip.load_state_dict(state["clip"])
+        self._memory = {
+            name: LayerMemory(**{**memory, "patience": dict(memory["patience"])})
+            for name, memory in state["memory"].items()
+        }
         self._peak, self._calm, self._finite = state["peak"], state["calm"], state["finite"]
 
 
@@ -329,9 +380,7 @@ def _reference(layers: Mapping[str, LayerGradient]) -> tuple[float, float]:
 def _detail(layer: LayerGradient, status: str, before: str) -> str:
     if status == "healthy":
         return before
-    if status == "frozen":
-        return layer.untrained or ("its learning rate is 0" if layer.lr == 0 else "")
-    return ""
+    return layer.untrained or "its learning rate is 0" if status == "untrained" else ""
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -35,6 +35,12 @@ class LogHistogram:
                 return math.exp(bucket * _WIDTH)
         return None
 
+    def share_above(self, value: float) -> float:
+        """The share of all values that exceed ``value``, which is above 0; NaN if there is none yet."""
+        own = round(math.log(value) / _WIDTH)
+        above = sum(count for bucket, count in self._counts.items() if bucket > own)
+        return above / self.total if self.total else math.nan
+
     def state_dict(self) -> dict[str, Any]:
         """The buckets in use and their counts."""
         return {"buckets": list(self._counts), "counts": list(self._counts.values())}
