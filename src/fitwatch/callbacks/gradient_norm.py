@@ -153,7 +153,9 @@ class GradientNorm(Callback):
         if first and self._layers:
             reading.begin_sample()
             rates = [group["lr"] for group in self._optimized]
-            self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]  # may change in place
+            self._rates = [
+                rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates
+            ]  # may change in place
             self._take_histograms(reading)
 
     def on_step_end(self, state: State) -> None:
