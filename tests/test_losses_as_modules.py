@@ -200,3 +200,38 @@ def test_a_loss_of_ones_own_is_exact_after_one_method():
     torch.testing.assert_close(loss(output, target, w), (w * each).sum() / w.sum())
     assert loss.sums(output, target).weight == 8
     torch.testing.assert_close(loss.per_example(output, target, w), (each, w))
+
+
+@pytest.mark.parametrize(
+    ("build", "weights"),
+    [
+        (lambda kind: kind(CrossEntropy)([1.0, 2]), [3.0, 4]),
+        (lambda kind: kind(Focal)(2.0, weight=[1.0, 2]), [3.0, 4]),
+        (lambda kind: kind(BinaryCrossEntropy)(2.0), [3.0, 4]),
+        (lambda kind: kind(RealWorldCrossEntropy)([1.0, 2], [[0.0, 1], [2, 0]]), None),
+        (lambda kind: kind(RealWorldCrossEntropy)(2.0, 1.0), None),
+    ],
+)
+def test_other_weights_leave_a_loss_as_it_is_and_share_what_it_learns(build, weights):
+    """A loss with other weights has the parameters of the first, not copies; the first keeps its own weights and dtype."""
+
+    def learning(base):
+        class Learning(base):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                self.temperature = nn.Parameter(torch.ones(()))
+
+        return Learning
+
+    loss = build(learning)
+    before = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    twins = [loss.unweighted()] + ([] if weights is None else [loss.weighted(torch.tensor(weights))])
+    for twin in twins:
+        assert type(twin) is type(loss)
+        assert twin.temperature is loss.temperature
+        twin.double()
+    assert loss.has_weights
+    assert not twins[0].has_weights
+    assert [name for name, _ in loss.named_buffers()] == list(before)
+    for name, buffer in loss.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)

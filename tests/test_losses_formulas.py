@@ -388,3 +388,21 @@ def test_outputs_and_targets_that_do_not_fit_are_refused(name):
         loss(torch.zeros(3, 4), torch.tensor([0, 4, 1]))
     with pytest.raises(ValueError, match="must be 0 or 1, got 2.0 at index 2"):
         BINARY[name][0]()(torch.zeros(3), torch.tensor([0.0, 1, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_takes_masked_logits(gamma, dtype):
+    """A logit of -inf is a class that is not there, in value and gradient; a class that is alone costs nothing."""
+    loss, y = fw.Focal(gamma), labels((7,), 2)
+    output = logits(7, 2, dtype=dtype)
+    for masked in (1, 2):
+        gone = torch.full((7, masked), -torch.inf, dtype=dtype)
+        assert_same(lambda x: loss(x, y), lambda x, gone=gone: loss(torch.cat([x, gone], 1), y), output)
+        value, gradient = value_and_gradient(
+            lambda x: loss(x, torch.zeros_like(y)), torch.cat([output[:, :1].detach(), gone], 1)
+        )
+        assert value == 0
+        assert not gradient.any()
+    assert loss(torch.tensor([-torch.inf], dtype=dtype), torch.tensor([0])) == 0
+    assert loss(torch.tensor([[-torch.inf, 1.0]], dtype=dtype), torch.tensor([0])) == torch.inf

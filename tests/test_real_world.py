@@ -209,3 +209,18 @@ def test_sums_and_mean_are_summed_up_by_the_kernel(shape):
     product = torch.autograd.functional.hvp(lambda x: loss(x, target), output.detach(), first)[1]
     moved = [value_and_gradient(lambda x: loss(x, target), output + step * first)[1] for step in (1e-5, -1e-5)]
     torch.testing.assert_close(product, (moved[0] - moved[1]) / 2e-5, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_a_class_may_be_ignored(ignored):
+    """Positions of an ignored class do not count, whether outputs are (N, C) or (N, C, 1): the rest is the loss."""
+    fn, fp = costs_of(3)
+    output, target = logits(9, 3), labels((9,), 3)
+    kept = target != ignored
+    assert 0 < kept.sum() < 9
+    loss, plain = RealWorldCrossEntropy(fn, fp, ignore_index=ignored), RealWorldCrossEntropy(fn, fp)
+    assert_same(lambda x: plain(x[kept], target[kept]), lambda x: loss(x, target), output)
+    assert_same(lambda x: plain(x[kept], target[kept]), lambda x: loss(x[:, :, None], target[:, None]), output)
+    assert_same(lambda x: plain.sums(x[kept], target[kept]).total, lambda x: loss.sums(x, target).total, output)
+    assert loss.sums(output, target).weight == kept.sum()
+    assert loss.per_example(output, target)[1].tolist() == kept.tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
@@ -201,13 +200,13 @@ class BinaryCrossEntropy(Loss):
                 f"and greater than 0, got {pairs.tolist()}"
             )
         negative, positive = pairs.unbind(-1)
-        loss = copy.deepcopy(self)
+        loss = self._twin()
         loss.pos_weight = _as_label_weight("pos_weight", positive if keep_scale else positive / negative)
         loss.neg_weight = _as_label_weight("neg_weight", negative) if keep_scale else None
         return loss
 
     def unweighted(self) -> Self:
-        loss = copy.deepcopy(self)
+        loss = self._twin()
         loss.pos_weight = loss.neg_weight = None
         return loss
 

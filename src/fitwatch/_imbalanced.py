@@ -168,6 +168,9 @@ class LDAM(ClassLoss):
         """The options, for `repr`."""
         return f"max_margin={self.max_margin}, scale={self.scale}, {super().extra_repr()}"
 
+    def _per_class(self) -> Tensor | None:
+        return self.margin
+
 
 class ExpectedCost(Loss):
     """What decisions drawn from the probabilities of the model cost (Galdran et al. 2020, arXiv 2010.00291).
@@ -203,6 +206,9 @@ class ExpectedCost(Loss):
         """The options, for `repr`."""
         return f"costs={self.costs.tolist()}, ignore_index={self.ignore_index}"
 
+    def _per_class(self) -> Tensor | None:
+        return self.costs
+
 
 def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     """log(p / (1 - p)) of the true class, (N, ...), from logits (N, ..., C).
@@ -210,7 +216,8 @@ def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     z_y minus the logsumexp of the others. Their largest is taken off both first: large logits would swamp the rest.
     """
     true = labels.unsqueeze(-1)
-    others = logits.scatter(-1, true, -torch.inf)
+    # where all others are -inf (masked), their logsumexp less their largest would be nan, and so would its gradient
+    others = logits.clamp(min=torch.finfo(logits.dtype).min).scatter(-1, true, -torch.inf)
     top = others.detach().amax(-1, keepdim=True)
     return (logits.gather(-1, true) - top).squeeze(-1) - (others - top).logsumexp(-1)
 

@@ -125,6 +125,16 @@ class Loss(nn.Module, abc.ABC):
         """Whether some classes count more than others."""
         return False
 
+    def _per_class(self) -> Tensor | None:
+        """What there is one of for each class, shape (C, ...), if there is."""
+        return None
+
+    def _twin(self) -> Self:
+        """A copy for other weights, with what is learned shared: a deep copy's parameters no optimizer would know."""
+        twin = copy.copy(self)
+        twin._buffers = dict(self._buffers)  # noqa: SLF001 - of the same class
+        return twin
+
     def _weighed(self, output: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | float]:
         if sample_weight is None:
             return self.unreduced(output, target)
@@ -152,12 +162,12 @@ class ClassLoss(Loss):
         self.ignore_index = ignore_index
 
     def weighted(self, weights: Tensor) -> Self:
-        loss = copy.deepcopy(self)
+        loss = self._twin()
         loss.weight = as_class_weights(weights)
         return loss
 
     def unweighted(self) -> Self:
-        loss = copy.deepcopy(self)
+        loss = self._twin()
         loss.weight = None
         return loss
 
@@ -171,7 +181,6 @@ class ClassLoss(Loss):
         return f"weight={weight}, ignore_index={self.ignore_index}"
 
     def _per_class(self) -> Tensor | None:
-        """What there is one of for each class, if there is."""
         return self.weight
 
     def _weights(self, labels: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,12 +111,15 @@ class RealWorldCrossEntropy(Loss):
             f"(got weights of shape {tuple(weights.shape)})"
         )
 
-    def unweighted(self) -> RealWorldCrossEntropy:
+    def unweighted(self) -> Self:
         """The loss whose costs are those of plain cross-entropy: 1 for a miss, in binary form 1 and 1."""
+        loss = self._twin()
         if isinstance(self.fn_cost, Tensor) and isinstance(self.fp_cost, Tensor):
-            ones, zeros = torch.ones_like(self.fn_cost), torch.zeros_like(self.fp_cost)
-            return RealWorldCrossEntropy(ones, zeros, ignore_index=self.ignore_index)
-        return RealWorldCrossEntropy(1.0, 1.0, ignore_index=self.ignore_index)
+            loss.fn_cost, loss.fp_cost = torch.ones_like(self.fn_cost), torch.zeros_like(self.fp_cost)
+        else:
+            loss.fn_cost = loss.fp_cost = 1.0
+        loss._has_weights = False  # noqa: SLF001 - of the same class
+        return loss
 
     @property
     def has_weights(self) -> bool:
@@ -127,6 +130,9 @@ class RealWorldCrossEntropy(Loss):
         """The costs, for `repr`."""
         fn, fp = (c.tolist() if isinstance(c, Tensor) else c for c in (self.fn_cost, self.fp_cost))
         return f"fn_cost={fn}, fp_cost={fp}"
+
+    def _per_class(self) -> Tensor | None:
+        return self.fn_cost if isinstance(self.fn_cost, Tensor) else None
 
     def _at_once(self, output: Tensor, target: Tensor, divisor: float | None) -> Tensor | None:
         """What the kernel gives in the common case, (N, C) on the CPU with nothing ignored; None in any other.
@@ -139,6 +145,8 @@ class RealWorldCrossEntropy(Loss):
             return None
         shape = output.shape
         if len(shape) != 2 or shape[1] != len(fn) or not (output.is_cpu and fn.is_cpu):
+            return None
+        if self.ignore_index is not None and 0 <= self.ignore_index < len(fn):  # a class: the kernel would count it
             return None
         try:
             if target.dtype is torch.int64 and target.shape == shape[:1]:
