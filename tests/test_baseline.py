@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fitwatch as fw
 from fitwatch.baseline import Baseline, TargetSums
+from fitwatch.evaluation import expected_baseline
 from tests._losses import labels, logits
 
 Y = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
@@ -176,7 +177,7 @@ def test_absent_classes_and_a_single_one():
 
 
 def test_there_is_none_for_a_loss_of_ones_own_or_too_many_classes():
-    """Functions, own losses, a thousand and one classes and no targets at all have no baseline."""
+    """Functions, own losses, 301 classes and no targets at all have no baseline."""
 
     class Mine(fw.Loss):
         def unreduced(self, output, target):
@@ -184,8 +185,16 @@ def test_there_is_none_for_a_loss_of_ones_own_or_too_many_classes():
 
     assert baseline_of(F.cross_entropy, torch.zeros(100, 3), Y) is None
     assert baseline_of(Mine(), torch.zeros(100, 3), Y) is None
-    assert baseline_of(fw.CrossEntropy(), torch.zeros(100, 1001), Y) is None
+    assert baseline_of(fw.CrossEntropy(), torch.zeros(100, 301), Y) is None
     assert TargetSums(fw.CrossEntropy()).baseline() is None
+
+
+def test_too_many_classes_are_given_up_at_once():
+    """With 301 classes no target is looked at: these, which have no values, can't be."""
+    for target in (torch.empty(8, dtype=torch.int64, device="meta"), torch.empty(8, 301, device="meta")):
+        sums = TargetSums(fw.CrossEntropy())
+        sums.update(torch.empty(8, 301, device="meta"), target)
+        assert sums.baseline() is None
 
 
 # -- in a fit ----------------------------------------------------------------------------------------------------------
@@ -262,3 +271,84 @@ def test_wrong_labels_in_validation_are_named():
     trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), device="cpu")
     with pytest.raises(IndexError, match=r"label 3 at index 1 of the batch is out of range: allowed are 0\.\.2"):
         trainer.fit([(x, torch.tensor([0, 1, 2, 0]))], [(x, torch.tensor([0, 3, 2, 0]))], epochs=1)
+
+
+# -- before and after the first validation -----------------------------------------------------------------------------
+
+
+def fit(loss, dataset, outputs, *callbacks, epochs=1, collate_fn=None, **options):
+    """A fit with the same data on both sides, and what it expected of the baseline."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, outputs)
+    loader = DataLoader(dataset, 10, collate_fn=collate_fn)
+    trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loss, callbacks=callbacks, device="cpu")
+    return trainer.fit(loader, loader, epochs=epochs, **options), expected_baseline(loss, loader, loader)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        fw.RealWorldCrossEntropy(COSTS),
+        fw.CrossEntropy(W.tolist()),
+        fw.LogitAdjusted([50, 30, 20]),
+        fw.LDAM([50, 30, 20], max_margin=1.0, scale=1.0),
+        fw.ExpectedCost(COSTS),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_a_class_without_examples_is_one_of_the_loss(loss):
+    """Where no example has the last class, a loss that knows C expects what the first validation will measure."""
+    result, expected = fit(loss, TensorDataset(torch.randn(40, 4), torch.arange(40) % 7 % 2), 3)
+    assert expected.constant == pytest.approx(result.baseline.constant, rel=1e-9)
+    assert expected.uniform == pytest.approx(result.baseline.uniform, rel=1e-9)
+    assert expected.uniform == pytest.approx(baseline_of(loss, torch.zeros(40, 3), torch.arange(40) % 7 % 2).uniform)
+
+
+def test_nothing_is_expected_where_it_can_only_be_guessed():
+    """One class only, a label beyond those of the loss, and an own loss that refuses the guess are left to training."""
+
+    class Scaled(fw.CrossEntropy):
+        def unreduced(self, output, target):
+            return super().unreduced(output * torch.ones(3, dtype=output.dtype), target)
+
+    x, y = torch.randn(40, 4), torch.arange(40) % 2
+    for loss, target in ((fw.CrossEntropy(), y * 0), (Scaled(), y)):
+        result, expected = fit(loss, TensorDataset(x, target), 3)
+        assert expected is None
+        assert result.baseline.uniform == pytest.approx(math.log(3))
+    zero = fw.WeightedLoss("balanced", num_classes=3, absent="zero")
+    assert fit(fw.CrossEntropy(), TensorDataset(x, y), 3, zero)[0].baseline.uniform == pytest.approx(math.log(3))
+    with pytest.raises(IndexError, match=r"label 3 .* allowed are 0\.\.2"):
+        fit(fw.CrossEntropy(W.tolist()), TensorDataset(x, y * 3), 3)
+
+
+def test_nothing_is_expected_of_labels_that_a_collate_function_may_map():
+    """With an own collate_fn the data set's labels are not the targets: the first validation finds the baseline."""
+
+    def parity(examples):
+        x, y = zip(*examples, strict=True)
+        return torch.stack(x), torch.stack(y) % 2
+
+    y = torch.arange(40) % 10 % 7
+    for weights in ([1.0, 3], None):  # with and without a C that the labels contradict
+        result, expected = fit(fw.CrossEntropy(weights), TensorDataset(torch.randn(40, 4), y), 2, collate_fn=parity)
+        assert expected is None
+        q = torch.bincount(y % 2) * torch.tensor(weights or [1.0, 1], dtype=torch.float64)
+        assert result.baseline.constant == pytest.approx(entropy(q / q.sum()), rel=1e-6)
+
+
+def test_a_resumed_fit_measures_it_anew(tmp_path):
+    """After a resume the baseline is that of the outputs' five classes, not of the three that have labels."""
+    data = TensorDataset(torch.randn(40, 4), torch.arange(40) % 3)
+
+    def run(name, epochs, **options):
+        return fit(
+            fw.CrossEntropy(label_smoothing=0.1), data, 5, fw.Checkpoint(tmp_path / name), epochs=epochs, **options
+        )[0]
+
+    whole = run("whole", 4)
+    run("cut", 2)
+    resumed = run("cut", 4, resume="auto")
+    assert whole.baseline.uniform == pytest.approx(math.log(5))
+    assert resumed.baseline == whole.baseline
+    assert resumed.history == whole.history

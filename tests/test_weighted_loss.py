@@ -558,3 +558,45 @@ def test_options_out_of_range_are_refused(options, error, match):
     """Epochs are integers of 0 or more."""
     with pytest.raises(error, match=match):
         fw.WeightedLoss(**options)
+
+
+@pytest.mark.parametrize("start_epoch", [0, 1, 2])
+def test_what_a_loss_learns_is_learned(start_epoch):
+    """A temperature in the loss, held by the optimizer, goes where a loop by hand takes it, with and without a schedule."""
+
+    class Tempered(fw.CrossEntropy):
+        def __init__(self):
+            super().__init__()
+            self.log_t = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def sums(self, output, target, sample_weight=None):
+            return super().sums(output * self.log_t.exp(), target, sample_weight)
+
+        def unreduced(self, output, target):
+            return super().unreduced(output * self.log_t.exp(), target)
+
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.arange(40) % 7 % 3
+    weights = fw.class_weights(torch.bincount(y)).double()
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    twin, log_t = nn.Linear(4, 3).double(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    twin.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD([*twin.parameters(), log_t], 0.5)
+    for epoch in range(3):
+        loss = F.cross_entropy(twin(x) * log_t.exp(), y, weights if epoch >= start_epoch else None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert abs(log_t.item()) > 0.01
+
+    given = Tempered()
+    trainer = fw.Trainer(
+        model,
+        torch.optim.SGD([*model.parameters(), *given.parameters()], 0.5),
+        given,
+        callbacks=[fw.WeightedLoss("balanced", start_epoch=start_epoch)],
+        device="cpu",
+    )
+    trainer.fit([(x, y)], [(x, y)], epochs=3)
+    assert trainer.state.loss.log_t is given.log_t
+    torch.testing.assert_close(given.log_t.detach(), log_t.detach(), rtol=1e-5, atol=0)  # the weights are float32

@@ -15,7 +15,7 @@ from fitwatch._imbalanced import ExpectedCost
 from fitwatch._loss import ClassLoss, as_sample_weight, without_masked
 from fitwatch._real_world import RealWorldCrossEntropy
 
-MOST_CLASSES = 1000
+MOST_CLASSES = 300
 """With more classes there is no baseline: the search for the best constant takes C^2 numbers a step."""
 
 _NOTHING = 1e-9
@@ -64,25 +64,29 @@ class TargetSums:
         """Take a batch in; ``output`` is asked for its shape only."""
         if not (self._known and isinstance(output, Tensor) and isinstance(target, Tensor)):
             return
+        one_logit = output.dim() < 2 or output.shape[1] == 1
+        squared = isinstance(self.loss, MeanSquaredError)
+        exclusive = output.shape != target.shape or (isinstance(self.loss, CrossEntropy) and not one_logit)
+        classes = output.shape[0 if output.dim() == 1 else 1] if exclusive and not squared else 0
+        if classes > MOST_CLASSES:
+            self._known = False
+            return
         target = target.detach().cpu()
         weight = None if sample_weight is None else sample_weight.detach().cpu()
         if weight is not None:
             target = without_masked(target, weight)
-        one_logit = output.dim() < 2 or output.shape[1] == 1
-        if isinstance(self.loss, MeanSquaredError):
+        if squared:
             y, w = _columns(target, weight)
             if self._level is None:  # the variance as a difference loses its digits where the mean is large
                 self._level = torch.where(w > 0, y, 0).sum(0) / (w > 0).sum(0).clamp(min=1)
             y = y - self._level
             self._add("moments", torch.stack([w.sum(0), (w * y).sum(0), (w * y * y).sum(0)]))
         elif output.shape != target.shape:
-            classes = output.shape[0 if output.dim() == 1 else 1]
-            if classes <= MOST_CLASSES:
-                self._add("classes", self._count(target, weight, classes))
-        elif one_logit or not isinstance(self.loss, CrossEntropy):
+            self._add("classes", self._count(target, weight, classes))
+        elif not exclusive:
             y, w = _columns(target, weight)
             self._add("labels", torch.stack([(w * (1 - y)).sum(0), (w * y).sum(0)]))
-        elif output.shape[1] <= MOST_CLASSES:
+        else:
             rows = target.double().movedim(1, -1)
             w = torch.ones(rows.shape[:-1]) if weight is None else as_sample_weight(weight, rows[..., 0])
             self._add("probabilities", (rows * w.unsqueeze(-1)).flatten(0, -2).sum(0))
@@ -98,7 +102,8 @@ class TargetSums:
         loss = self.loss
         if isinstance(loss, NegativeLogLikelihood):  # takes log-probabilities, the search is over logits
             loss = CrossEntropy(loss.weight, ignore_index=loss.ignore_index)
-        return _search(copy.deepcopy(loss).cpu().double(), self._kind, sums)
+        fixed = copy.deepcopy(loss).cpu().double().requires_grad_(False)  # what it learns stays as it is
+        return _search(fixed, self._kind, sums)
 
     def _add(self, kind: str, sums: Tensor) -> None:
         self._kind, self._sums = kind, sums if self._sums is None else self._sums + sums

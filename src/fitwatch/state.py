@@ -69,6 +69,7 @@ class State:
     measure: Callable[[Iterable[Any]], dict[str, float]] | None = None
     batch: Any = None  # the micro-batch that on_batch_end follows, on the device; its tensors may be used again
     baseline: Baseline | None = None  # of the validation loss, once it is known
+    baseline_measured: bool = False  # by a validation of this fit; before the first one it is only expected
     monitor: str = ""  # the metric that says which evaluation is best
     mode: str = "min"
     records: list[Record] = field(factory=list)  # what on_log is to write

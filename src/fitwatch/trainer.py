@@ -203,12 +203,12 @@ class Trainer:
         """
         self._to_device()
         state = self.state
-        known = state.baseline if loader is state.val_loader and state.history else None
-        observers = state.observers if loader is state.val_loader else ()
-        evaluation = Evaluation(self._eval_loss, state.val_metrics, known, observers)
+        own = loader is state.val_loader
+        known = state.baseline if own and state.baseline_measured else None
+        evaluation = Evaluation(self._eval_loss, state.val_metrics, known, state.observers if own else ())
         values = self._evaluate(evaluation, loader)
-        if loader is state.val_loader:
-            state.baseline = evaluation.baseline
+        if own:
+            state.baseline, state.baseline_measured = evaluation.baseline, True
         return values
 
     # -- the loop ------------------------------------------------------------------------------------------------
