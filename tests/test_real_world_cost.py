@@ -1,6 +1,7 @@
 """What `RealWorldCost` measures is what counting by hand gives, and its pictures show it."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -138,3 +139,47 @@ def test_early_stopping_follows_the_cost():
         assert name in result.stop_reason
         assert costs.index(min(costs)) == result.best.epoch == len(costs) - 4
         assert trainer.validate([(x, y)])[name] == pytest.approx(min(costs))
+
+
+def test_no_target_that_counts_has_no_cost():
+    """Where all validation targets are ignored, or weigh nothing, the cost is nan, nothing is drawn, and the fit goes on."""
+    x, y = data()
+    for val in ((x, torch.full_like(y, -100)), (x, y, torch.zeros(120))):
+        callbacks = fw.RealWorldCost(COSTS), fw.EarlyStopping("train/loss", patience=9)
+        result = trainer_of(*callbacks).fit([(x, y)], [val], epochs=2)
+        assert all(math.isnan(entry["val/cost"]) for entry in result.history)
+        assert len(result.history) == 2
+
+
+def test_nothing_waits_for_the_device_before_the_end():
+    """A batch is taken in without a look at a value: tensors that have none are taken in, for both decisions."""
+    callback = fw.RealWorldCost(COSTS)
+    state = trainer_of().state
+    state.val_loader = [()]
+    callback.on_fit_start(state)
+    for shape, weight_shape in (((8, 3), (8,)), ((8, 3, 2, 2), (8,)), ((8, 3, 2, 2), (8, 2, 2))):
+        outputs, targets = torch.empty(shape, device="meta"), torch.empty(8, *shape[2:], device="meta").long()
+        for name in ("cost", "cost_optimal"):
+            metric = state.val_metrics[name]
+            metric.reset()
+            metric.update(outputs, targets)
+            metric.update(outputs, targets, torch.empty(weight_shape, device="meta"))
+
+
+def test_targets_are_checked_once_at_the_end():
+    """A target that is no class is named at the end of the validation; one of weight 0 may be anything."""
+    callback = fw.RealWorldCost(COSTS)
+    state = trainer_of().state
+    state.val_loader = [()]
+    callback.on_fit_start(state)
+    metric = state.val_metrics["cost"]
+    outputs, targets = torch.eye(3).repeat(2, 1), torch.tensor([0, 0, 2, -1, 9, -100])
+    metric.update(outputs, targets, torch.tensor([1.0, 2, 1, 0, 0, 1]))
+    paid = COSTS.matrix[0, 1].item() * 2
+    assert float(metric.compute()) == pytest.approx(paid / 4)
+    metric.update(outputs, targets.float() / 2, torch.tensor([0.0, 0, 0, 3, 0, 0]))
+    with pytest.raises(ValueError, match=r"targets of weight 3 of 7 are no class: allowed are 0\.\.2 and -100"):
+        metric.compute()
+    metric.reset()
+    with pytest.raises(ValueError, match="there are 5 targets for 6 decisions"):
+        metric.update(outputs, targets[:5])

@@ -12,8 +12,6 @@ from fitwatch.callback import Callback
 from fitwatch.decisions import (
     CostMatrix,
     as_cost_matrix,
-    confusion_matrix,
-    cost_optimal_decision,
     decide,
     probabilities_of,
 )
@@ -40,7 +38,7 @@ class RealWorldCost(Callback):
 
     Raises:
         ValueError: The costs are not valid; when fitting starts: there is no validation set, or another metric is named
-            ``cost`` or ``cost_optimal``.
+            ``cost`` or ``cost_optimal``; at the end of a validation: a target that counts is no class.
     """
 
     costs: CostMatrix = field(converter=as_cost_matrix)
@@ -48,6 +46,7 @@ class RealWorldCost(Callback):
     def on_fit_start(self, state: State) -> None:
         """Add the two metrics."""
         ignore = getattr(state.loss, "ignore_index", None)
+        self._matrix = self.costs.matrix
         self._decisions = {
             "cost": _Decisions(self.costs, ignore, decide),
             "cost_optimal": _Decisions(self.costs, ignore, self._least_cost),
@@ -57,11 +56,11 @@ class RealWorldCost(Callback):
 
     def on_validation_end(self, state: State) -> None:
         """Draw the confusion matrices of the best evaluation so far."""
-        if state.best is not state.metrics:
+        if state.best is not state.metrics or not bool(self._decisions["cost"].counts.any()):  # no target counts
             return
         rows = ["| decision | cost per example | savings |", "|---|---|---|"]
         for name, title in (("cost", "most probable class"), ("cost_optimal", "least expected cost")):
-            counts = self._decisions[name].counts.cpu()
+            counts = self._decisions[name].counts
             picture = confusion_image(counts, self.costs.classes, self.costs.matrix, title=title)
             state.log(f"val/decisions/{name}", picture)
             answer, constant = self.costs.cheapest_constant(counts.sum(1))
@@ -72,11 +71,19 @@ class RealWorldCost(Callback):
         state.log("val/report/costs", "\n".join(rows))
 
     def _least_cost(self, outputs: Tensor) -> Tensor:
-        return cost_optimal_decision(probabilities_of(outputs), self.costs)
+        probabilities = probabilities_of(outputs)
+        self._matrix = self._matrix.to(probabilities)  # copied once
+        return (probabilities @ self._matrix).argmin(1)  # `cost_optimal_decision` looks at the values, which waits
 
 
 class _Decisions:
-    """A metric: the cost of one way to decide, from the confusion matrix of the whole set."""
+    """A metric: the cost of one way to decide, from the confusion matrix of the whole set.
+
+    What `update` sees stays on its device, and nothing waits for it; `compute` checks the targets.
+
+    Attributes:
+        counts: The confusion matrix, as `compute` has left it: shape (C, C), float64, on the host.
+    """
 
     def __init__(self, costs: CostMatrix, ignore_index: int | None, decide: Callable[[Tensor], Tensor]) -> None:
         self.costs, self.ignore_index, self.decide = costs, ignore_index, decide
@@ -84,7 +91,8 @@ class _Decisions:
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self.counts = torch.zeros_like(self.costs.matrix, dtype=torch.float64)
+        self.counts = torch.zeros(self.costs.matrix.shape, dtype=torch.float64)
+        self._sums: Tensor | None = None  # (C + 1, C); the last row has the targets that are no class
 
     def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
         """Take in a batch."""
@@ -98,14 +106,33 @@ class _Decisions:
             if sample_weight is not None and sample_weight.shape != targets.shape:
                 sample_weight = sample_weight.reshape(-1, *[1] * (targets.dim() - 1)).expand_as(targets)
             outputs = outputs.movedim(1, -1).flatten(0, -2)
-        targets = targets.reshape(-1)
-        weight = None if sample_weight is None else sample_weight.reshape(-1)
+        targets, decisions = targets.reshape(-1), self.decide(outputs)
+        if targets.shape != decisions.shape:
+            raise ValueError(f"there are {len(targets)} targets for {len(decisions)} decisions")
+        wide = torch.float32 if outputs.device.type == "mps" else torch.float64
+        weight = torch.ones_like(targets, dtype=wide) if sample_weight is None else sample_weight.reshape(-1).to(wide)
+        labels = targets.long()
+        valid = (labels >= 0) & (labels < classes) & (labels == targets)
         if self.ignore_index is not None:
-            kept = targets != self.ignore_index
-            outputs, targets, weight = outputs[kept], targets[kept], None if weight is None else weight[kept]
-        new = confusion_matrix(self.decide(outputs), targets, self.costs.num_classes, sample_weight=weight)
-        self.counts = self.counts + new.cpu()
+            weight = torch.where(targets == self.ignore_index, 0, weight)
+        cells = torch.where(valid, labels, classes) * classes + decisions
+        if self._sums is None:
+            self._sums = weight.new_zeros((classes + 1) * classes)
+        self._sums.index_add_(0, cells, weight)
 
     def compute(self) -> Any:
-        """The mean cost per example."""
+        """The mean cost per example.
+
+        Raises:
+            ValueError: A target that counts is no class.
+        """
+        if self._sums is not None:
+            classes = self.costs.num_classes
+            sums = self._sums.cpu().double().reshape(-1, classes)
+            self.counts = sums[:-1]
+            if bool(sums[-1].any()):
+                raise ValueError(
+                    f"RealWorldCost: the targets of weight {sums[-1].sum():g} of {sums.sum():g} are no class: allowed "
+                    f"are 0..{classes - 1}" + ("" if self.ignore_index is None else f" and {self.ignore_index}")
+                )
         return (self.counts * self.costs.matrix).sum() / self.counts.sum()
