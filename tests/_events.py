@@ -6,7 +6,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 def read(folder):
     """The events of one sub-run, whole."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(
+        str(folder), size_guidance=dict.fromkeys(("scalars", "tensors", "images", "histograms"), 0)
+    )
     return events.Reload()
 
 

@@ -139,14 +139,14 @@ def test_the_texts(runs):
 
 
 def test_one_event_per_window_and_sub_run(runs):
-    """A file holds its version, the start report, one event for each window and evaluation, and the seconds of each epoch."""
+    """A file holds its version, two texts of step 0, one event for each window and evaluation, and the seconds of each epoch."""
     count = {}
     for folder in runs.run.iterdir():
         [file] = folder.iterdir()
         count[folder.name] = sum(1 for _ in RawEventFileLoader(str(file)).Load())
     evaluations, windows = len(runs.result.history), runs.trainer.state.progress.step // 2
     assert count == {
-        "train": 2 + windows + 2 * evaluations,
+        "train": 3 + windows + 2 * evaluations,
         "val": 1 + evaluations,
         "baseline": 1 + 5,
         "best": 2,
@@ -372,7 +372,7 @@ def test_values_that_are_not_finite(tmp_path):
     assert [math.isnan(value) for _, value in points(tmp_path / "run/val", "loss")] == [True] * 3
     assert [value for _, value in points(tmp_path / "run/train", "metrics/odd")] == [math.inf] * 3
     warnings = "\n".join(text for _, text in texts(tmp_path / "run/train", "report/warnings"))
-    assert warnings.count("`loss` is nan at step 2") == warnings.count("`metrics/odd` is inf at step 2") == 1
+    assert warnings.count("at step 2: `loss` (nan)") == warnings.count("`metrics/odd` (inf)") == 1
     assert warnings.count("`loss`") == 1
     assert points(tmp_path / "run/best", "report/seconds")[0][0] == 6  # a row in the HParams table all the same
 

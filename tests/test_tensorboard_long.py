@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fitwatch as fw
-from fitwatch.callbacks._thinning import FULL, MOST, Thinner, horizon
+from fitwatch.callbacks._thinning import FULL, Thinner, horizon, merged
 from tests._events import points
 
 
@@ -73,20 +73,28 @@ def test_a_million_values_are_at_most_a_thousand_points(horizon):
     written += [point for _, point in thinner.rest()]
     steps = [step for step, _ in written]
     assert steps == sorted(set(steps))
-    assert FULL < len(steps) <= MOST
+    assert FULL < len(steps) <= 1000
     assert steps[-1] == 1_000_000
 
 
-def test_every_fit_of_many_has_points():
-    """Six fits of 2,000 windows each, one after the other: none is without points, and all together are at most 1,000."""
-    thinner, found = Thinner(), []
-    for fit in range(6):
-        thinner.begin()
-        steps = range(2_000 * fit + 1, 2_000 * (fit + 1) + 1)
-        new = [p for s in steps if (p := thinner.add("x", s, 1.0, "max", steps[-1])) is not None]
-        found.append(len(new) + len(list(thinner.rest())))
-    assert all(found)
-    assert sum(found) <= MOST
+def test_a_curve_is_merged_evenly_into_500_points():
+    """Of 700 dense and 300 sparse points the sparse ones stay almost all, a NaN in a maximum stays, the last point is the last."""
+    curve = [
+        *((i, float(i)) for i in range(1, 701)),
+        *((700 + 100 * i, math.nan if i == 7 else 1.0) for i in range(1, 301)),
+    ]
+    values = merged(curve, "max", 0.0)
+    kept = [(step, value) for (step, _), value in zip(curve, values, strict=True) if value is not None]
+    assert 250 < len(kept) <= FULL
+    assert sum(step > 700 for step, _ in kept) >= 290
+    assert [step for step, value in kept if math.isnan(value)] == [1400]
+    assert kept[-1] == curve[-1]
+    assert max(value for step, value in kept if step <= 700) == 700
+
+
+def test_a_short_curve_is_not_merged():
+    """500 points stay as they are."""
+    assert merged([(i, float(i)) for i in range(FULL)], "mean", 0.0) == [float(i) for i in range(FULL)]
 
 
 def test_a_nan_survives_in_a_maximum():

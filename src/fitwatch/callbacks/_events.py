@@ -83,13 +83,17 @@ def cut(file: Path, step: int) -> None:
 
     A new file takes the place of the old one in one stroke.
     """
-    kept = [raw for raw, event in events(file) if event.step <= step]
-    shorter = file.with_name("cut.tmp")  # no name that a server would read
-    with shorter.open("wb") as new:
-        records = RecordWriter(new)
+    rewrite(file, [raw for raw, event in events(file) if event.step <= step])
+
+
+def rewrite(file: Path, kept: Iterable[bytes]) -> None:
+    """Put a file of the events ``kept`` in the place of ``file``, in one stroke."""
+    new = file.with_name("cut.tmp")  # no name that a server would read
+    with new.open("wb") as opened:
+        records = RecordWriter(opened)
         for raw in kept:
             records.write(raw)
-    shorter.replace(file)
+    new.replace(file)
 
 
 def scalar(tag: str, value: float) -> Any:

@@ -50,16 +50,21 @@ def run_and_tag(name: str) -> tuple[str, str]:
     run, _, tag = name.partition("/")
     if run not in ("train", "val"):
         run, tag = "train", name
-    if "/" not in tag and not tag.startswith("loss"):
-        tag = f"metrics/{tag}"
     return run, tag
+
+
+def curve(tag: str) -> str:
+    """The tag of a curve: TensorBoard groups its charts by what stands before the first slash."""
+    if tag == "loss_se":  # not beside the loss: it is evidence, as the threshold is
+        return "overfit/loss_se"
+    return tag if "/" in tag or tag.startswith("loss") else f"metrics/{tag}"
 
 
 def metrics(state: State) -> list[str]:
     """The tags of the metrics: the monitored one, those of the user in their order, then those of callbacks."""
     given = [f"val/{name}" for name in state.val_metrics]
     names = dict.fromkeys([state.monitor, *given, *sorted(state.names)])
-    tags = dict.fromkeys(run_and_tag(name)[1] for name in names)
+    tags = dict.fromkeys(curve(run_and_tag(name)[1]) for name in names)
     return [tag for tag in tags if tag.startswith("metrics/")]
 
 

@@ -1,7 +1,7 @@
 """Long curves in few points: TensorBoard's server shows a thousand of a curve, chosen at random."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import asdict, define
@@ -12,14 +12,13 @@ from fitwatch.state import State
 FULL = 500
 """Points of a curve before any are merged."""
 
-MOST = 1000
-"""Points of a curve, however long it gets."""
+LIMIT = 750
+"""Points of a curve when its fit ends, about: where that comes later than foreseen there are a few more."""
 
 
 @define
 class _Curve:
     written: int = 0  # points
-    limit: int = 0  # of points, for the fit that runs
     seen: int = 0  # values, merged or not
     first: int = 0  # step of the first value
     stride: int = 1  # values in the next point
@@ -39,27 +38,38 @@ class _Curve:
         """How many values the next point is to stand for, if the curve goes on to the step ``horizon``."""
         if self.written < FULL or self.seen < 2 or self.step <= self.first:
             return 1
-        if self.written >= self.limit:  # the horizon was wrong: as many as there were, so that there are few more
+        if self.written >= LIMIT:  # the horizon was wrong: as many as there were, so that there are few more
             return self.seen
         to_come = (horizon - self.step) * (self.seen - 1) / (self.step - self.first)
-        return max(1, math.ceil(to_come / (self.limit - self.written)))
+        return max(1, math.ceil(to_come / (LIMIT - self.written)))
 
 
 class Thinner:
-    """Merges consecutive values of a curve once it is long, so that it never has more than `MOST` points.
+    """Merges consecutive values of a curve once it is long, so that it has at most 1,000 points.
 
     The first `FULL` points are the values as they come. After that a point stands for so many values that the curve
-    will have spent half of the points that were left when the fit ends; the other half is for later fits. What has a
-    maximum for a value keeps it. All others are averaged, or the last one taken.
+    will have `LIMIT` points when the fit ends. Where it has more than `FULL` of them before another fit (`crowded`),
+    the written points are to be merged by `merged`. What has a maximum for a value keeps it. All others are averaged,
+    or the last one taken.
     """
 
     def __init__(self) -> None:
         self._curves: dict[str, _Curve] = {}
 
+    def crowded(self) -> dict[str, tuple[str, float]]:
+        """The curves that leave another fit too few points: what stands for several values, and where they begin."""
+        found = {tag: curve for tag, curve in self._curves.items() if curve.written > FULL}
+        return {tag: (c.how, c.first - (c.step - c.first) / max(1, c.seen - 1)) for tag, c in found.items()}
+
+    def shortened(self, points: Mapping[str, int]) -> None:
+        """Take note of how many points are left of some curves."""
+        for tag, left in points.items():
+            self._curves[tag].written = left
+
     def begin(self) -> None:
         """Begin a fit. The next value is a point of its curve at once: no server shows older ones beyond it."""
         for curve in self._curves.values():
-            curve.limit, curve.fresh = _limit(curve.written), True
+            curve.fresh = True
 
     def add(self, tag: str, step: int, value: float, how: str, horizon: int) -> tuple[int, float] | None:
         """Take a value in.
@@ -76,7 +86,7 @@ class Thinner:
         """
         curve = self._curves.get(tag)
         if curve is None:
-            curve = self._curves[tag] = _Curve(limit=_limit(0), first=step)
+            curve = self._curves[tag] = _Curve(first=step)
         if not curve.count:
             curve.stride, curve.how, curve.value = curve.plan(horizon), how, value
         elif curve.how == "mean":
@@ -85,12 +95,12 @@ class Thinner:
             curve.value = value if curve.how == "last" or not math.isnan(curve.value) else curve.value  # and stays
         curve.count, curve.seen, curve.step = curve.count + 1, curve.seen + 1, step
         due = curve.fresh or curve.count >= curve.stride
-        return curve.point() if due and curve.written < MOST else None
+        return curve.point() if due else None
 
     def rest(self) -> Iterator[tuple[str, tuple[int, float]]]:
         """The points for all values that still wait."""
         for tag, curve in self._curves.items():
-            if curve.count and curve.written < MOST:
+            if curve.count:
                 yield tag, curve.point()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -102,8 +112,37 @@ class Thinner:
         self._curves = {tag: _Curve(**curve) for tag, curve in state_dict.items()}
 
 
-def _limit(written: int) -> int:
-    return MOST - (MOST - max(written, FULL)) // 2
+def merged(points: Sequence[tuple[int, float]], how: str, begin: float) -> list[float | None]:
+    """A curve with `FULL` points at most, evenly over its steps: what becomes of each value; None: the point goes.
+
+    The steps are cut into `FULL` equal parts, and the last point of each stands for all in it: for their mean by the
+    steps that each stands for, their maximum, or as it is. Halving would do too, but it would halve the oldest fit
+    again before each new one, until nothing is left of it.
+
+    Args:
+        points: Step and value, the steps rising.
+        how: What stands for several values: ``"mean"``, ``"max"`` or ``"last"``.
+        begin: Step from which on the first point stands for the curve.
+    """
+    values: list[float | None] = [value for _, value in points]
+    if len(points) <= FULL:
+        return values
+    first, last, before = points[0][0], points[-1][0], begin
+    waiting: list[tuple[float, float]] = []  # of a part: value, and for how many steps it stands
+    for i, (step, value) in enumerate(points):
+        waiting.append((value, step - before))
+        before = step
+        part = (step - first) * FULL // (last - first + 1)
+        if step != last and (points[i + 1][0] - first) * FULL // (last - first + 1) == part:
+            values[i] = None
+            continue
+        numbers = [number for number, _ in waiting]
+        if how == "max":
+            values[i] = math.nan if any(map(math.isnan, numbers)) else max(numbers)
+        elif how == "mean" and len(waiting) > 1:
+            values[i] = sum(number * length for number, length in waiting) / sum(length for _, length in waiting)
+        waiting = []
+    return values
 
 
 def horizon(state: State) -> int:

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,19 @@ from attrs import asdict, define, field
 from fitwatch._confusion_image import confusion_image
 from fitwatch._options import instance
 from fitwatch.callback import Callback
-from fitwatch.callbacks import _class_counts, _folders, _page, _reports, _thinning
+from fitwatch.callbacks import _class_counts, _folders, _page, _reports, _shortening, _thinning
 from fitwatch.callbacks._clock import Clock
 from fitwatch.callbacks._level import Level
 from fitwatch.records import Histogram, Image, Marker, Record
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
+
+_Numbers = dict[str, dict[str, tuple[float, str]]]  # sub-run -> tag -> value, and what is to stand for several
+_Texts = dict[tuple[str, int, str], str]  # sub-run, step, tag -> text
+_Others = dict[tuple[str, int], list[Any]]  # sub-run, step -> what to write
+
+_NAMED = 5  # of the curves that are not finite: where one is, most are
 
 
 def _is_name(_: Any, option: Any, value: Any) -> None:
@@ -40,10 +46,11 @@ class TensorBoard(Callback):
     A resumed fit goes on in its own folder, from which everything beyond the point of resumption is removed.
 
     A value logged as ``train/x`` is the tag ``x`` of the sub-run ``train``; ``val/accuracy`` becomes
-    ``metrics/accuracy``. One event is written for each window and sub-run. A curve has 1,000 points at most: a long one
-    goes on with means of several windows, or with maxima where a window has its maximum. With a classifier (known by
-    its loss) the confusion matrix and the precision-recall curves of the best evaluation are shown too. The command to
-    open the page and a link to the run are printed when training starts and when it ends.
+    ``metrics/accuracy``. One event is written for each window and sub-run; a text or a picture stands at the step at
+    which it was logged. A curve has 1,000 points at most: a long one goes on with means of several windows, or with
+    maxima where a window has its maximum, and before a later fit the points of the earlier ones are merged likewise.
+    With a classifier (known by its loss) the confusion matrix and the precision-recall curves of the best evaluation
+    are shown too. The command to open the page and a link to the run are printed when training starts and when it ends.
 
     If the files can't be written any more, say because the disk is full, an error is logged and nothing more is
     written; the epoch is trained to its end, so that a `Checkpoint` can save it, and then the fit ends with `OSError`.
@@ -83,15 +90,18 @@ class TensorBoard(Callback):
             self.run_dir, self._markers = _folders.new_folder(self.dir, self.name), {}
             self._curves = _thinning.Thinner()
         elif state.resumed:  # what lies beyond the point of resumption did not happen
-            self._markers = {name: step for name, step in self._markers.items() if step < self._first_step}
+            self._markers = {name: step for name, step in self._markers.items() if step <= self._first_step}
             _folders.go_back(self.run_dir, self._first_step, keep=self._markers)
         if not state.resumed:
             self._best_counts = None
+        if crowded := self._curves.crowded():
+            self._curves.shortened(_shortening.shorten(self.run_dir, crowded))
         self._curves.begin()
         self._running, self._begun = True, False
         self._tags: set[str] = set()
         self._charted = 0  # tags known when the charts were last written
-        self._not_finite: set[str] = set()
+        self._told: dict[tuple[str, str], tuple[int, str]] = {}  # sub-run and tag -> the newest text, and its step
+        self._not_finite: set[tuple[str, str]] = set()  # sub-run and tag of the curves that had a value that is not
         self._level = Level(self._first_step)
         self._judged: Mapping[str, float] = state.metrics  # the newest evaluation that was seen
         self._counts = _class_counts.ClassCounts(state)
@@ -117,37 +127,27 @@ class TensorBoard(Callback):
         self._clock.pause()
 
     def on_log(self, state: State) -> None:
-        """Write the records: one event for each sub-run."""
+        """Write the records: one event for each sub-run and step."""
         from fitwatch.callbacks import _events  # noqa: PLC0415 - a third of a second that only users of this pay
 
         self._begin(state)  # a loop of one's own may have no epochs
-        numbers: dict[str, dict[str, tuple[float, str]]] = {}
-        texts: dict[str, dict[str, str]] = {}
-        others: dict[str, list[Any]] = {}
-        for record in state.records:
-            run, tag = _page.run_and_tag(record.name)
-            if isinstance(record.value, Marker):
-                self._mark(record.name, record.step, record.value)
-            elif isinstance(record.value, str):
-                _append(texts.setdefault(run, {}), tag, record.value)
-            elif isinstance(record.value, (Image, Histogram)):
-                others.setdefault(run, []).append(_events.picture(tag, record.value))
-            else:
-                numbers.setdefault(run, {})[tag] = record.value, record.merge
-                self._warn(record, texts.setdefault(run, {}), tag)
+        now = state.progress.step
+        numbers, texts, others = self._sorted(state.records)
+        for run, tags in numbers.items():
+            self._warn(run, now, tags, texts)
         rate = self._clock.rate(state.examples)
         if rate is not None:
             numbers.setdefault("train", {})["speed/examples_per_second"] = rate, "mean"
         horizon = _thinning.horizon(state)
         for run, tags in numbers.items():
-            others.setdefault(run, []).extend(self._points(run, state.progress.step, tags, horizon))
-        for run, found in texts.items():
-            others.setdefault(run, []).extend(_events.text(tag, text) for tag, text in found.items())
+            others.setdefault((run, now), []).extend(self._points(run, now, tags, horizon))
+        for (run, step, tag), text in texts.items():
+            others.setdefault((run, step), []).append(_events.text(tag, text))
         if "loss" in numbers.get("train", ()) and len(self._tags) > self._charted:
             self._charted = len(self._tags)  # once at the first evaluation, and again where a chart is new
-            others["train"].append(_events.layout(_page.charts(self._tags)))
-        for run, values in others.items():
-            self._write(run, state.progress.step, values)
+            others["train", now].append(_events.layout(_page.charts(self._tags)))
+        for run, step in sorted(others):  # a text or a picture may be older than the window's end
+            self._write(run, step, others[run, step])
         self._evaluated(state)
         self._clock.run()
 
@@ -240,12 +240,44 @@ class TensorBoard(Callback):
                 points.append(_events.scalar(tag, point[1]))
         return points
 
-    def _warn(self, record: Record, texts: dict[str, str], tag: str) -> None:
-        """Say it in words where a curve is not finite for the first time: infinity is a silent gap in a chart."""
-        if not math.isfinite(record.value) and record.name not in self._not_finite:  # type: ignore[arg-type] # a number
-            self._not_finite.add(record.name)
-            warning = f"`{tag}` is {record.value} at step {record.step}, for the first time."
-            _append(texts, "report/warnings", warning)
+    def _sorted(self, records: Iterable[Record]) -> tuple[_Numbers, _Texts, _Others]:
+        """Draw the bars among the records, and sort the others by their place."""
+        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+
+        numbers: _Numbers = {}
+        texts: _Texts = {}
+        others: _Others = {}
+        for record in records:
+            run, tag = _page.run_and_tag(record.name)
+            if isinstance(record.value, Marker):
+                self._mark(record.name, record.step, record.value)
+            elif isinstance(record.value, str):
+                self._tell(texts, (run, record.step, tag), record.value)
+            elif isinstance(record.value, (Image, Histogram)):
+                others.setdefault((run, record.step), []).append(_events.picture(tag, record.value))
+            else:
+                numbers.setdefault(run, {})[_page.curve(tag)] = record.value, record.merge
+        return numbers, texts, others
+
+    def _tell(self, texts: _Texts, place: tuple[str, int, str], text: str) -> None:
+        """Add a text. Of several under one tag at one step, also of two `on_log`, the server would keep the last."""
+        run, step, tag = place
+        before = self._told.get((run, tag), (-1, ""))
+        whole = f"{before[1]}\n\n{text}" if before[0] == step else text
+        texts[place] = whole
+        self._told[run, tag] = step, whole
+
+    def _warn(self, run: str, step: int, tags: Mapping[str, tuple[float, str]], texts: _Texts) -> None:
+        """Say in one sentence which curves are not finite for the first time: infinity is a silent gap in a chart."""
+        odd = [tag for tag, (value, _) in tags.items() if not math.isfinite(value)]
+        new = [tag for tag in odd if (run, tag) not in self._not_finite]
+        if new:
+            self._not_finite.update((run, tag) for tag in new)
+            new.sort(key=lambda tag: tag.startswith("params/"))  # those of layers, which are many, come last
+            named = ", ".join(f"`{tag}` ({tags[tag][0]})" for tag in new[:_NAMED])
+            more = f", and {len(new) - _NAMED} more" if len(new) > _NAMED else ""
+            warning = f"Not finite for the first time in the window that ends at step {step}: {named}{more}."
+            self._tell(texts, (run, step, "report/warnings"), warning)
 
     def _write_rest(self) -> None:
         """Write the points that wait to be merged with more."""
@@ -349,13 +381,8 @@ def _best(best: Mapping[str, float]) -> list[Any]:
 
     dots = {name: v for name, v in best.items() if name.startswith("val/") and math.isfinite(v)}
     dots = dots or {"train/loss": best["train/loss"]}
-    values = [_events.scalar(_page.run_and_tag(name)[1], v) for name, v in dots.items()]
+    values = [_events.scalar(_page.curve(_page.run_and_tag(name)[1]), v) for name, v in dots.items()]
     values.append(_events.scalar("report/best_epoch", best["epoch"]))
     if "val/loss" in best:
         values.append(_events.scalar("report/gap_at_best", best["val/loss"] - best["train/loss"]))
     return values
-
-
-def _append(texts: dict[str, str], tag: str, text: str) -> None:
-    """Add a text; of two under one tag at one step the server would keep one."""
-    texts[tag] = f"{texts[tag]}\n\n{text}" if tag in texts else text

@@ -1,0 +1,193 @@
+"""Where things stand on the page: at which step, under which tag, in which order."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fitwatch as fw
+from tests._events import bars, curve, points, read, texts
+from tests._server import get, noisy_data, overfitting_trainer, serve
+
+PNG = b"\x89PNG at step %d"  # the bytes are not looked at
+
+
+# -- bars ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_script_that_is_run_again_keeps_its_bars(tmp_path):
+    """Resumed where early stopping ended it, a fit trains no step, and both bars are still there, the last at that step."""
+
+    def run():
+        trainer = overfitting_trainer(tmp_path, callbacks=[fw.Checkpoint(tmp_path / "saved")])
+        return trainer.fit(*noisy_data(), epochs=60, resume="auto")
+
+    def drawn():
+        return {name: points(tmp_path / "run" / name, "loss") for name in bars(tmp_path / "run")}
+
+    first, before = run(), drawn()
+    assert before.keys() == {"early stop", "overfitting"}
+    assert before["early stop"][0][0] == first.history[-1]["step"]
+    again = run()
+    assert again.history == first.history
+    assert drawn() == before
+
+
+# -- texts and pictures --------------------------------------------------------------------------------------------
+
+
+def test_texts_pictures_and_histograms_stand_at_their_step(tmp_path):
+    """Those logged at steps 2 and 3 of a window of 5 are events of steps 2 and 3, each whole, and their tags are as given."""
+
+    class Log(fw.Callback):
+        def on_step_end(self, state):
+            step = state.progress.step
+            if step in (2, 3):
+                state.log("val/pic", fw.Image(PNG % step, 1, 1))
+                state.log("train/note", f"at {step}")
+                state.log("train/spread", fw.Histogram((0.0, 1.0), (step,), step / 2, step / 4))
+            state.log("train/number", float(step))
+
+    model = nn.Linear(10, 2)
+    page = fw.TensorBoard(tmp_path, show_link=False)
+    trainer = fw.Trainer(model, torch.optim.SGD(model.parameters()), callbacks=[Log(), page], log_every=5, device="cpu")
+    trainer.fit(noisy_data()[0], max_steps=5)
+    assert [(e.step, e.encoded_image_string) for e in read(tmp_path / "run/val").Images("pic")] == [
+        (step, PNG % step) for step in (2, 3)
+    ]
+    assert texts(tmp_path / "run/train", "note") == [(2, "at 2"), (3, "at 3")]
+    spread = read(tmp_path / "run/train").Histograms("spread")
+    assert [(e.step, e.histogram_value.num) for e in spread] == [(2, 2.0), (3, 3.0)]
+    assert points(tmp_path / "run/train", "metrics/number") == [(5, 3.0)]
+
+
+def test_texts_of_one_step_are_one_text_on_the_page(tmp_path):
+    """Of a text of the log window and one of the validation at the same step the server shows both, and older ones alone."""
+
+    class Warn(fw.Callback):
+        def on_step_end(self, state):
+            if state.progress.step in (5, 6):
+                state.log("train/report/warnings", f"step {state.progress.step}")
+
+        def on_validation_end(self, state):
+            state.log("train/report/warnings", "validated")
+
+    trainer = overfitting_trainer(tmp_path, callbacks=[Warn()])
+    trainer.fit(*noisy_data(), epochs=1)
+    with serve(tmp_path) as address:
+        for _ in range(50):
+            shown = get(address, "text/text", run="run/train", tag="report/warnings")
+            if "validated" in str(shown):  # the server reads a file bit by bit
+                break
+            time.sleep(0.2)
+    assert [text["step"] for text in shown] == [5, 6]
+    assert "<p>step 5</p>" in shown[0]["text"]
+    assert "<p>step 6</p>\n<p>validated</p>" in shown[1]["text"]
+
+
+def test_one_nan_is_one_sentence_after_the_one_that_names_its_place(tmp_path):
+    """Where all gradients are NaN from step 3 on, `GradientNorm` speaks first, and all curves share one short sentence."""
+
+    class Spoil(fw.Callback):
+        def on_batch_end(self, state):
+            if state.progress.step == 2:
+                for parameter in state.model.parameters():
+                    parameter.grad.fill_(float("nan"))
+
+    model = nn.Sequential(*(nn.Linear(10, 10) for _ in range(10)))
+    page = fw.TensorBoard(tmp_path, show_link=False)
+    trainer = fw.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        callbacks=[Spoil(), page, fw.GradientNorm()],
+        log_every=5,
+        device="cpu",
+    )
+    trainer.fit(noisy_data()[0], max_steps=5)
+    odd = [
+        tag
+        for tag in read(tmp_path / "run/train").Tags()["scalars"]
+        if any(math.isnan(value) for step, value in points(tmp_path / "run/train", tag) if step == 5)
+    ]
+    [(step, told), *_] = texts(tmp_path / "run/train", "report/warnings")
+    assert step == 5
+    place, curves = told.split("\n\n")
+    assert place.startswith("At step 3 (epoch 0, batch 2, counted from 0) no gradient is finite")
+    assert curves.startswith(
+        "Not finite for the first time in the window that ends at step 5: `optim/grad_norm` (nan), "
+    )
+    assert curves.count("`") == 10
+    # "loss" has its point at the validation, in a window of its own
+    assert curves.endswith(f", and {len(set(odd) - {'loss'}) - 5} more.")
+    assert len(odd) > 20
+
+
+# -- tags ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_standard_error_stands_with_the_evidence(tmp_path):
+    """What ``min_delta="1se"`` measures is the curve ``overfit/loss_se``, and no chart of its own beside the loss."""
+    trainer = overfitting_trainer(tmp_path)
+    trainer.callbacks[3] = fw.EarlyStopping("val/loss", min_delta="1se")
+    result = trainer.fit(*noisy_data(), epochs=3)
+    assert points(tmp_path / "run/val", "overfit/loss_se") == curve(result.history, "val/loss_se")
+    alone = {tag for tag in read(tmp_path / "run/val").Tags()["scalars"] if "/" not in tag}
+    assert alone == {"loss", "loss_unweighted", "loss_left"}
+
+
+# -- many fits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Fourteen fits of one trainer, of 400 steps each, with a window at each step: (run's folder, what was logged)."""
+    logged = []
+
+    class Log(fw.Callback):
+        def on_step_end(self, state):
+            step = state.progress.step
+            value = float(torch.rand(())) + (9 if step % 400 == 123 else 0)
+            logged.append(value)
+            state.log("train/optim/mean", value)
+            state.log("train/optim/peak", value, reduce="max")
+            state.log("train/optim/last", float(step), reduce="last")
+
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    loader = DataLoader(TensorDataset(torch.randn(8, 2), torch.arange(8) % 2), 8)
+    page = fw.TensorBoard(tmp_path_factory.mktemp("runs"), show_link=False)
+    trainer = fw.Trainer(model, torch.optim.SGD(model.parameters()), callbacks=[Log(), page], log_every=1, device="cpu")
+    for _ in range(14):
+        trainer.fit(loader, epochs=400)
+    return page.run_dir, logged
+
+
+@pytest.mark.parametrize("tag", ["optim/mean", "optim/peak", "optim/last", "optim/loss", "optim/lr", "loss"])
+def test_each_of_many_fits_has_its_part_of_a_curve(many, tag):
+    """Of 14 fits each has 20 points or more in every curve, the last one at its end, and all together are at most 1,000."""
+    steps = [step for step, _ in points(many[0] / "train", tag)]
+    assert steps == sorted(set(steps))
+    assert min(sum(400 * fit < step <= 400 * (fit + 1) for step in steps) for fit in range(14)) >= 20
+    assert len(steps) <= 1000
+    assert steps[-1] == 14 * 400
+
+
+def test_what_many_fits_merge_is_still_true(many):
+    """The means still have the sum of all that was logged, each maximum is that of its steps, and each last value too."""
+    folder, logged = many
+    mean, peak, last = (points(folder / "train", f"optim/{name}") for name in ("mean", "peak", "last"))
+    begins = [0, *(step for step, _ in mean)]
+    total = sum(value * (step - begin) for (step, value), begin in zip(mean, begins, strict=False))
+    assert total == pytest.approx(sum(logged), rel=1e-5)
+    begins = [0, *(step for step, _ in peak)]
+    for (step, value), begin in zip(peak, begins, strict=False):
+        assert value == pytest.approx(max(logged[begin:step]), rel=1e-6)
+    assert [value for _, value in last] == [step for step, _ in last]
+
+
+def test_texts_survive_the_merging(many):
+    """The start reports of all fits are there, each at its first step."""
+    assert [step for step, _ in texts(many[0] / "train", "report/start")] == [400 * fit for fit in range(14)]
