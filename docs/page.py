@@ -86,7 +86,7 @@ def main() -> None:
             shoot(browser, link, "metrics-pinned-view svg circle", IMAGES / "tensorboard.png")
             custom = f"{address}/#custom_scalars&_smoothingWeight=0"
             gap = "tf-custom-scalar-margin-chart-card path.area[d]"
-            shoot(browser, custom, gap, IMAGES / "custom-scalars.png", height=1300)
+            shoot(browser, custom, gap, IMAGES / "custom-scalars.png", height=1500)
         train(Path("runs"), "large-lr", lr=3e-3)
         train(Path("runs"), "dropout", dropout=0.5)
         train(Path("runs"), "small", width=8)

@@ -97,6 +97,14 @@ def test_the_pinned_cards_have_lines(page, shown):
     expect(dots(pinned(page, "metrics/accuracy"))).to_have_count(1)
 
 
+def test_the_first_group_of_charts_is_the_loss(page, shown):
+    """Below the pinned cards the first group is the loss alone; its variants, the metrics and the rest follow it."""
+    page.goto(shown.link)
+    groups = page.locator("metrics-card-groups metrics-card-group-toolbar")
+    expect(groups).to_contain_text(["loss", "loss_left", "loss_unweighted", "metrics", "optim", "overfit"])
+    expect(page.locator("metrics-card-groups .tag").first).to_have_attribute("title", "loss")
+
+
 def test_the_link_lists_this_run_alone(page, shown):
     """Of the two runs in the folder, the run selector lists the six sub-runs of the one that the link names."""
     page.goto(shown.link)
