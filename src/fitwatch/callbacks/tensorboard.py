@@ -59,7 +59,7 @@ class TensorBoard(Callback):
         dir: The folder to open in TensorBoard, holding all runs.
         name: Of the run; no slash in it.
         group: Runs of one group are one row in the HParams table, with the mean of their metrics: for trials that
-            repeat the same settings. Default: each run has its own row.
+            repeat the same settings with other seeds. Default: each run has its own row.
         show_link: Whether to print the command and the link.
     """
 
@@ -370,6 +370,8 @@ class TensorBoard(Callback):
         assert self.run_dir is not None
         settings = {name: value for name, value in state.settings.items() if name != "device"}
         group = self.run_dir.name if self.group is None else self.group
+        if self.group is not None:
+            settings["seed"] = "any"  # a row has one value of each setting, and this is what trials differ in
         row = _events.hparams(settings, group, self._started, succeeded=state.error is None)
         seconds = time.time() - self._started
         report = _events.text("report/end", _reports.end(state, self.run_dir.name, seconds))
