@@ -252,8 +252,10 @@ def test_losses_of_examples_reach_the_rule(loss, batch, known):
     """The error of the rise is that of the pairs for every loss that has them, and that of the curve for a function."""
     watch = Watch()
     trainer = make(watch, fw.OverfittingDetector(), loss=loss)
-    verdict = trainer.fit([batch], [batch], epochs=8).verdict
+    wrong = 1 - MULTI if isinstance(loss, fw.BinaryCrossEntropy) else (VY + 1) % 3  # so that validation gets worse
+    verdict = trainer.fit([batch], [(batch[0], wrong, *batch[2:])], epochs=8).verdict
     assert (trainer.callbacks[1].rule.examples == 20) == known
+    assert verdict.reference < 7
     assert math.isfinite(verdict.rise_se)
     if known:
         influence = []
@@ -261,10 +263,11 @@ def test_losses_of_examples_reach_the_rule(loss, batch, known):
             with torch.no_grad():
                 outputs = model.eval()(batch[0])
             if isinstance(loss, fw.BinaryCrossEntropy):
-                losses, w = F.binary_cross_entropy_with_logits(outputs, MULTI, reduction="none").mean(1), torch.ones(20)
+                losses = F.binary_cross_entropy_with_logits(outputs, wrong, reduction="none").mean(1)
+                w = torch.ones(20)
             else:
-                losses = F.cross_entropy(outputs, VY, reduction="none")
-                w = torch.ones(20, dtype=torch.float64) if loss.weight is None else loss.weight[VY]
+                losses = F.cross_entropy(outputs, wrong, reduction="none")
+                w = torch.ones(20, dtype=torch.float64) if loss.weight is None else loss.weight[wrong]
                 w = w * batch[2] if len(batch) == 3 else w
             influence.append(w / w.sum() * (losses - (w * losses).sum() / w.sum()))
         plain = ((influence[1] - influence[0]).square().sum() * 20 / 19).sqrt().item()

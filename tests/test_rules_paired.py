@@ -52,8 +52,8 @@ def sample(count, seed=0, tail=1.0):
 def error(before, now, weights=None):
     """What the rule would be given for the second evaluation, with the first as the reference."""
     paired = PairedRise()
-    paired.take(before, weights, bottom=False)
-    paired.take(now, weights, bottom=True)  # the reference is the evaluation before
+    paired.take(before, weights, reference=None)
+    paired.take(now, weights, reference="last")
     return paired.error
 
 
@@ -205,11 +205,29 @@ def test_a_decided_rise_needs_no_more_examples():
     train, val = slow_turn()
     exact = diagnose(train, val, example_losses=examples_of(val, 500, 0.05))
     assert exact.examples_needed is None
-    assert "too small" not in exact.evidence
+    assert "so few" not in exact.evidence
     clear = diagnose(*slow_turn(slope=0.02), example_losses=examples_of(slow_turn(slope=0.02)[1], 500, 0.8))
     assert (clear.overfitting, clear.examples_needed) == (True, None)
     open_ = diagnose(train, val, example_losses=examples_of(val, 500, 0.8))
-    assert f"it would take about {open_.examples_needed:,} examples" in open_.evidence
+    assert f"it would take about {open_.examples_needed:,}." in open_.evidence
+    assert open_.examples_needed == math.ceil(500 * (2 * open_.rise_se / max(open_.rise, 0.04 * minimum())) ** 2)
+
+
+def minimum():
+    """The minimum of its smoothed curve."""
+    rule = OverfittingRule()
+    train, val = slow_turn()
+    for t, v in zip(train, val, strict=True):
+        rule.update(t, v)
+    return rule._minimum
+
+
+def test_a_falling_loss_asks_for_no_more_examples():
+    """At a new minimum of the smoothed curve there is no rise to be sure of, however few examples there are."""
+    val = 1 - 0.01 * np.arange(30)
+    verdict = diagnose(val, val, example_losses=examples_of(val, 40, 2.0))
+    assert verdict.status == "improving"
+    assert verdict.examples_needed is None
 
 
 @pytest.mark.parametrize("given", [0.0, 0.05, 0.5])

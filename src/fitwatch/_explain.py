@@ -41,6 +41,7 @@ def refuse_classes(
             raise ValueError(
                 f"there are {len(weights)} class weights or costs, but the outputs of shape "
                 f"{tuple(output.shape)} have {num_classes} classes"
+                + ("; if they were counted, the training data lacks the last classes" * (len(weights) < num_classes))
             ) from cause
         _refuse_devices(output, weights, cause)
     if cause is not None and not target.is_floating_point() and target.device.type == "cpu":

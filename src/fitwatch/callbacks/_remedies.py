@@ -44,8 +44,8 @@ def _remedies(verdict: Verdict, state: State, train_examples: int | None) -> Ite
         yield f"A lower learning rate (now {state.optimizer.param_groups[0]['lr']:.3g}), or clipping of the gradients."
     if verdict.examples_needed is not None:
         yield (
-            "Cross-validation, or a larger validation set: the standard error of this one hides a rise that would "
-            f"matter; it would take about {verdict.examples_needed:,} examples."
+            "Cross-validation, or a larger validation set: by its standard error this rise may be chance; about "
+            f"{verdict.examples_needed:,} examples would settle it."
         )
 
 

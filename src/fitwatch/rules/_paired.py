@@ -1,7 +1,7 @@
 """How exactly a validation set tells the difference between the losses of two evaluations."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from attrs import define, field
@@ -35,13 +35,13 @@ class PairedRise:
     _last: Tensor | None = field(default=None, repr=False)  # of the evaluation before: the smoothed curve lags by one
     _reference: Tensor | None = field(default=None, repr=False)
 
-    def take(self, losses: Any, weights: Any, *, bottom: bool) -> None:
+    def take(self, losses: Any, weights: Any, *, reference: Literal["last", "this"] | None) -> None:
         """Take one more evaluation in.
 
         Args:
             losses: Losses of the examples, shape (N,).
             weights: Their weights, shape (N,), or None for 1 each.
-            bottom: Whether the smoothed curve is lowest here: the reference is then the evaluation before.
+            reference: Whether this evaluation, or the last one, is the reference from here on.
 
         Raises:
             ValueError: Shapes that don't fit, or not as many examples as before.
@@ -50,8 +50,8 @@ class PairedRise:
         if self.examples and len(now) != self.examples:
             raise ValueError(f"there were {self.examples} losses of examples before, and now there are {len(now)}")
         self.examples = len(now)
-        if bottom:
-            self._reference = now if self._last is None else self._last
+        if reference is not None:
+            self._reference = now if reference == "this" or self._last is None else self._last
         self._last = now
         self.error = math.nan if self._reference is None else standard_error(now - self._reference)
 

@@ -33,8 +33,9 @@ class Verdict:
         reference: Index of the bottom of the smoothed validation curve so far, from which ``rise`` is measured.
         smoothed_rise: How far the smoothed validation loss stands above its minimum: what is judged; 0 or more.
         threshold: What ``smoothed_rise`` is held against, in the same unit; infinite while warming up.
-        examples_needed: How many validation examples it would take to tell a rise of ``min_rise`` from none (by two
-            standard errors), where the losses of the examples leave it open whether there is one; else None.
+        examples_needed: How many validation examples it would take to tell ``rise``, or one of ``min_rise`` if that is
+            more, from none by two standard errors; None where there are enough, the smoothed curve does not stand above
+            its minimum, or the losses of the examples are not known.
         evidence: One sentence with the figures.
     """
 
@@ -92,8 +93,8 @@ def evidence(v: Verdict, c: Curves) -> str:
             else f", while the training loss went from {c.train_then:.4g} to {c.train_now:.4g}"
         )
         return (
-            f"Since evaluation {v.onset} the validation loss has risen by {v.rise:.4g}{exact}{training}; "
-            f"smoothed, it is {judged}.{_more_examples(v)}"
+            f"Since evaluation {v.onset} the validation loss has risen by {v.rise:.4g}{exact}{training}. "
+            f"The smoothed validation loss is {judged}.{_more_examples(v)}"
         )
     said = {
         "improving": "The validation loss still falls.",
@@ -113,9 +114,12 @@ def _more_examples(v: Verdict) -> str:
     """Whether the validation set is too small, and how large it should be."""
     if v.examples_needed is None:
         return ""
+    said = "this rise may be chance"
+    if v.status != "overfitting":
+        said = f"the rise of {v.rise:.3g} ± {v.rise_se:.2g} since evaluation {v.reference} may be chance, or too low"
     return (
-        f" The rise since evaluation {v.reference} is {v.rise:.3g} ± {v.rise_se:.2g}: the validation set is too small "
-        f"to be sure of it or of none; it would take about {v.examples_needed:,} examples."
+        f" With so few validation examples {said}: to be sure, by two standard errors, it would take about "
+        f"{v.examples_needed:,}."
     )
 
 

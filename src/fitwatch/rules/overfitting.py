@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from itertools import pairwise
 from statistics import median
-from typing import Any, SupportsFloat
+from typing import Any, Literal, SupportsFloat
 
 from attrs import define, evolve, field, fields
 
@@ -145,11 +145,11 @@ class OverfittingRule:
             self._train += alpha / self._train_weight * (train_loss - self._train)
         if math.isfinite(val_loss):
             error = math.nan if standard_error is None else float(standard_error)
-            bottom = self._take(val_loss, train_loss, error, alpha)
+            reference = self._take(val_loss, train_loss, error, alpha)
             if losses is None:
                 self._paired = PairedRise()  # its error would be that of an evaluation long ago
             else:
-                self._paired.take(losses, weights, bottom=bottom)
+                self._paired.take(losses, weights, reference=reference)
             sigma = self._sigma()
             threshold = self._threshold(sigma)
             self._judge(threshold)
@@ -194,8 +194,8 @@ class OverfittingRule:
         """What rises are a share of."""
         return self._first - self._minimum if self._negative else self._minimum
 
-    def _take(self, loss: float, train_loss: float, error: float, alpha: float) -> bool:
-        """Bring the smoothed curve and its minimum up to date; whether it is lowest here."""
+    def _take(self, loss: float, train_loss: float, error: float, alpha: float) -> Literal["last", "this"] | None:
+        """Bring the smoothed curve and its minimum up to date; the reference, where it is lowest here."""
         if not self._count:
             self._first = loss
         before, self._last_point = self._last_point, [self._index, loss, error]
@@ -206,14 +206,14 @@ class OverfittingRule:
             self._best, self._best_value = self._index, loss
         self._val_weight += alpha * (1 - self._val_weight)
         self._val += alpha / self._val_weight * (loss - self._val)
-        bottom = self._count >= _SETTLED and self._val < self._minimum
-        if bottom:
-            self._minimum = self._val
-            self._minimum_train = self._train if self._train_weight else None
-            # The smoothed curve lags behind by an evaluation or two.
-            index, self._reference_value, self._reference_error = before
-            self._reference = int(index)
-        return bottom
+        if self._count < _SETTLED or self._val >= self._minimum:
+            return None
+        self._minimum = self._val
+        self._minimum_train = self._train if self._train_weight else None
+        # The smoothed curve lags behind by an evaluation or two, so the bottom may be the last one.
+        index, self._reference_value, self._reference_error = min(before, self._last_point, key=lambda point: point[1])
+        self._reference = int(index)
+        return "this" if self._reference == self._index else "last"
 
     def _sigma(self) -> float:
         return unrest([loss for loss, _ in self._recent])
@@ -296,12 +296,12 @@ class OverfittingRule:
         return independent
 
     def _examples_needed(self, rise: float) -> int | None:
-        """For two standard errors to be the least rise that matters: the error falls with the root of their number."""
+        """For two standard errors to be no more than the rise: the error falls with the root of their number."""
         error, least = self._paired.error, self.min_rise * self._unit
-        undecided = abs(rise - least) < 2 * error  # False where the error is NaN
-        if not (undecided and least > 0 and 2 * error > least):
+        rise = max(rise, least)
+        if self._smoothed_rise <= 0 or not 2 * error > rise > 0:  # False where the error is NaN
             return None
-        return math.ceil(self._paired.examples * (2 * error / least) ** 2)
+        return math.ceil(self._paired.examples * (2 * error / rise) ** 2)
 
     def _status(self, val_loss: float, gap: float) -> Status:
         if self._overfitting and math.isfinite(val_loss):
