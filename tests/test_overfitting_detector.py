@@ -492,3 +492,18 @@ def test_a_batch_sampler_of_ones_own_over_a_part_of_the_set():
     )
     rows = chosen(PART, 20)
     assert watch.logged["val/overfit/train_loss"] == pytest.approx([reference(watch.weights[0], X[rows], Y[rows])])
+
+
+def test_a_nan_in_the_middle_of_overfitting_draws_no_second_bar():
+    """A validation loss that is NaN once changes the status to diverging and back, and the onset keeps its one bar."""
+
+    class Made(fw.Trainer):
+        def validation_step(self, batch):
+            epoch = self.state.progress.epoch
+            return torch.tensor(math.nan if epoch == 18 else 1 - 0.1 * epoch if epoch < 5 else 0.5 + 0.05 * epoch)
+
+    watch = Watch()
+    make(watch, fw.OverfittingDetector(probe_examples=0), kind=Made).fit([(X, Y)], [(VX, VY)], epochs=22)
+    statuses = [verdict.status for verdict in watch.verdicts]
+    assert statuses[17:20] == ["overfitting", "diverging", "overfitting"]
+    assert [bar.name for bar in watch.bars] == ["overfitting"]

@@ -53,6 +53,7 @@ def real_world_losses(
     # torch itself does.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # noqa: SLF001
         return _reduced(_formula(logits, target, fn_cost, fp_cost).losses, divisor)
+    # torch has no types for apply
     losses: Tensor = _RealWorldLosses.apply(logits, target, fn_cost, fp_cost, divisor)  # type: ignore[no-untyped-call]
     return losses
 

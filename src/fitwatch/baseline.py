@@ -160,5 +160,5 @@ def _search(loss: Any, kind: str, sums: Tensor) -> Baseline:
         return loss_value
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)  # type: ignore[no-untyped-call] # torch has no types for it
     return Baseline(constant=min(uniform, float(value(constant.detach()))), uniform=uniform)

@@ -96,6 +96,7 @@ class OverfittingDetector(Callback):
         verdict = self.rule.update(train_loss, state.metrics["val/loss"], losses=losses, weights=weights)
         if probe is None:
             verdict = evolve(verdict, evidence=f"{verdict.evidence} {self._caution}")
+        was_overfitting = self._verdict is not None and self._verdict.overfitting
         state.verdict = self._verdict = verdict
         measured = {
             "gap": verdict.gap,
@@ -110,6 +111,9 @@ class OverfittingDetector(Callback):
         if self.action == "restore" and verdict.best == len(state.history) - 1:
             self._best.keep(state.model)
         self._tell(state, verdict)
+        if verdict.overfitting and not was_overfitting:
+            state.mark("overfitting", state.history[verdict.onset or 0])
+            self._act(state)
 
     def on_fit_end(self, state: State) -> None:
         """Restore the best weights, if they were asked for and training overfits."""
@@ -147,9 +151,6 @@ class OverfittingDetector(Callback):
             state.log("val/report/verdict", card(verdict, state, _train_examples(state)))
         if verdict.status in ("overfitting", "diverging"):
             logger.warning("%s: %s", verdict.status, verdict.evidence)
-        if verdict.overfitting:
-            state.mark("overfitting", state.history[verdict.onset or 0])
-            self._act(state)
 
     def _act(self, state: State) -> None:
         if self.action != "warn" and self._verdict is not None:
