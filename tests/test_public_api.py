@@ -51,7 +51,7 @@ def imports(path):
 
 def test_imports_run_one_way():
     """The layers import downwards only, no callback imports the trainer, and rules, losses and costs know no training."""
-    layers = ["metrics", "records", "state", "callback", "callbacks", "trainer"]
+    layers = ["distributed", "sharding", "metrics", "records", "state", "callback", "callbacks", "trainer"]
     apart = {"_options", "rules", "losses", "_loss", "_real_world", "_real_world_kernel", "_imbalanced"}
     apart |= {"_cross_entropy", "_explain", "weighting", "decisions", "baseline"}
     apart |= {"_curves", "logs", "cli", "__main__"}

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
+from fitwatch import distributed
 from fitwatch.state import State
 
 HOOKS = (
@@ -60,10 +61,14 @@ class Callback:
     in list order (a `Checkpoint` after the others), only those that override a hook are called for it, and an
     exception in one ends the fit through ``on_fit_end``, with a note that names callback and hook.
 
+    Of several ranks, each calls all hooks, but those of a callback with ``main_only``. Losses, metrics and gradients
+    are then those of all ranks together; what else is logged is rank 0's.
+
     A method named ``on_*`` that is no hook is refused when the class is defined.
     """
 
     runs_last: ClassVar[bool] = False  # after all others, in list order among its like: one that saves their state
+    main_only: ClassVar[bool] = False  # of several ranks, only rank 0 calls it: one that writes or draws
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -129,9 +134,10 @@ class Callbacks(Callback):
                 hint = f" (write {c.__name__}())" if isinstance(c, type) else ""
                 raise TypeError(f"callbacks must hold Callback instances, got {c!r}{hint}")
             self.callbacks += c.callbacks if isinstance(c, Callbacks) else [c]
+        called = [c for c in self.callbacks if not (c.main_only and distributed.rank())]
+        called.sort(key=lambda c: c.runs_last)
         self._hooks: dict[str, list[Callable[[State], None]]] = {
-            name: [getattr(c, name) for c in sorted(self.callbacks, key=lambda c: c.runs_last) if _overrides(c, name)]
-            for name in HOOKS
+            name: [getattr(c, name) for c in called if _overrides(c, name)] for name in HOOKS
         }
 
     def _run(self, name: str, state: State) -> None:

@@ -3,7 +3,7 @@
 A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (a number),
 ``model``, ``loss`` (its parameters), ``optimizer``, ``scheduler``, ``scaler``, ``generators`` (of the loaders),
 ``callbacks`` (by class name), ``progress``,
-``history``, ``train_loss`` (the sums since the last evaluation), ``rng``.
+``history``, ``train_loss`` (the sums since the last evaluation), ``rng`` (of rank 0), ``other_rngs`` (of the others).
 """
 
 import os
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from attrs import asdict
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from fitwatch import distributed
 from fitwatch.loading import generators_of
 from fitwatch.state import Progress, State
 
@@ -25,17 +27,25 @@ FORMAT = 1
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself where `torch.compile` wrapped it, so that names are the same compiled or not."""
-    return getattr(model, "_orig_mod", model)
+    """The module itself, where `torch.compile` or `DistributedDataParallel` wrapped it: names are always the same."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
+        if inner is model:
+            return model
+        model = inner
 
 
 def save(path: Path, state: State) -> None:
-    """Write a checkpoint of ``state`` to ``path``: whole, or not at all.
+    """Write a checkpoint of ``state`` to ``path``: whole, or not at all. All ranks call it, and rank 0 writes.
 
     Raises:
         OSError: It could not be written; the message names the path, and what stood there still stands.
     """
     state.pull_loss()
+    train_loss = distributed.sums([state.train_loss.total, state.train_loss.weight])
+    rng, *other_rngs = distributed.gather(rng_state())
+    if distributed.rank():
+        return
     content = {
         "format": FORMAT,
         "model": unwrap(state.model).state_dict(),
@@ -47,8 +57,9 @@ def save(path: Path, state: State) -> None:
         "callbacks": state.callbacks.state_dict() if state.callbacks is not None else {},
         "progress": asdict(state.progress),
         "history": state.history,
-        "train_loss": [state.train_loss.total, state.train_loss.weight],
-        "rng": rng_state(),
+        "train_loss": train_loss,
+        "rng": rng,
+        "other_rngs": other_rngs,
     }
     write(path, content)
 
@@ -93,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path} has checkpoint format {found!r}; this version reads format {FORMAT}")
-    return dict(content)
+    return {"other_rngs": [], **content}  # which files of one rank may lack
 
 
 def load(path: Path, state: State) -> None:
@@ -123,10 +134,11 @@ def load(path: Path, state: State) -> None:
         state.callbacks.load_state_dict(content["callbacks"])
     state.progress, state.history = progress, content["history"]
     state.metrics = state.history[-1] if state.history else {}
-    state.train_loss.total, state.train_loss.weight = content["train_loss"]
+    if distributed.rank() == 0:  # a sum over the ranks
+        state.train_loss.total, state.train_loss.weight = content["train_loss"]
     for generator, saved in zip(generators, content["generators"], strict=True):
         generator.set_state(saved)
-    set_rng_state(content["rng"])
+    set_rng_state([content["rng"], *content["other_rngs"]][distributed.rank()])
     state.resumed = True
 
 
@@ -153,6 +165,12 @@ def _refuse(path: Path, content: dict[str, Any], state: State, progress: Progres
         raise ValueError(
             f"{path} was saved before the end of an epoch (epoch {progress.epoch}, after {progress.epoch_batch} "
             "batches); training resumes at the boundary of an epoch only: use a checkpoint saved by every_epochs"
+        )
+    ranks = 1 + len(content["other_rngs"])
+    if ranks != distributed.size():
+        raise ValueError(
+            f"{path} was saved by {ranks} rank{'s' * (ranks > 1)}, and this fit has {distributed.size()}: a step would "
+            "have other examples than it had"
         )
     for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
         if (part is None) != (content[name] is None):

@@ -22,9 +22,11 @@ from torch.utils.data import (
 )
 from tqdm.auto import tqdm
 
+from fitwatch import distributed
 from fitwatch._loss import as_sample_weight, without_masked
 from fitwatch.checkpoint import rng_state, set_rng_state
 from fitwatch.loading import generators_of, length, parts
+from fitwatch.sharding import gives_part, split
 
 _Known = tuple[Tensor, Tensor | None]  # all targets, and the weights of the examples where there are some
 
@@ -92,6 +94,19 @@ def count_classes(
         if num_classes is None:
             raise ValueError("there are no targets to count: give num_classes, or targets with at least one label")
         counts = torch.zeros(num_classes, *[2] * multi_label, dtype=torch.int64)
+    return counts
+
+
+def count_over_ranks(loader: Any, **options: Any) -> Tensor:
+    """`count_classes` of all that the ranks train on, the same on each of them.
+
+    Where a data set shows its targets, and where a loader is the same on all ranks, one has it all.
+    """
+    if not gives_part(loader) or exposed_targets(loader) is not None:
+        return count_classes(loader, **options)
+    counts, *others = distributed.gather(count_classes(split(loader), **options))
+    for new in others:
+        counts = _added(counts, new)
     return counts
 
 

@@ -1,21 +1,24 @@
-"""One pass over a validation set."""
+"""One pass over a validation set, of which each rank sees a part."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate, default_convert
 
+from fitwatch import distributed, loading
 from fitwatch._loss import FAILURES, ClassLoss, Loss
 from fitwatch.baseline import Baseline, TargetSums
 from fitwatch.counting import exposed_targets
 from fitwatch.losses import BinaryCrossEntropy, LossSum, MeanSquaredError
 from fitwatch.metrics import Metrics, WeightedMean, evaluating
+from fitwatch.sharding import split
 
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
 """For an evaluation that is not to look for one."""
@@ -40,19 +43,25 @@ class Evaluation:
     ) -> None:
         self.loss, self.baseline = loss, baseline
         self._mean, self._batches = WeightedMean(), 0
+        self._kept: list[Any] = []  # what update got, where other ranks have to see it too
         self._metrics = Metrics(metrics)
         self._unweighted = (loss.unweighted(), WeightedMean()) if getattr(loss, "has_weights", False) else None
         self._targets = TargetSums(loss) if baseline is None else None
         self._observers = observers
         for observer in observers:
             observer.reset()
+        # On some rank: a callback may be on one only.
+        watched = bool(metrics or observers or self._targets)
+        self._shared = distributed.size() > 1 and any(distributed.gather(watched))
 
     def run(self, model: nn.Module, batches: Iterable[Any], step: Callable[[Any], LossSum]) -> dict[str, float]:
         """Evaluate a model: `add` what ``step`` gives for each batch, in eval mode without gradients, then `values`."""
         with evaluating(model):
-            for batch in batches:
+            for batch in split(batches):
                 self.add(*step(batch))
-        return self.values()
+            if distributed.size() > 1:
+                self._share(next((p.device for p in model.parameters()), torch.device("cpu")))
+        return distributed.from_main(self.values())
 
     def add(self, total: Tensor, weight: Tensor | float) -> None:
         """Take in the loss of a batch, as sums."""
@@ -61,14 +70,34 @@ class Evaluation:
 
     def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
         """Take in the outputs and targets of a batch: for the metrics, the baseline and the loss without weights."""
-        self._metrics.update(outputs, targets, sample_weight)
         if self._unweighted is not None:
             loss, mean = self._unweighted
             mean.add(*(loss.sums(outputs, targets, sample_weight)))
+        if self._shared:
+            self._kept.append((outputs, targets, sample_weight))
+        else:
+            self._see(outputs, targets, sample_weight)
+
+    def _see(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None) -> None:
+        self._metrics.update(outputs, targets, sample_weight)
         if self._targets is not None:
             self._targets.update(outputs, targets, sample_weight)
         for observer in self._observers:
             observer.update(outputs, targets, sample_weight)
+
+    def _share(self, device: torch.device) -> None:
+        """Take in what the other ranks saw, in the order in which a single one would have seen it."""
+        means = [self._mean] if self._unweighted is None else [self._mean, self._unweighted[1]]
+        for mean in means:
+            mean.share()
+        self._batches = int(distributed.sums([self._batches])[0])
+        if self._shared:
+            kept = [tuple(_copied(part) for part in seen) for seen in self._kept]
+            for together in zip_longest(*distributed.gather(kept)):
+                for seen in together:
+                    if seen is not None:
+                        self._see(*loading.to_device(seen, device))
+        self._kept = []
 
     def values(self) -> dict[str, float]:
         """Everything by name: ``val/loss``, ``val/loss_unweighted``, ``val/loss_left``, ``val/<metric>``, ...
@@ -80,13 +109,20 @@ class Evaluation:
             raise ValueError("the validation loader is empty: it gave no batch (a generator can be iterated once only)")
         self._mean.pull()
         values = {"val/loss": self._mean.value}
-        if self._unweighted is not None and self._unweighted[1].pull()[1]:  # an own validation_step may not feed it
-            values["val/loss_unweighted"] = self._unweighted[1].value
+        if self._unweighted is not None:
+            self._unweighted[1].pull()
+            if self._unweighted[1].weight:  # an own validation_step may not feed it
+                values["val/loss_unweighted"] = self._unweighted[1].value
         if self._targets is not None:
             self.baseline, self._targets = self._targets.baseline(), None
         if self.baseline is not None:
             values["val/loss_left"] = self.baseline.left(self._mean.value)
         return values | {f"val/{name}": value for name, value in self._metrics.compute().items()}
+
+
+def _copied(part: Any) -> Any:
+    """On the host, and without the rest of what it is a view of, which would travel along."""
+    return part.detach().cpu().clone() if isinstance(part, Tensor) else part
 
 
 def expected_baseline(loss: Any, train_loader: Any, val_loader: Any) -> Baseline | None:

@@ -1,4 +1,4 @@
-"""Gradients as sums: divided once, by the weight of everything in the step."""
+"""Gradients as sums: divided once, by the weight of everything in the step, on all ranks."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fitwatch import distributed
 from fitwatch.state import State
 
 
 class StepGradient:
-    """The gradient of one optimizer step, gathered over its micro-batches as that of sum(w l) / sum(w).
+    """The gradient of one optimizer step, gathered over its micro-batches and all ranks as that of sum(w l) / sum(w).
 
     Args:
         optimizer: Holds the parameters.
-        accumulate: Micro-batches in a step. With one, the division happens at the start of its backward pass; with
-            more, once over the gradients, by the weight of all of them.
+        accumulate: Micro-batches in a step, on each rank. With one in all, the division happens at the start of its
+            backward pass; with more, once over the gradients, by the weight of all of them.
         scaler: The GradScaler under float16.
     """
 
@@ -24,35 +25,51 @@ class StepGradient:
         self.optimizer, self.accumulate, self.scaler = optimizer, accumulate, scaler
         self.weights: list[Tensor | float] = []  # sum(w) of each micro-batch so far
         self._rates: list[float | Tensor] = []  # of the last step, one for each group of parameters
+        self._single = accumulate == 1 and distributed.size() == 1
         self._guess: Tensor | float | None = None  # of the weight of a step, where float16 needs one
 
     def backward(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> None:
         """Add the gradient of a micro-batch: ``loss`` is its sum(w l), or already its mean over the weight."""
         self.weights.append(weight)
         scale: Tensor | None = None
-        if self.accumulate == 1:
+        if self._single:
             # A mean goes backward as it is: to the bit what a plain loop computes.
             scale = None if is_mean else inverse(weight, loss)
         elif is_mean:
             scale = torch.ones_like(loss) * weight
         if self.scaler is not None:
             scale = torch.ones_like(loss) if scale is None else scale
-            if self.accumulate > 1:  # sums would overflow float16: divide by a guess, which finish mends
-                if self._guess is None:
-                    self._guess = _positive(weight * self.accumulate)
-                scale = scale * inverse(self._guess, loss)
+            if not self._single:  # sums would overflow float16: divide by a guess, which finish mends
+                scale = scale * inverse(self._agreed_guess(weight), loss)
             scale = self.scaler.scale(scale)
         torch.autograd.backward(loss, scale)
 
+    def skip(self) -> None:
+        """Count a micro-batch that only other ranks have."""
+        self.weights.append(0.0)
+        if self.scaler is not None:
+            self._agreed_guess(0.0)
+
+    def _agreed_guess(self, weight: Tensor | float) -> Tensor | float:
+        """The guess; the first one from the first micro-batch of all ranks, which therefore have to ask together."""
+        if self._guess is None:
+            held = parameters(self.optimizer)
+            self._guess = _positive(distributed.total([weight], held[0]) * self.accumulate)
+        return self._guess
+
     def finish(self) -> None:
         """Make the gradients those of the fraction, unscaled."""
+        weights, self.weights = self.weights, []
+        held = [] if self._single else parameters(self.optimizer)
+        distributed.add_gradients(held)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        weights, self.weights = self.weights, []
-        gradients = [p.grad for p in parameters(self.optimizer) if p.grad is not None]
-        if self.accumulate == 1 or not gradients:
+        if self._single:
             return
-        total = sum(weights)
+        total = distributed.total(weights, held[0])
+        gradients = [p.grad for p in held if p.grad is not None]
+        if not gradients:
+            return
         # in float64, which MPS has not: the first gradient's dtype may be less precise than the others'
         wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64
         factor = inverse(total, gradients[0].new_empty((), dtype=wide))

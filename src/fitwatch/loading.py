@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitwatch.distributed import local_device
+
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on ``device``: tensors, tuples, lists, mappings, and objects with ``to``."""
@@ -103,12 +105,12 @@ def length(loader: Any) -> int | None:
 
 
 def as_device(device: str | torch.device) -> torch.device:
-    """A torch device; ``"auto"`` is CUDA, else MPS, else the CPU."""
+    """A torch device; ``"auto"`` is CUDA (under ``torchrun`` the process's own), else MPS, else the CPU."""
     if device != "auto":
         try:
             return torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"device must be 'auto' or a torch device, got {device!r}: {error}") from error
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device(local_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

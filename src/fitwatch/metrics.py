@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fitwatch import distributed
+
 
 def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     """Move tensors to the host in one transfer, which is the one synchronisation; flat lists of floats."""
@@ -67,6 +69,11 @@ class WeightedMean:
         self.total, self.weight = self.total + total, self.weight + weight
         return total, weight
 
+    def share(self) -> None:
+        """Become the mean over all ranks."""
+        self.pull()
+        self.total, self.weight = distributed.sums([self.total, self.weight])
+
     def _fold(self) -> None:
         wide = torch.float32 if self._totals[0].device.type == "mps" else torch.float64
         self._totals = [torch.stack([t.to(wide) for t in self._totals]).sum()]
@@ -99,6 +106,8 @@ class Metrics:
                 raise ValueError(f"metrics can't be named {name!r}: val/{name} is taken by the validation loss")
             if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
                 self._objects[name] = metric
+                if distributed.size() > 1 and hasattr(metric, "distributed_available_fn"):
+                    metric.distributed_available_fn = _never  # torchmetrics': each rank is shown the whole data set
             elif callable(metric):
                 self._functions[name] = metric
             else:
@@ -154,6 +163,10 @@ class Metrics:
             return {name: float(values[name]) for name in names}
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"a metric must be a single number, got {values}") from error
+
+
+def _never() -> bool:
+    return False
 
 
 def _takes_weights(function: Callable[..., Any]) -> bool:

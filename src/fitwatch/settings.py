@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fitwatch import loading
 from fitwatch._options import check_counts
+from fitwatch.callback import Callbacks
 from fitwatch.checkpoint import unwrap
+from fitwatch.gradients import parameters
 
 
 def describe(trainer: Any) -> dict[str, Any]:
@@ -29,6 +29,16 @@ def describe(trainer: Any) -> dict[str, Any]:
     }
 
 
+def shared_facts(trainer: Any) -> dict[str, Any]:
+    """What has to be the same on all ranks, or they would wait for each other without end."""
+    return {
+        "callbacks": [type(c).__name__ for c in Callbacks(trainer.callbacks).callbacks],
+        "metrics": sorted(trainer.metrics or {}),
+        **{name: getattr(trainer, name) for name in ("accumulate", "clip_norm", "precision", "log_every")},
+        "parameters": [(tuple(p.shape), str(p.dtype)) for p in parameters(trainer.optimizer)],
+    }
+
+
 def check_fit(
     train_loader: Any, val_loader: Any, *, epochs: Any, max_steps: Any, validate_every: Any, resume: Any
 ) -> None:
@@ -43,5 +53,3 @@ def check_fit(
     loading.check_loader("train_loader", train_loader)
     if val_loader is not None:
         loading.check_loader("val_loader", val_loader)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise RuntimeError("fit runs in one process: the exact fraction over several ranks is not supported yet")

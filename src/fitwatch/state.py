@@ -9,6 +9,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
+from fitwatch import distributed
 from fitwatch.baseline import Baseline
 from fitwatch.metrics import WeightedMean
 from fitwatch.records import Histogram, Image, Marker, Name, Receiver, Record, Reduction, Window
@@ -64,7 +65,7 @@ class State:
     val_metrics: dict[str, Any] = field(factory=dict)  # what validation measures; see add_metric
     # Objects that see validation: reset() at its start, update(outputs, targets, sample_weight) for each batch.
     observers: list[Any] = field(factory=list)
-    examples: int = 0  # of training seen in this fit, as far as the batches tell
+    examples: int = 0  # of training seen in this fit by all ranks, as far as the batches tell; fresh at on_log
     # Loss and metrics over other batches, as validation measures them: {"loss": ..., ...}. None: nobody can.
     measure: Callable[[Iterable[Any]], dict[str, float]] | None = None
     batch: Any = None  # the micro-batch that on_batch_end follows, on the device; its tensors may be used again
@@ -74,12 +75,14 @@ class State:
     mode: str = "min"
     records: list[Record] = field(factory=list)  # what on_log is to write
     train_loss: WeightedMean = field(factory=WeightedMean)  # since the last evaluation
-    stop_reason: str | None = None  # set by request_stop
+    stop_reason: str | None = None  # from request_stop
     error: BaseException | None = None  # what ended the fit, if an exception did
     verdict: Any = None  # of the overfitting detector
     clip_norm: float | None = None  # what the gradients are clipped to
     total_norm: Tensor | None = None  # their 2-norm as the last clipping measured it, before it scaled them down
     report: dict[str, str] = field(factory=dict)  # lines for the end report, which callbacks keep up to date
+    _request: str | None = field(default=None, init=False)  # this rank's
+    _seen: int = field(default=0, init=False)  # examples of this rank that are not yet in `examples`
     _window: Window = field(factory=Window, init=False)
     _window_loss: tuple[float, float] = field(default=(0.0, 0.0), init=False)
     _ready: list[Record] = field(factory=list, init=False)
@@ -141,8 +144,17 @@ class State:
         self.names.add(f"val/{name}")
 
     def request_stop(self, reason: str) -> None:
-        """Ask for the end of training. All callbacks finish first; the first reason given is kept."""
-        self.stop_reason = self.stop_reason or reason
+        """Ask for the end of training. All callbacks finish first; the first reason given is kept.
+
+        Several ranks agree when they flush: one that stopped alone would leave the others waiting.
+        """
+        self._request = self._request or reason
+        if distributed.size() == 1:
+            self.agree()
+
+    def agree(self) -> None:
+        """Stop if any rank has asked for it; all ranks call it."""
+        self.stop_reason = self.stop_reason or distributed.agree(self._request)
 
     def watch(self, monitor: str, mode: str | None, *, by: str) -> None:
         """Say that ``by`` depends on the metric ``monitor``; the first to do so defines what is best.
@@ -168,8 +180,9 @@ class State:
                 raise ValueError(f'{by} needs mode="min" or mode="max" for {monitor!r}, whose name does not tell')
 
     def evaluated(self, values: Mapping[str, float]) -> None:
-        """Open a new entry of ``history`` with ``values`` beside the train loss since the last one."""
+        """Open a new entry of ``history`` with ``values`` beside the train loss, over all ranks, since the last one."""
         self.pull_loss()
+        self.train_loss.share()
         now = {"epoch": self.progress.epoch, "step": self.progress.step, "train/loss": self.train_loss.value}
         self.metrics = {**now, **values}
         self.history.append(self.metrics)
@@ -179,6 +192,21 @@ class State:
         self.train_loss, self._unlogged = WeightedMean(), True
 
     @property
+    def stops(self) -> bool:
+        """Whether this fit is to end after the current step."""
+        at_end = self.max_steps is not None and self.progress.step - self.progress.first_step >= self.max_steps
+        return at_end or self.stop_reason is not None
+
+    def epochs_done(self, epoch: int) -> bool:
+        """Whether ``epoch`` completed epochs are all that this fit was asked for; a resumed one may have done more."""
+        return self.epochs is not None and epoch - self.progress.first_epoch >= self.epochs
+
+    @property
+    def validated(self) -> bool:
+        """Whether the newest entry of ``history`` is of the current step."""
+        return bool(self.history) and self.history[-1]["step"] == self.progress.step
+
+    @property
     def best(self) -> dict[str, float] | None:
         """The best finite entry of ``history`` by ``monitor``; the first of equals; None if there is none."""
         known = [entry for entry in self.history if math.isfinite(entry.get(self.monitor, math.nan))]
@@ -186,15 +214,23 @@ class State:
         return choose(known, key=lambda entry: entry[self.monitor]) if known else None
 
     def flush(self) -> None:
-        """Move what was logged since the last flush to the host and into ``records``."""
+        """Move what was logged since the last flush to the host and into ``records``; all ranks call it."""
         self.pull_loss()
-        step, (total, weight) = self.progress.step, self._window_loss
+        step = self.progress.step
+        total, weight, seen, asked = distributed.sums([*self._window_loss, self._seen, self._request is not None])
+        if asked:
+            self.agree()
+        self.examples, self._seen = self.examples + int(seen), 0
         self.records = self._ready + self._window.close(step)
         if weight:
             self.records.append(Record("train/optim/loss", step, total / weight))
         if self._unlogged:
             self.records += [Record(n, step, v) for n, v in self.metrics.items() if n not in ("epoch", "step")]
         self._ready, self._window_loss, self._unlogged = [], (0.0, 0.0), False
+
+    def saw(self, examples: int) -> None:
+        """Count examples of training."""
+        self._seen += examples
 
     def pull_loss(self) -> None:
         """Bring the pending part of ``train_loss`` to the host."""

@@ -10,7 +10,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fitwatch import checkpoint, loading
+from fitwatch import checkpoint, distributed, loading
 from fitwatch._options import instance, integer, number, one_of
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.evaluation import NO_BASELINE, Evaluation, expected_baseline
@@ -19,7 +19,8 @@ from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.metrics import Metrics
 from fitwatch.result import Result
 from fitwatch.schedule import Schedule
-from fitwatch.settings import check_fit, describe
+from fitwatch.settings import check_fit, describe, shared_facts
+from fitwatch.sharding import ABSENT, Rounds
 from fitwatch.state import Progress, State
 
 _NO_AUTOCAST = nullcontext()
@@ -164,11 +165,12 @@ class Trainer:
             ValueError: An option is out of range, a loader is empty, a monitored metric will not exist, the optimizer
                 holds no parameter of the model, or a checkpoint does not fit.
             TypeError: A loader is no iterable, or a step returned no loss.
-            RuntimeError: ``torch.distributed`` is initialised: several ranks are not supported yet.
         """
         options = {"epochs": epochs, "max_steps": max_steps, "validate_every": validate_every, "resume": resume}
         check_fit(train_loader, val_loader, **options)
+        distributed.start(self.device)
         self._hooks = Callbacks(self.callbacks)
+        distributed.refuse_differences({**options, **shared_facts(self)})
         state = self.state = self._new_state(
             progress=self.state.progress,
             scaler=self.state.scaler,
@@ -180,9 +182,11 @@ class Trainer:
         self._prepare(resume)
         try:
             self._hooks.on_fit_start(state)
+            state.agree()
             self._to_device()  # a callback may have put another loss in
             self._check_metrics()
-            self._loop(validate_every)
+            with distributed.unsynchronised(self.model):
+                self._loop(validate_every)
         except BaseException as error:
             state.error = error
             try:
@@ -201,7 +205,9 @@ class Trainer:
         Raises:
             ValueError: The loader gives no batch.
         """
+        distributed.start(self.device)
         self._to_device()
+        distributed.align_buffers(self.model)
         state = self.state
         own = loader is state.val_loader
         known = state.baseline if own and state.baseline_measured else None
@@ -215,7 +221,7 @@ class Trainer:
 
     def _loop(self, validate_every: int | None) -> None:
         state, hooks, progress = self.state, self._hooks, self.state.progress
-        while not (self._stops() or self._epochs_done(progress.epoch)):
+        while not (state.stops or state.epochs_done(progress.epoch)):
             self.model.train()
             progress.epoch_step = progress.epoch_batch = 0
             set_epoch = getattr(getattr(state.train_loader, "sampler", None), "set_epoch", None)
@@ -223,11 +229,11 @@ class Trainer:
                 set_epoch(progress.epoch)
             hooks.on_epoch_start(state)
             complete = self._epoch(validate_every)
-            last = self._stops() or self._epochs_done(progress.epoch + complete)
+            last = state.stops or state.epochs_done(progress.epoch + complete)
             if state.val_loader is None:
                 state.evaluated({})
                 self._schedule.after_evaluation(state.metrics)
-            elif (last or validate_every is None) and not state.stop_reason and not self._validated():
+            elif (last or validate_every is None) and not state.stop_reason and not state.validated:
                 self._validate_and_log()
             if complete:
                 progress.epoch += 1
@@ -240,15 +246,18 @@ class Trainer:
         """One pass over the training batches; whether it reached the end."""
         state, progress = self.state, self.state.progress
         gradient, complete = StepGradient(self.optimizer, self.accumulate, state.scaler), True
-        for batch in state.train_loader:
-            self._backward(batch, gradient)
-            progress.epoch_batch += 1
-            self._hooks.on_batch_end(state)
+        rounds = Rounds(state.train_loader)
+        for batch in rounds:
+            if batch is ABSENT:
+                gradient.skip()
+                progress.epoch_batch += 1
+            else:
+                self._backward(batch, gradient)
             if len(gradient.weights) == self.accumulate:
                 self._step(gradient, validate_every)
-                if self._stops():
+                if state.stops:
                     # Only a length can tell that this was the last batch: asking for another would draw it.
-                    complete = progress.epoch_batch == loading.length(state.train_loader)
+                    complete = progress.epoch_batch == rounds.total
                     break
         if gradient.weights:
             self._step(gradient, validate_every)
@@ -256,23 +265,25 @@ class Trainer:
             raise ValueError(
                 f"train_loader gave no batch in epoch {progress.epoch} (a generator can be iterated once only)"
             )
-        if progress.epoch_step % self.log_every and not self._validated():  # an epoch ends the log window
+        if progress.epoch_step % self.log_every and not state.validated:  # an epoch ends the log window
             gradient.log(state)
         return complete
 
     def _backward(self, batch: Any, gradient: StepGradient) -> None:
-        """Forward and backward of one micro-batch."""
+        """Forward and backward of one micro-batch, and its hook."""
         batch = self.state.batch = self._move(batch)
         with self._autocast():
             output = self.training_step(batch)
         total, weight = self._sums(output, batch, "training_step")
         self.state.train_loss.add(total, weight)
         with suppress(TypeError):  # a format of one's own: only the examples per second lack it
-            self.state.examples += self.batch_size(batch)
+            self.state.saw(self.batch_size(batch))
         if isinstance(output, LossSum):
             gradient.backward(total, weight, is_mean=False)
         else:
             gradient.backward(output, weight, is_mean=True)
+        self.state.progress.epoch_batch += 1
+        self._hooks.on_batch_end(self.state)
 
     def _step(self, gradient: StepGradient, validate_every: int | None) -> None:
         """One optimizer step, with everything that hangs on it."""
@@ -353,11 +364,12 @@ class Trainer:
         progress.first_epoch, progress.first_step = progress.epoch, progress.step
         if not {id(p) for p in parameters(self.optimizer)} & {id(p) for p in self.model.parameters()}:
             raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
-        path = checkpoint.find(self._hooks.callbacks) if resume == "auto" else resume
+        path = distributed.from_main(checkpoint.find(self._hooks.callbacks)) if resume == "auto" else resume
         if path is not None:
             checkpoint.load(Path(path), state)
         elif self.seed is not None and progress.step == 0:
-            checkpoint.seed_all(self.seed)
+            checkpoint.seed_all(self.seed + distributed.rank())  # rank 0 alone draws the order of the batches
+        distributed.align(nn.ModuleList([self.model, *([state.loss] if isinstance(state.loss, nn.Module) else [])]))
         zero_grad(self.optimizer)
 
     def _check_metrics(self) -> None:
@@ -369,18 +381,6 @@ class Trainer:
         state.baseline = expected_baseline(loss, state.train_loader, state.val_loader)
         self._schedule.watch(state)
         state.check_watched()
-
-    def _stops(self) -> bool:
-        state, progress = self.state, self.state.progress
-        at_end = state.max_steps is not None and progress.step - progress.first_step >= state.max_steps
-        return at_end or state.stop_reason is not None
-
-    def _epochs_done(self, epoch: int) -> bool:
-        epochs = self.state.epochs  # a resumed fit may be asked for fewer than it has done
-        return epochs is not None and epoch - self.state.progress.first_epoch >= epochs
-
-    def _validated(self) -> bool:
-        return bool(self.state.history) and self.state.history[-1]["step"] == self.state.progress.step
 
     def _to_device(self) -> None:
         self.model.to(self.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import asdict, define
 
-from fitwatch import loading
+from fitwatch.sharding import split_length
 from fitwatch.state import State
 
 FULL = 500
@@ -151,7 +151,7 @@ def horizon(state: State) -> int:
     if state.max_steps is not None:
         ends.append(p.first_step + state.max_steps)
     if state.epochs is not None:
-        batches, done = loading.length(state.train_loader), p.epoch - p.first_epoch
+        batches, done = split_length(state.train_loader), p.epoch - p.first_epoch
         if done:
             ends.append(p.first_step + state.epochs * (p.step - p.epoch_step - p.first_step) // done)
         elif batches and p.epoch_batch:  # several batches may make a step

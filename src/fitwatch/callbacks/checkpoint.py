@@ -4,7 +4,7 @@ from pathlib import Path
 
 from attrs import define, field
 
-from fitwatch import checkpoint
+from fitwatch import checkpoint, distributed
 from fitwatch._options import instance, integer
 from fitwatch.callback import Callback
 from fitwatch.state import State
@@ -45,12 +45,14 @@ class Checkpoint(Callback):
         self._readable = False
 
     def on_fit_start(self, state: State) -> None:
-        """Make the folder now: a path that can't be written to is to fail before step 1.
+        """Make the folder now: a path that can't be written to is to fail before step 1. Rank 0 alone has files.
 
         Raises:
             OSError: The folder can't be made.
             FileExistsError: It holds another run's checkpoints, which this run would mix with its own.
         """
+        if distributed.rank():
+            return
         if state.progress.step == 0 and (old := [*self._files("epoch"), *self._files("step")]):
             raise FileExistsError(
                 f"{self.dir} holds the checkpoint {old[-1].name} of an earlier run: go on from it with "
@@ -101,6 +103,8 @@ class Checkpoint(Callback):
     def _save(self, state: State, kind: str, count: int) -> None:
         path = self.dir / f"{kind}-{count}.pt"
         checkpoint.save(path, state)
+        if distributed.rank():
+            return
         if not self._readable:  # a state_dict with more than data in it is to fail now, not when it is needed
             checkpoint.read(path)
             self._readable = True

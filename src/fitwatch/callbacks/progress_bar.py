@@ -6,7 +6,7 @@ from attrs import define
 from tqdm.auto import tqdm
 
 from fitwatch.callback import Callback
-from fitwatch.loading import length
+from fitwatch.sharding import split_length
 from fitwatch.state import State
 
 _SHOWN = {"train/optim/loss": "loss", "train/loss": "train", "val/loss": "val"}
@@ -18,6 +18,8 @@ class ProgressBar(Callback):
 
     Silent where standard error is no terminal (a log file), except in a notebook.
     """
+
+    main_only = True
 
     def __attrs_post_init__(self) -> None:
         self._bar: Any = None
@@ -59,7 +61,7 @@ class ProgressBar(Callback):
 
 def _steps(state: State) -> int | None:
     """Optimizer steps of the epoch, where the loader knows its length."""
-    batches, most = length(state.train_loader), None
+    batches, most = split_length(state.train_loader), None
     if state.max_steps is not None:
         most = state.max_steps - (state.progress.step - state.progress.first_step)
     if batches is None:

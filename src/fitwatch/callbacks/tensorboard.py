@@ -63,6 +63,8 @@ class TensorBoard(Callback):
         show_link: Whether to print the command and the link.
     """
 
+    main_only = True
+
     dir: Path = field(default=Path("runs"), converter=Path)
     name: str = field(default="run", kw_only=True, validator=_is_name)
     group: str | None = field(default=None, kw_only=True, validator=instance(str, or_none=True))

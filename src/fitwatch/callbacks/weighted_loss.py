@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fitwatch._options import instance, integer, one_of
 from fitwatch.callback import Callback
-from fitwatch.counting import count_classes
+from fitwatch.counting import count_over_ranks
 from fitwatch.losses import BinaryCrossEntropy, Loss
 from fitwatch.state import State
 from fitwatch.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
@@ -156,10 +156,10 @@ class WeightedLoss(Callback):
 
     def _count(self, state: State, num_classes: int | None) -> Tensor:
         if isinstance(self._loss, BinaryCrossEntropy):
-            counts = count_classes(state.train_loader, multi_label=True)
+            counts = count_over_ranks(state.train_loader, multi_label=True)
             return counts[0] if len(counts) == 1 else counts
         ignore_index = getattr(self._loss, "ignore_index", None)
-        return count_classes(state.train_loader, num_classes=num_classes, ignore_index=ignore_index)
+        return count_over_ranks(state.train_loader, num_classes=num_classes, ignore_index=ignore_index)
 
     def _loss_in(self, epoch: int) -> Any:
         """The loss with the weights of an epoch."""

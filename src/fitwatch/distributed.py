@@ -1,0 +1,201 @@
+"""Several processes that train one model, each a *rank*: what they have to tell each other.
+
+Every function is the same on one rank, where it costs nothing. On several it has to be called by all of them.
+"""
+
+import atexit
+import logging
+import math
+import os
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+logger = logging.getLogger("fitwatch")
+
+_BUCKET = 1 << 23  # numbers that travel together: enough to fill a link, little beside the gradients themselves
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes that ``torchrun`` started, unless the script has done so, or there are none."""
+    if not dist.is_available():
+        return
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
+    if rank() and _only_main not in logger.filters:
+        logger.addFilter(_only_main)
+    if dist.is_initialized() and device.type == "cuda":
+        torch.cuda.set_device(device)  # where collectives put what they exchange
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _only_main(_: logging.LogRecord) -> bool:
+    """The same warning from every rank is noise; an error is an exception."""
+    return not rank()
+
+
+def size() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0; rank 0 writes the files."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def local_device() -> str:
+    """The GPU that is this process's own under ``torchrun``."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "cuda"
+
+
+# -- small things ------------------------------------------------------------------------------------------------------
+
+
+def gather(value: T) -> list[T]:
+    """That of every rank, in their order."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T) -> T:
+    """That of rank 0."""
+    if size() == 1:
+        return value
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]  # type: ignore[no-any-return] # what rank 0 had
+
+
+def sums(values: Sequence[float]) -> list[float]:
+    """The sum of each value over the ranks, the same to the bit on all of them."""
+    if size() == 1:
+        return list(values)
+    own = torch.tensor(values, dtype=torch.float64, device=_device())
+    everyone = [torch.empty_like(own) for _ in range(size())]
+    dist.all_gather(everyone, own)
+    return [math.fsum(column) for column in torch.stack(everyone, 1).tolist()]
+
+
+def agree(reason: str | None) -> str | None:
+    """The first reason that a rank has, in their order; None if none has one."""
+    return next((r for r in gather(reason) if r is not None), None)
+
+
+def refuse_differences(facts: dict[str, Any]) -> None:
+    """Raise ValueError if a fact is not the same on all ranks: they would wait for each other without end."""
+    first, *others = gather(facts)
+    for number, other in enumerate(others, 1):
+        for name in first:
+            if first[name] != other[name]:
+                raise ValueError(
+                    f"all ranks must be given the same {name}: rank 0 has {reprlib.repr(first[name])}, rank {number} "
+                    f"has {reprlib.repr(other[name])}"
+                )
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def align(model: nn.Module) -> None:
+    """Give the model of every rank the parameters and buffers of rank 0."""
+    _broadcast([*model.parameters(), *model.buffers()])
+
+
+def align_buffers(model: nn.Module) -> None:
+    """Give it the buffers of rank 0, such as the running means of a batch norm, which each rank has of its own data."""
+    _broadcast(model.buffers())
+
+
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Keep a `DistributedDataParallel` from exchanging anything: `add_gradients` does, and a rank may have no batch."""
+    found = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    before = [(m.require_backward_grad_sync, m.require_forward_param_sync) for m in found]
+    for m in found:
+        m.require_backward_grad_sync = m.require_forward_param_sync = False
+    try:
+        yield
+    finally:
+        for m, (backward, forward) in zip(found, before, strict=True):
+            m.require_backward_grad_sync, m.require_forward_param_sync = backward, forward
+
+
+def add_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace each gradient by its sum over the ranks.
+
+    A parameter has one afterwards if it had one on some rank: a rank may have had no batch, or another path through
+    the model.
+    """
+    if size() == 1:
+        return
+    for bucket in _buckets(p for p in parameters if p.requires_grad):
+        with torch.no_grad():
+            _add(bucket)
+
+
+def total(weights: Iterable[Tensor | float], like: Tensor) -> Tensor | float:
+    """The sum of weights over this rank and all others; ``like`` says on which device the others' arrive."""
+    own = sum(weights)
+    if size() == 1:
+        return own
+    whole = torch.as_tensor(own, dtype=torch.float64, device=like.device).clone()
+    dist.all_reduce(whole)
+    return whole
+
+
+def _add(bucket: list[Tensor]) -> None:
+    """Add up the gradients of these parameters, in one transfer."""
+    for p in bucket:
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise TypeError(f"a sparse gradient, of shape {tuple(p.shape)}, can't be added over several ranks")
+    here = bucket[0].new_tensor([float(p.grad is not None) for p in bucket])
+    flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket), here])
+    dist.all_reduce(flat)
+    *sums, found = torch.split(flat, [*(p.numel() for p in bucket), len(bucket)])
+    for p, new in zip(bucket, sums, strict=True):
+        if p.grad is not None:
+            p.grad.copy_(new.view_as(p))
+    missing = [i for i, p in enumerate(bucket) if p.grad is None]
+    if missing:  # a look at the device, which only a model with parts that go unused pays for
+        elsewhere = found.tolist()
+        for i in missing:
+            if elsewhere[i]:
+                bucket[i].grad = sums[i].view_as(bucket[i]).clone()
+
+
+def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of one device and dtype, some megabytes together."""
+    open_: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in parameters:
+        bucket = open_.setdefault((p.device, p.dtype), [])
+        bucket.append(p)
+        if sum(other.numel() for other in bucket) >= _BUCKET:
+            yield open_.pop((p.device, p.dtype))
+    yield from open_.values()
+
+
+def _broadcast(tensors: Iterable[Tensor]) -> None:
+    if size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

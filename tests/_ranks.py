@@ -1,0 +1,353 @@
+"""Trainings that one process, or several together, run: ``python _ranks.py FOLDER SCENARIO ...`` on every rank.
+
+Each function trains so that the number of ranks is to make no difference: a step has two micro-batches, both on one
+rank or one on each of two. What it returns is saved as ``FOLDER/SCENARIO-RANK.pt``.
+"""
+
+import contextlib
+import io
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from attrs import asdict
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+import fitwatch as fw
+from fitwatch import distributed
+
+WEIGHT = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
+
+
+def here():
+    """Micro-batches of a step on each rank."""
+    return 2 // distributed.size()
+
+
+def network(seed=0, dropout=0.0, norm=False):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)]
+    return nn.Sequential(*([nn.BatchNorm1d(4)] if norm else []), *layers).double()
+
+
+def examples(count=31, seed=1):
+    """Sorted by class, so that micro-batches differ in weight as much as they can."""
+    generator = torch.Generator().manual_seed(seed)
+    y = (torch.arange(count) * 3 // count).clamp(max=2)
+    return torch.randn(count, 4, generator=generator, dtype=torch.float64) + y[:, None] / 2, y
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr)
+
+
+class Gradients(fw.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_gradients_ready(self, state):
+        self.seen.append([p.grad.clone() for p in state.model.parameters()])
+
+
+# -- scenarios ---------------------------------------------------------------------------------------------------------
+
+CUTS = {"even": [8, 8, 8, 7], "uneven": [1, 14, 3, 13], "odd": [10, 10, 11], "single": [31], "one by one": [1] * 31}
+
+
+def gradients(_):
+    """The gradient of every step, for each way to cut the data, and for a loss that is a mean."""
+    x, y = examples()
+    found = {}
+    for name, cut in CUTS.items():
+        for kind, loss in {
+            "weighted": fw.CrossEntropy(WEIGHT),
+            "mean": lambda o, t: ((o.mean(1) - t) ** 2).mean(),
+        }.items():
+            model, keep = network(), Gradients()
+            batches = list(zip(x.split(cut), y.split(cut), strict=True))
+            fw.Trainer(model, sgd(model), loss, callbacks=[keep], accumulate=here(), clip_norm=0.5).fit(
+                batches, epochs=2
+            )
+            found[f"{name}, {kind}"] = keep.seen
+            found[f"{name}, {kind}, weights"] = [p.detach() for p in model.parameters()]
+    return found
+
+
+def recall(outputs, targets):
+    return ((outputs.argmax(1) == targets) & (targets == 2)).sum() / (targets == 2).sum()
+
+
+class Order:
+    """A metric object that tells in which order it saw the examples."""
+
+    def reset(self):
+        self.seen = []
+
+    def update(self, outputs, targets):
+        self.seen += outputs[:, 0].tolist()
+
+    def compute(self):
+        return sum(value * (i + 1) for i, value in enumerate(self.seen))
+
+
+def everything(_):
+    """All plug-ins on shuffled loaders: history, verdict, stop reason and weights."""
+    x, y = examples(60)
+    train = DataLoader(TensorDataset(x, y), 4, shuffle=True)
+    val = DataLoader(TensorDataset(*examples(41, seed=2)), 6)
+    model = network()
+    detector = fw.OverfittingDetector(rule=fw.OverfittingRule(min_rise=0.01, errors=0.01, noise=0.1))
+    stopping = fw.EarlyStopping(patience=25, min_delta="1se")
+    trainer = fw.Trainer(
+        model,
+        torch.optim.Adam(model.parameters(), 0.05),
+        callbacks=[fw.WeightedLoss("balanced"), fw.GradientNorm(), detector, stopping],
+        metrics={"recall": recall, "order": Order()},
+        accumulate=here(),
+        seed=3,
+    )
+    result = trainer.fit(train, val, epochs=60)
+    return {
+        "history": result.history,
+        "verdict": asdict(result.verdict),
+        "stop_reason": result.stop_reason,
+        "weights": [p.detach() for p in model.parameters()],
+        "examples": trainer.state.examples,
+    }
+
+
+def samplers(_):
+    """Losses of a model that does not move, with samplers that repeat examples to make the parts equal."""
+    found = {}
+    train, val = TensorDataset(*examples(33)), TensorDataset(*examples(41, seed=2))
+    for name in ("DistributedSampler", "none"):
+        loaders = []
+        for data in (train, val):
+            sampler = None
+            if name == "DistributedSampler":
+                sampler = DistributedSampler(data, distributed.size(), distributed.rank(), shuffle=data is train)
+            loaders.append(DataLoader(data, 4, sampler=sampler))
+        model = network()
+        result = fw.Trainer(model, sgd(model, 0.0), fw.CrossEntropy(WEIGHT)).fit(*loaders, epochs=2)
+        found[name] = result.history
+    return found
+
+
+class Stream(IterableDataset):
+    """Each rank's own part, of another length."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        cut = 11 if distributed.size() > 1 else 31
+        parts = [range(cut), range(cut, 31)][: distributed.size()]
+        yield from ((self.data[0][i], self.data[1][i]) for i in parts[distributed.rank()])
+
+
+def streams(_):
+    """Loaders that do not know their length, and are split already: loss, examples, and class weights."""
+    model = network()
+    loader = DataLoader(Stream(examples()), 4)
+    trainer = fw.Trainer(model, sgd(model, 0.0), callbacks=[fw.WeightedLoss("balanced")])
+    result = trainer.fit(loader, loader, epochs=2)
+    return {"history": result.history, "examples": trainer.state.examples, "weight": trainer.state.loss.weight}
+
+
+class StopsOne(fw.Callback):
+    """Asks for the end on the last rank only, at the third step."""
+
+    def on_step_end(self, state):
+        if state.progress.step == 3 and distributed.rank() == distributed.size() - 1:
+            state.request_stop("enough")
+
+
+def stop(_):
+    """Where a stop that one rank asks for ends training."""
+    x, y = examples(64)
+    model = network()
+    trainer = fw.Trainer(model, sgd(model), callbacks=[StopsOne()], log_every=5, accumulate=here())
+    result = trainer.fit(DataLoader(TensorDataset(x, y), 2), epochs=5)
+    return {"step": trainer.state.progress.step, "reason": result.stop_reason}
+
+
+class Parts(nn.Module):
+    """A layer that only batches with a positive first number use, and one that none use."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.always, self.sometimes, self.never = (nn.Linear(4, 3).double() for _ in range(3))
+
+    def forward(self, x):
+        return self.always(x) + (self.sometimes(x) if x[0, 0] > 0 else 0)
+
+
+def unused(_):
+    """The gradients of a model whose layers are not all used on every rank."""
+    x, y = examples(32)
+    x[:, 0] = torch.where(torch.arange(32) % 8 < 4, 1.0, -1.0)  # every other batch
+    model = Parts()
+    seen = []
+
+    class Keep(fw.Callback):
+        def on_gradients_ready(self, state):
+            seen.append(
+                {name: None if p.grad is None else p.grad.clone() for name, p in state.model.named_parameters()}
+            )
+
+    batches = list(zip(x.split(4), y.split(4), strict=True))
+    fw.Trainer(model, sgd(model), callbacks=[Keep()], accumulate=here()).fit(batches, epochs=1)
+    return {"seen": seen}
+
+
+def wrapped(_):
+    """A model in DistributedDataParallel, with buffers, one batch fewer on the last rank, and validation."""
+    x, y = examples()
+    model = network()
+    outer = DistributedDataParallel(model) if distributed.size() > 1 else model
+    batches = list(zip(x.split(7), y.split(7), strict=True))
+    result = fw.Trainer(outer, sgd(model), fw.CrossEntropy(WEIGHT), accumulate=here()).fit(batches, batches, epochs=3)
+    synced = getattr(outer, "require_backward_grad_sync", True)
+    return {"history": result.history, "weights": [p.detach() for p in model.parameters()], "synced": synced}
+
+
+def different_start(_):
+    """Models that start differently, with a batch norm that sees different data: the weights and buffers at the end."""
+    x, y = examples(48)
+    model = network(seed=distributed.rank(), norm=True)
+    model[0].running_mean += distributed.rank()
+    batches = list(zip(x.split(6), y.split(6), strict=True))
+    trainer = fw.Trainer(model, sgd(model), accumulate=here())
+    result = trainer.fit(batches, batches, epochs=2)
+    return {"state": model.state_dict(), "history": result.history}
+
+
+def half(_):
+    """fp16 with a scaler: history and weights."""
+    x, y = examples()
+    model = network().float()
+    batches = list(zip(x.float().split(8), y.split(8), strict=True))
+    trainer = fw.Trainer(model, sgd(model), precision="fp16", accumulate=here(), device="cpu")
+    result = trainer.fit(batches, epochs=8)
+    return {"history": result.history, "weights": [p.detach() for p in model.parameters()]}
+
+
+def files(folder):
+    """What is written and said, and by whom."""
+    x, y = examples(48)
+    model = network()
+    loader = DataLoader(TensorDataset(x, y), 6, shuffle=True)
+    name = f"files-{distributed.size()}"
+    callbacks = [
+        fw.TensorBoard(folder / name / "runs"),
+        fw.Checkpoint(folder / name / "saved"),
+        fw.OverfittingDetector(),
+        fw.ProgressBar(),
+    ]
+    trainer = fw.Trainer(model, sgd(model), callbacks=callbacks, accumulate=here(), log_every=1)
+    said, warned = io.StringIO(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logging.getLogger("fitwatch").addHandler(handler)
+    with contextlib.redirect_stdout(said):
+        trainer.fit(loader, loader, epochs=3)
+    logging.getLogger("fitwatch").warning("by one rank")
+    logging.getLogger("fitwatch").removeHandler(handler)
+    return {"said": said.getvalue(), "run_dir": str(callbacks[0].run_dir), "warned": warned}
+
+
+def resume(folder):
+    """Trained in one go, and interrupted after two of five epochs: with dropout, shuffling and Adam."""
+    x, y = examples(45)
+    found = {}
+
+    def make(name, seed):
+        model = network(seed=seed, dropout=0.3)
+        callbacks = [
+            fw.Checkpoint(folder / f"{name}-{distributed.size()}"),
+            fw.EarlyStopping(patience=50, restore_best=False),
+        ]
+        loader = DataLoader(TensorDataset(x, y), 4, shuffle=True)
+        val = DataLoader(TensorDataset(*examples(20, seed=2)), 4)
+        trainer = fw.Trainer(
+            model, torch.optim.Adam(model.parameters(), 0.01), callbacks=callbacks, accumulate=here(), seed=seed
+        )
+        return model, lambda epochs, **options: trainer.fit(loader, val, epochs=epochs, **options)
+
+    model, fit = make("whole", 5)
+    found["whole"] = fit(5).history
+    found["whole weights"] = [p.detach() for p in model.parameters()]
+    fit = make("cut", 5)[1]
+    fit(2)
+    model, fit = make("cut", 6)  # another process would have other random numbers
+    found["resumed"] = fit(5, resume="auto").history
+    found["resumed weights"] = [p.detach() for p in model.parameters()]
+    return found
+
+
+def refused(folder):
+    """What is refused on several ranks: arguments that differ, and a checkpoint of another number of ranks."""
+    x, y = examples()
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+    said = {}
+
+    def attempt(name, options=(), callbacks=(), **fit):
+        model = network()
+        try:
+            fw.Trainer(model, sgd(model), callbacks=list(callbacks), **dict(options)).fit(batches, **fit)
+        except ValueError as error:
+            said[name] = str(error)
+
+    attempt("epochs", epochs=1 + distributed.rank())
+    attempt("callbacks", callbacks=[StopsOne()] * distributed.rank(), epochs=1)
+    attempt("accumulate", {"accumulate": 1 + distributed.rank()}, epochs=1)
+    checkpoint = folder / "whole-1" / "epoch-5.pt"
+    if distributed.size() > 1 and checkpoint.exists():
+        attempt("checkpoint", epochs=9, resume=checkpoint)
+    return said
+
+
+def sampled(_):
+    """Which examples each rank trained on in three epochs, and whether the order was a new one each time."""
+    ids = torch.arange(37)
+
+    class Ledger(fw.Trainer):
+        def training_step(self, batch):
+            seen[-1] += batch[0][:, 0].long().tolist()
+            return super().training_step(batch)
+
+    class Epochs(fw.Callback):
+        def on_epoch_start(self, state):
+            seen.append([])
+
+    seen = []
+    model = nn.Linear(1, 3)
+    loader = DataLoader(TensorDataset(ids.float()[:, None], ids % 3), 4, shuffle=True)
+    Ledger(model, sgd(model, 0.0), callbacks=[Epochs()], accumulate=here(), seed=1).fit(loader, epochs=3)
+    return {"seen": seen}
+
+
+def fails(_):
+    """A callback that raises on the last rank, at the second step."""
+
+    class Raises(fw.Callback):
+        def on_step_end(self, state):
+            if state.progress.step == 2 and distributed.rank() == distributed.size() - 1:
+                raise RuntimeError("broken on one rank")
+
+    x, y = examples()
+    model = network()
+    fw.Trainer(model, sgd(model), callbacks=[Raises()]).fit(list(zip(x.split(2), y.split(2), strict=True)), epochs=50)
+    return {}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.start(torch.device("cpu"))
+    for scenario in sys.argv[2:]:
+        result = globals()[scenario](Path(sys.argv[1]))
+        torch.save(result, Path(sys.argv[1]) / f"{scenario}-{distributed.rank()}.pt")

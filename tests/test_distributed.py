@@ -1,0 +1,232 @@
+"""Two processes together against one alone: the same gradients, losses, verdict, stop and checkpoint."""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests import _ranks
+
+SCRIPT = Path(_ranks.__file__)
+SCENARIOS = [
+    "gradients", "everything", "samplers", "streams", "stop", "unused", "wrapped", "different_start", "half", "files",
+    "resume", "refused", "sampled",
+]  # fmt: skip
+
+
+def launch(folder, scenarios, size=2):
+    """Start ``size`` processes with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder), *scenarios],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What one process found in each scenario, and what each of two found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone = {name: getattr(_ranks, name)(folder) for name in SCENARIOS}
+    processes = launch(folder, SCENARIOS)
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    together = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in SCENARIOS}
+    return folder, alone, together
+
+
+def close(a, b, tolerance=1e-12):
+    """Whether two nested values agree, with numbers to within ``tolerance`` of the larger."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(close(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if isinstance(a, torch.Tensor):
+        scale = max(1e-300, float(a.abs().max()))
+        return a.shape == b.shape and float((a - b).abs().max()) <= tolerance * scale
+    if isinstance(a, float):
+        return a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= tolerance * max(abs(a), abs(b))
+    return a == b
+
+
+def by_hand(cut, weighted):
+    """Gradients and weights of two epochs of plain torch, where two micro-batches in a row are one big batch."""
+    x, y = _ranks.examples()
+    model = _ranks.network()
+    optimizer = _ranks.sgd(model)
+    batches = list(zip(x.split(cut), y.split(cut), strict=True))
+    seen = []
+    for _ in range(2):
+        for i in range(0, len(batches), 2):
+            xs, ys = (torch.cat(parts) for parts in zip(*batches[i : i + 2], strict=True))
+            output = model(xs)
+            if weighted:
+                loss = torch.nn.functional.cross_entropy(output, ys, _ranks.WEIGHT)
+            else:
+                loss = ((output.mean(1) - ys) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            seen.append([p.grad.clone() for p in model.parameters()])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    return seen, [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["weighted", "mean"])
+@pytest.mark.parametrize("cut", _ranks.CUTS)
+def test_a_step_of_two_ranks_is_one_big_batch(ran, cut, kind):
+    """Gradients and weights of two ranks equal plain torch on the joined batches, also where one rank has no batch."""
+    gradients, weights = by_hand(_ranks.CUTS[cut], kind == "weighted")
+    for found in ran[2]["gradients"]:
+        for expected, got in zip(gradients, found[f"{cut}, {kind}"], strict=True):
+            scale = max(float(e.abs().max()) for e in expected)
+            assert all(float((e - g).abs().max()) <= 1e-12 * scale for e, g in zip(expected, got, strict=True))
+        assert close(weights, found[f"{cut}, {kind}, weights"])
+
+
+def test_all_plugins_say_the_same(ran):
+    """History, metrics, verdict, stop reason and weights are those of one rank, on both; the data is shuffled."""
+    alone, (first, second) = ran[1]["everything"], ran[2]["everything"]
+    assert alone["verdict"]["overfitting"]
+    assert alone["stop_reason"] is not None
+    evidence = [found["verdict"].pop("evidence") for found in (alone, first, second)]
+    assert evidence[0] == evidence[1] == evidence[2]
+    assert close(alone, first, 1e-8)  # sixty epochs of Adam
+    assert first["history"] == second["history"]
+    assert first["verdict"] == second["verdict"]
+
+
+@pytest.mark.parametrize("sampler", ["DistributedSampler", "none"])
+def test_each_example_counts_once(ran, sampler):
+    """With 33 and 41 examples on two ranks, train and validation loss equal one big batch, whatever the sampler pads."""
+    model = _ranks.network()
+    losses = {}
+    for name, (x, y) in {"train": _ranks.examples(33), "val": _ranks.examples(41, seed=2)}.items():
+        losses[name] = torch.nn.functional.cross_entropy(model(x), y, _ranks.WEIGHT).item()
+    for found in ran[2]["samplers"]:
+        for entry in found[sampler]:
+            assert entry["train/loss"] == pytest.approx(losses["train"], rel=1e-12)
+            assert entry["val/loss"] == pytest.approx(losses["val"], rel=1e-12)
+
+
+def test_streams_of_unequal_length(ran):
+    """Iterable data sets of 11 and 20 examples that know no length give the losses and class weights of one of 31."""
+    alone, together = ran[1]["streams"], ran[2]["streams"]
+    assert together[0]["history"] == together[1]["history"]
+    for key in ("train/loss", "val/loss", "val/loss_unweighted", "val/loss_left"):
+        assert together[0]["history"][-1][key] == pytest.approx(alone["history"][-1][key], rel=1e-12)
+    assert close(alone["weight"], together[1]["weight"])
+    assert [found["examples"] for found in together] == [62, 62]
+
+
+def test_ranks_stop_together(ran):
+    """A stop that one rank asks for in mid-window ends both at the end of the window, with its reason."""
+    assert ran[1]["stop"] == {"step": 3, "reason": "enough"}
+    assert ran[2]["stop"] == [{"step": 5, "reason": "enough"}] * 2
+
+
+def test_layers_that_a_rank_does_not_use(ran):
+    """A gradient that one rank has alone is added, and one that no rank has stays None."""
+    alone, together = ran[1]["unused"]["seen"], ran[2]["unused"]
+    assert len(alone) == 4
+    for found in together:
+        for expected, got in zip(alone, found["seen"], strict=True):
+            assert got["never.weight"] is None
+            assert close(
+                {k: v for k, v in expected.items() if v is not None}, {k: v for k, v in got.items() if v is not None}
+            )
+
+
+def test_a_model_in_distributed_data_parallel(ran):
+    """A DistributedDataParallel trains to the same weights and losses, and synchronises by itself again afterwards."""
+    for found in ran[2]["wrapped"]:
+        assert close(ran[1]["wrapped"], found)
+
+
+def test_replicas_are_the_same(ran):
+    """Models that start differently become that of rank 0, buffers included, and the losses reported are those of it."""
+    first, second = ran[2]["different_start"]
+    assert close(first["state"], second["state"], 0.0)
+    assert first["history"] == second["history"]
+    model = _ranks.network(norm=True)
+    model.load_state_dict(first["state"])
+    x, y = _ranks.examples(48)
+    loss = torch.nn.functional.cross_entropy(model.eval()(x), y).item()
+    assert first["history"][-1]["val/loss"] == pytest.approx(loss, rel=1e-12)
+
+
+def test_half_precision(ran):
+    """Under fp16 two ranks learn what one does, within that precision."""
+    first, second = ran[2]["half"]
+    assert close(first, second, 0.0)
+    assert close(ran[1]["half"]["weights"], first["weights"], 0.02)
+
+
+def test_rank_0_writes(ran):
+    """Files, links and warnings come from rank 0 alone; the curves are the same as one rank's."""
+    folder, _, (first, second) = ran[0], ran[1], ran[2]["files"]
+    assert "tensorboard --logdir" in first["said"]
+    assert second == {"said": "", "run_dir": "None", "warned": []}
+    assert first["warned"][-1] == "by one rank"
+    assert [f.name for f in sorted((folder / "files-2" / "saved").iterdir())] == ["best.pt", "epoch-3.pt"]
+    assert [f.name for f in (folder / "files-2" / "runs").iterdir()] == ["run"]
+    curves = [EventAccumulator(str(folder / f"files-{size}" / "runs" / "run" / "val")).Reload() for size in (1, 2)]
+    alone, together = ([(e.step, e.value) for e in curve.Scalars("loss")] for curve in curves)
+    assert [step for step, _ in together] == [step for step, _ in alone] == [4, 8, 12]
+
+
+def test_resume_is_bit_equal(ran):
+    """Two ranks interrupted after two epochs of five end with the very weights and history of a run in one go."""
+    for found in ran[2]["resume"]:
+        assert found["whole"] == found["resumed"]
+        assert close(found["whole weights"], found["resumed weights"], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("epochs", "all ranks must be given the same epochs: rank 0 has 1, rank 1 has 2"),
+        ("callbacks", r"the same callbacks: rank 0 has \[\], rank 1 has \['StopsOne'\]"),
+        ("accumulate", "the same accumulate: rank 0 has 1, rank 1 has 2"),
+        ("checkpoint", "saved by 1 rank, and this fit has 2"),
+    ],
+)
+def test_what_would_hang_is_refused(ran, name, message):
+    """Arguments that differ between ranks, and a checkpoint of another number of ranks, are errors on both."""
+    for found in ran[2]["refused"]:
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(found[name])
+
+
+def test_a_shuffled_loader_is_dealt_out(ran):
+    """In each epoch the ranks see all 37 examples once between them, in a new order, which is that of one rank."""
+    alone, (first, second) = ran[1]["sampled"]["seen"], [found["seen"] for found in ran[2]["sampled"]]
+    for whole, a, b in zip(alone, first, second, strict=True):
+        assert sorted(a + b) == list(range(37))
+        assert a[:4] == whole[:4]
+        assert b[:4] == whole[4:8]
+    assert first[0] != first[1] != first[2]
+
+
+def test_an_error_on_one_rank_ends_all(tmp_path):
+    """Both processes end within 30 seconds with an error after one of them raises; neither waits for the other."""
+    processes = launch(tmp_path, ["fails"])
+    outputs = [process.communicate(timeout=30) for process in processes]
+    assert all(process.returncode != 0 for process in processes)
+    assert "broken on one rank" in outputs[1][1]
