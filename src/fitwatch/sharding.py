@@ -85,8 +85,8 @@ def gives_part(loader: Any) -> bool:
 
 
 def _is_indexed(loader: Any) -> bool:
-    """Whether it is a `DataLoader` that a sampler tells what to read."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    """Whether it is a `DataLoader` that a sampler tells what to read, and when to end."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or length(loader) is None:
         return False
     return type(loader).__iter__ is DataLoader.__iter__
 
