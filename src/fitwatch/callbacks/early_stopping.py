@@ -34,8 +34,10 @@ class EarlyStopping(Callback):
             "error" in it; else it must be given.
         patience: Evaluations in a row without improvement that end training, 1 or more.
         min_delta: What counts as improvement over the last one that counted, 0 or more, in units of the metric; or a
-            number of standard errors, such as ``"1se"``. They are read from the metric ``<monitor>_se``; that of
-            ``"val/loss"`` is measured if the loss is a `Loss`, unless a callback before this one has announced it.
+            number of standard errors, such as ``"1se"``. With ``"val/loss"`` and a `Loss` they are those of the gain,
+            on the same examples at both evaluations (don't shuffle the validation set, or the pairs are lost and the
+            error grows). Else they are read from the metric ``<monitor>_se``. That of ``"val/loss"`` is measured,
+            unless a callback before this one has announced its own, which then counts.
         relative: Whether ``min_delta`` is a share of that value's magnitude.
         cumulative: Whether small gains add up. False: each must exceed ``min_delta`` over the best value so far.
         window: Evaluations whose mean must improve, 1 or more; 1: no smoothing. Thresholds and the best weights go
@@ -80,6 +82,7 @@ class EarlyStopping(Callback):
         elif self.rule.mode != (self.mode or "min"):
             raise ValueError(f"mode must be that of the rule, {self.rule.mode!r}, got {self.mode!r}")
         self._best = BestWeights()
+        self._examples: ExampleLosses | None = None  # where gains are judged example by example
 
     @property
     def reason(self) -> StopReason | None:
@@ -89,10 +92,15 @@ class EarlyStopping(Callback):
     def on_fit_start(self, state: State) -> None:
         """Announce the metric; begin anew, unless training resumes."""
         state.watch(self.monitor, self.mode, by="EarlyStopping")
+        self._examples = None
         if self.rule.needs_standard_error:
             measurable = self.monitor == "val/loss" and state.val_loader is not None and isinstance(state.loss, Loss)
             if measurable and "val/loss_se" not in state.names:  # another callback may have announced its own
                 state.add_metric("loss_se", ExampleLosses(state))
+            if isinstance(state.val_metrics.get("loss_se"), ExampleLosses):
+                # Not the same one: a metric may have gone on to other data before this callback decides.
+                self._examples = ExampleLosses(state)
+                state.observers.append(self._examples)
             state.watch(f"{self.monitor}_se", "min", by="EarlyStopping with min_delta in standard errors")
         if not state.resumed:
             self.rule.reset()
@@ -118,10 +126,13 @@ class EarlyStopping(Callback):
             names = ", ".join(name for name in state.metrics if name not in ("epoch", "step"))
             raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; there are {names}")
         before = self.rule.best
+        losses, weights = (None if self._examples is None else self._examples.on_host()) or (None, None)
         stop = self.rule.update(
             state.metrics[self.monitor],
             train_loss=state.metrics.get("train/loss"),
-            standard_error=_standard_error(state, self.monitor),
+            standard_error=state.metrics.get(f"{self.monitor}_se"),
+            losses=losses,
+            weights=weights,
             warm_up=state.metrics["epoch"] < self.start_epoch,
         )
         if self.rule.best != before and self.restore_best:
@@ -170,8 +181,3 @@ class EarlyStopping(Callback):
         rule = {name: repr(value) for name, value in self.rule.options().items()}
         own = {"monitor": repr(self.monitor), "mode": repr(self.rule.mode), "start_epoch": repr(self.start_epoch)}
         return rule | own | {"rule": type(self.rule).__name__}
-
-
-def _standard_error(state: State, monitor: str) -> float | None:
-    """That of the monitored value, where something measures it: ``val/loss_se`` for ``val/loss``."""
-    return state.metrics.get(f"{monitor}_se")

@@ -7,9 +7,12 @@ from enum import Enum
 from statistics import fmean
 from typing import Any, Literal
 
+import torch
 from attrs import define, field, fields, frozen
+from torch import Tensor
 
 from fitwatch._options import instance, integer, number, one_of
+from fitwatch.rules._paired import influences, standard_error
 
 _STANDARD_ERRORS = re.compile(r"(\d+\.?\d*|\.\d+)se")
 
@@ -24,13 +27,14 @@ class StopReason(Enum):
     RISEN = "risen"  #: the error has risen above its minimum, by one of Prechelt's rules
 
 
-@frozen
+@frozen(eq=False)
 class _Point:
     """One evaluation, as a rule sees it."""
 
     value: float
     train_loss: float | None
     standard_error: float | None
+    examples: Tensor | None  # their influences on the value, shape (N,)
     warm_up: bool
 
 
@@ -57,7 +61,7 @@ class StoppingRule(ABC):
 
     @property
     def needs_standard_error(self) -> bool:
-        """Whether `update` must be given a ``standard_error``."""
+        """Whether `update` must be given a ``standard_error``, or the losses of the examples."""
         return False
 
     def update(
@@ -66,6 +70,8 @@ class StoppingRule(ABC):
         *,
         train_loss: float | None = None,
         standard_error: float | None = None,
+        losses: Any = None,
+        weights: Any = None,
         warm_up: bool = False,
     ) -> bool:
         """Take one more evaluation.
@@ -74,16 +80,21 @@ class StoppingRule(ABC):
             value: The monitored value, finite or not.
             train_loss: The training loss since the last evaluation, which `PQ` needs.
             standard_error: That of ``value - (what it is compared with)`` if it is known, else that of ``value``, in
-                the same unit; needed for a ``min_delta`` in standard errors.
+                the same unit, for a ``min_delta`` in standard errors. It counts where ``losses`` can't be compared.
+            losses: Losses of the examples whose mean ``value`` is, shape (N,), a tensor or what `torch.as_tensor`
+                takes: the same examples in the same order at every evaluation. Another N can't be compared.
+            weights: Their weights, shape (N,); None for 1 each. ``value`` is sum(w l) / sum(w).
             warm_up: Whether this evaluation can't stop training and does not count against it.
 
         Returns:
             Whether to stop now. A caller who goes on is told again, as long as the reason holds.
 
         Raises:
-            ValueError: The rule needs what was not given, or can't use a negative value.
+            ValueError: The rule needs what was not given, or can't use a negative value; or shapes that don't fit.
         """
-        point = _Point(float(value), None if train_loss is None else float(train_loss), standard_error, warm_up)
+        examples = None if losses is None or not self.needs_standard_error else influences(losses, weights)
+        train_loss = None if train_loss is None else float(train_loss)
+        point = _Point(float(value), train_loss, standard_error, examples, warm_up)
         self.evaluations += 1
         if math.isfinite(point.value) and (self.best is None or self._gain(point.value, self.best) > 0):
             self.best = point.value
@@ -100,7 +111,7 @@ class StoppingRule(ABC):
         return {a.name: getattr(self, a.name) for a in fields(type(self)) if a.init}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything seen so far, in plain numbers, strings and lists; the options are not part of it."""
+        """Everything seen so far, in plain numbers, strings, lists and tensors; the options are not part of it."""
         state = {name.lstrip("_"): getattr(self, name) for name in self._remembered()}
         state["reason"] = None if self.reason is None else self.reason.value
         return state
@@ -153,11 +164,11 @@ class Patience(StoppingRule):
         mode: ``"min"`` if lower is better, ``"max"`` if higher is.
         patience: Evaluations without an improvement after which to stop; 1 or more.
         min_delta: What an improvement must exceed, in the unit of the value, 0 or more; or ``"1se"``, ``"2se"``,
-            ``"0.5se"``: a number of standard errors, those of the newest value. It is the measure of the
-            one-standard-error rule (Breiman, Friedman, Olshen and Stone, "Classification and Regression Trees",
-            1984): what differs by less can't be told apart. Two values on the same examples go up and down
-            together, so their difference is less noisy than either. Then the standard error of one value asks for
-            more than the difference would need.
+            ``"0.5se"``: a number of standard errors, the measure of the one-standard-error rule (Breiman, Friedman,
+            Olshen and Stone, "Classification and Regression Trees", 1984): what differs by less can't be told
+            apart. Where the losses of the examples are known, it is that of the gain: of a paired difference, since
+            two values on the same examples go up and down together. Else it is that of the newest value, which
+            mostly asks for more. ``baseline`` is a fixed number, so it has no error of its own.
         relative: Whether ``min_delta`` is a fraction of the absolute value of the last improvement, which is
             right for negative values too. If that is 0, any gain is an improvement.
         cumulative: True: compare with the last improvement, so that small gains add up. False: compare with the
@@ -190,6 +201,9 @@ class Patience(StoppingRule):
     wait: int = field(default=0, init=False, repr=False)
     _reference: float | None = field(default=None, init=False, repr=False)
     _recent: list[float] = field(factory=list, init=False, repr=False)
+    # The influences of the examples on these values, and on the reference; None where they are not known.
+    _recent_examples: list[Tensor | None] = field(factory=list, init=False, repr=False)
+    _reference_examples: Tensor | None = field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.relative and self.needs_standard_error:
@@ -209,8 +223,11 @@ class Patience(StoppingRule):
 
     def _judge(self, point: _Point) -> _Judgement:
         value, finite = point.value, math.isfinite(point.value)
-        least = self._least(point.standard_error)
-        improved = finite and self._take(value, least)
+        if finite:
+            self._recent = [*self._recent, value][-self.window :]
+            self._recent_examples = [*self._recent_examples, point.examples][-self.window :]
+        least, whose = self._least(point)
+        improved = finite and self._improves(least)
         self.wait = 0 if improved else self.wait + (not point.warm_up)
         if self.check_finite and not finite:
             return StopReason.NOT_FINITE, f"it is {value} at evaluation {self.evaluations}"
@@ -219,37 +236,49 @@ class Patience(StoppingRule):
             return StopReason.THRESHOLD, f"{value:.4g} has reached the threshold {good:.4g}"
         if bad is not None and self._gain(value, bad) < 0:
             return StopReason.DIVERGED, f"{value:.4g} is worse than the divergence threshold {bad:.4g}"
-        return (StopReason.PATIENCE, self._no_improvement(least)) if self.wait >= self.patience else None
+        return (StopReason.PATIENCE, self._no_improvement(least, whose)) if self.wait >= self.patience else None
 
-    def _take(self, value: float, least: float) -> bool:
-        """Take a finite value in; whether it is an improvement."""
-        self._recent = [*self._recent, value][-self.window :]
+    def _improves(self, least: float) -> bool:
+        """Whether the newest value, which is finite, is an improvement, which is then the one to beat."""
         level = fmean(self._recent)
-        if self._reference is None:
-            self._reference = level
-            return True
-        gain = self._gain(level, self._reference)
-        improved = gain > least
+        gain = math.inf if self._reference is None else self._gain(level, self._reference)
+        improved = self._reference is None or gain > least
         if improved or (gain > 0 and not self.cumulative):
-            self._reference = level
+            self._reference, self._reference_examples = level, self._level_examples()
         return improved
 
-    def _least(self, standard_error: float | None) -> float:
-        """What a gain must exceed."""
-        if isinstance(self.min_delta, str):
-            if standard_error is None:
-                raise ValueError(f"min_delta={self.min_delta!r} needs the standard_error of each value, got None")
-            return float(self.min_delta.removesuffix("se")) * standard_error
-        return self.min_delta * abs(self._reference or 0.0) if self.relative else self.min_delta
+    def _least(self, point: _Point) -> tuple[float, str]:
+        """What a gain must exceed, and whose standard error it is: for the sentence."""
+        if not isinstance(self.min_delta, str):
+            return self.min_delta * abs(self._reference or 0.0) if self.relative else self.min_delta, ""
+        count = float(self.min_delta.removesuffix("se"))
+        now = self._level_examples() if math.isfinite(point.value) else None
+        before = self._reference_examples
+        if now is not None and before is not None and len(now) == len(before):
+            # The influences on a mean of evaluations are the means of the influences, so a window changes nothing.
+            return count * standard_error(now - before), " of the difference"
+        error = point.standard_error
+        if error is None and point.examples is not None:
+            error = standard_error(point.examples)
+        if error is None:
+            raise ValueError(f"min_delta={self.min_delta!r} needs the standard_error of each value, got None")
+        return count * error, ""
 
-    def _no_improvement(self, least: float) -> str:
+    def _level_examples(self) -> Tensor | None:
+        """The influences of the examples on the mean of the last values; None where they are not known of all."""
+        known = [examples for examples in self._recent_examples if examples is not None]
+        if not known or len(known) < len(self._recent) or len({len(examples) for examples in known}) > 1:
+            return None
+        return known[0] if len(known) == 1 else torch.stack(known).mean(0)
+
+    def _no_improvement(self, least: float, whose: str) -> str:
         times = f"{self.wait} evaluation{'s' if self.wait != 1 else ''}"
         if self._reference is None:
             return f"no finite value in {times}"
         delta = ""
         if isinstance(self.min_delta, str):
             count = self.min_delta.removesuffix("se")
-            delta = f" of more than {count} standard error{'s' if count != '1' else ''} ({least:.4g})"
+            delta = f" of more than {count} standard error{'s' if count != '1' else ''}{whose} ({least:.4g})"
         elif self.min_delta:
             delta = f" of more than {100 * self.min_delta:.4g} %" if self.relative else f" of more than {least:.4g}"
         at_once = "" if self.cumulative else " at once"
