@@ -183,6 +183,38 @@ def test_an_absent_class_is_an_error_or_gets_weight_0(data):
 
 
 @pytest.mark.parametrize(
+    "loss",
+    [nn.CrossEntropyLoss(torch.ones(4)), fw.LogitAdjusted([4, 3, 2, 1]), fw.LDAM([4, 3, 2, 1])],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_a_last_class_that_the_loss_knows_is_counted_as_absent(data, loss):
+    """What the loss has for each of four classes says that a fourth one is missing, before step 1; or it gets weight 0."""
+    x, y = data.tensors
+    model = nn.Linear(4, 4).double()
+    trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loss, device="cpu")
+    trainer.callbacks = [fw.WeightedLoss()]
+    with pytest.raises(ValueError, match="class 3 is absent from the training data"):
+        trainer.fit([(x, y)], epochs=1)
+    assert trainer.state.progress.step == 0
+    trainer.callbacks = [fw.WeightedLoss(absent="zero")]
+    trainer.fit([(x, y)], epochs=1)
+    assert trainer.state.loss.weight.tolist() == pytest.approx([64 / (3 * n) for n in (40, 16, 8)] + [0.0])
+
+
+def test_more_outputs_than_counted_classes_are_explained(data):
+    """Where only the outputs tell C, the error at step 1 names the classes without an example, and what to give."""
+    x, y = data.tensors
+    with pytest.raises(ValueError, match=r"WeightedLoss counted .* class 3 did not.* num_classes=4 and absent='zero'"):
+        fit(nn.Linear(4, 4).double(), [(x, y)])
+    with pytest.raises(ValueError, match="classes 3 to 5 did not occur"):
+        fit(nn.Linear(4, 6).double(), [(x, y)])
+    loss, _ = fit(nn.Linear(4, 6).double(), [(x, y)], num_classes=6, absent="zero")  # as the error says
+    assert loss.weight.tolist() == pytest.approx([64 / (3 * n) for n in (40, 16, 8)] + [0.0] * 3)
+    loss, _ = fit(nn.Linear(4, 4).double(), [(x, y)], counts=[40, 16, 8, 2])
+    assert loss.weight[3] == pytest.approx(66 / (4 * 2))
+
+
+@pytest.mark.parametrize(
     ("spec", "named"),
     [
         ("balance", "balanced.*'balance'"),

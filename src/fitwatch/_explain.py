@@ -40,12 +40,23 @@ def refuse_classes(
         if len(weights) != num_classes:
             raise ValueError(
                 f"there are {len(weights)} class weights or costs, but the outputs of shape "
-                f"{tuple(output.shape)} have {num_classes} classes"
-                + ("; if they were counted, the training data lacks the last classes" * (len(weights) < num_classes))
+                f"{tuple(output.shape)} have {num_classes} classes{_uncounted(len(weights), num_classes)}"
             ) from cause
         _refuse_devices(output, weights, cause)
     if cause is not None and not target.is_floating_point() and target.device.type == "cpu":
         _refuse_labels(target, num_classes, ignore_index, cause)
+
+
+def _uncounted(counted: int, num_classes: int) -> str:
+    """What to do where the weights were counted, which only ``WeightedLoss`` could tell."""
+    if counted >= num_classes:
+        return ""
+    last = num_classes - 1
+    lacking = f"class {last}" if counted == last else f"classes {counted} to {last}"
+    return (
+        f"; if WeightedLoss counted them, {lacking} did not occur in the training data: check the labels and the "
+        f"split, or give it num_classes={num_classes} and absent='zero' for weight 0, or counts of all classes"
+    )
 
 
 def refuse_logits(output: Tensor, target: Tensor, pos_weight: Tensor | None = None, *, single: bool = False) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from attrs import define, field
 from torch import Tensor, nn
 
@@ -52,7 +53,8 @@ class WeightedLoss(Callback):
             class -> weight.
         counts: Counts to use for a scheme in place of counting: shape (C,), or (K, 2) for the negatives and positives
             of K labels.
-        num_classes: C, where the training data may lack the last classes. Default: the largest label + 1.
+        num_classes: C, where the training data may lack the last classes. Default: that of the weights, costs or
+            counts that the loss has itself, else the largest label + 1.
         absent: What a class without examples means: ``"error"``, or ``"zero"`` to give it weight 0 (see
             `class_weights` for labels).
         beta: Of ``"effective_number"``, in [0, 1).
@@ -159,7 +161,11 @@ class WeightedLoss(Callback):
             counts = count_over_ranks(state.train_loader, multi_label=True)
             return counts[0] if len(counts) == 1 else counts
         ignore_index = getattr(self._loss, "ignore_index", None)
-        return count_over_ranks(state.train_loader, num_classes=num_classes, ignore_index=ignore_index)
+        counts = count_over_ranks(state.train_loader, num_classes=num_classes, ignore_index=ignore_index)
+        own = self._loss._per_class() if isinstance(self._loss, Loss) else None  # noqa: SLF001 - nothing else tells C
+        if num_classes is None and own is not None and len(counts) < len(own):
+            counts = torch.cat([counts, counts.new_zeros(len(own) - len(counts))])  # the last classes are absent
+        return counts
 
     def _loss_in(self, epoch: int) -> Any:
         """The loss with the weights of an epoch."""
