@@ -183,12 +183,17 @@ def test_the_confusion_matrix_is_a_picture(page, shown):
 
 
 def test_the_link_that_compares_shows_all_runs(page, shown):
-    """Validation curves and dots of both runs and nothing else; each run has one colour, and the runs differ."""
+    """Validation curves and dots of both runs and nothing else; each run has one colour, and the runs differ.
+
+    The first card is the share of the baseline that is left, which weights do not change the scale of.
+    """
     page.goto(shown.compare)
-    expect(page.locator(PINNED)).to_have_count(3)
-    card = pinned(page, "loss")
-    expect(lines(card)).to_have_count(2)
-    expect(dots(card)).to_have_count(2)
+    expect(page.locator(PINNED)).to_have_count(4)
+    tags = [tag.get_attribute("title") for tag in page.locator(f"{PINNED} .tag").all()]
+    assert tags == ["loss_left", "loss", "metrics/accuracy", "overfit/gap"]
+    for card in (pinned(page, "loss_left"), pinned(page, "loss")):
+        expect(lines(card)).to_have_count(2)
+        expect(dots(card)).to_have_count(2)
     rows = page.locator("runs-data-table tb-data-table-content-row")
     expect(rows).to_have_count(4)
     names = [row.get_attribute("data-id").partition("/")[2] for row in rows.all()]

@@ -88,7 +88,7 @@ def test_the_link_that_compares(folder):
     assert query["runColorGroup"] == ["regex:^([^/]+)/"]
     assert query["smoothing"] == ["0"]
     pins = [card["tag"] for card in json.loads(query["pinnedCards"][0])]
-    assert pins == ["loss", "metrics/accuracy", "overfit/gap"]
+    assert pins == ["loss_left", "loss", "metrics/accuracy", "overfit/gap"]
     assert set(pins) <= set(read(folder / "last/val").Tags()["scalars"])
 
 

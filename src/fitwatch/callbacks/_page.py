@@ -75,9 +75,13 @@ def link(port: int, name: str, metrics: Sequence[str]) -> str:
 
 
 def compare_link(port: int, metrics: Sequence[str]) -> str:
-    """The page of all runs of the folder, each in one colour: validation curves, and the dots of the best epochs."""
+    """The page of all runs of the folder, each in one colour: validation curves, and the dots of the best epochs.
+
+    The share of the baseline that is left comes first: losses with other weights have other scales. It is no tag where
+    no run has a baseline, and then the page leaves its pin out.
+    """
     query = f"runFilter={quote('/(val|best)$')}&runColorGroup={quote('regex:^([^/]+)/')}"
-    return _address(port, ["loss", *metrics[:2], "overfit/gap"], query)
+    return _address(port, ["loss_left", "loss", *metrics[:2], "overfit/gap"], query)
 
 
 def _address(port: int, tags: Sequence[str], query: str) -> str:
