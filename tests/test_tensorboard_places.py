@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 import fitwatch as fw
 from tests._events import bars, curve, points, read, texts
@@ -34,6 +35,44 @@ def test_a_finished_script_that_is_run_again_keeps_its_bars(tmp_path):
     again = run()
     assert again.history == first.history
     assert drawn() == before
+
+
+@pytest.mark.parametrize("first", ["stop", "page"])
+def test_without_a_validation_set_the_bar_of_the_stop_survives_a_resume(tmp_path, first):
+    """Decided at the end of an epoch, it is drawn after that epoch was saved: run again, or resumed before it, it is right."""
+
+    def run(resume):
+        torch.manual_seed(0)
+        model = nn.Linear(10, 2)
+        stop = fw.EarlyStopping("train/loss", patience=2, min_delta=0.05)
+        page = fw.TensorBoard(tmp_path, show_link=False)
+        callbacks = [stop, page] if first == "stop" else [page, stop]
+        saved = fw.Checkpoint(tmp_path / "saved", keep=99)
+        trainer = fw.Trainer(
+            model, torch.optim.SGD(model.parameters(), 0.1), callbacks=[*callbacks, saved], device="cpu", seed=0
+        )
+        return trainer.fit(noisy_data()[0], epochs=60, resume=resume)
+
+    result = run(None)
+    last = result.history[-1]["step"]
+    assert "early stopping" in result.stop_reason
+    for resume in ("auto", tmp_path / "saved" / f"epoch-{len(result.history) - 1}.pt", "auto"):
+        assert bars(tmp_path / "run") == ["early stop"]
+        assert [step for step, _ in points(tmp_path / "run/early stop", "loss")] == [last, last + 1]
+        assert run(resume).history[-1]["step"] == last
+
+
+def test_a_curve_of_ones_own_beside_the_bars_is_left_alone(tmp_path):
+    """A sub-run that someone else wrote into the run's folder stays on resume, though it holds a loss alone, as bars do."""
+
+    def make():
+        return overfitting_trainer(tmp_path, callbacks=[fw.Checkpoint(tmp_path / "saved", keep=9)])
+
+    make().fit(*noisy_data(), epochs=2)
+    with SummaryWriter(tmp_path / "run/mine") as writer:
+        writer.add_scalar("loss", 1.0, 12)
+    make().fit(*noisy_data(), epochs=3, resume=tmp_path / "saved/epoch-1.pt")
+    assert points(tmp_path / "run/mine", "loss") == [(12, 1.0)]
 
 
 # -- texts and pictures --------------------------------------------------------------------------------------------

@@ -36,13 +36,14 @@ class EventFile:
     Args:
         folder: Made if need be.
         first_step: Steps done before this training; older points beyond it are void.
+        ending: Of the file's name.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int, ending: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # The server reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time_ns() / 1e9:017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.path = folder / name
+        self.path = folder / f"{name}{ending}"
         self._file = self.path.open("xb")
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -71,11 +72,6 @@ def events(file: Path) -> Iterable[tuple[bytes, Any]]:
     """The events of a file, as they stand there and decoded; a last one that was cut off is left out."""
     for raw in RawEventFileLoader(str(file)).Load():
         yield raw, Event.FromString(raw)
-
-
-def tags(files: Iterable[Path]) -> set[str]:
-    """All tags in some files."""
-    return {value.tag for file in files for _, event in events(file) for value in event.summary.value}
 
 
 def cut(file: Path, step: int) -> None:

@@ -1,7 +1,7 @@
 """The folders of runs: one for each, and what is void in them when training resumes."""
 
+import re
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 
 RUNS = ("train", "val", "best", "baseline")
@@ -34,19 +34,28 @@ def others(run_dir: Path) -> bool:
     return any(folder != run_dir and any(folder.glob("*/events.*")) for folder in run_dir.parent.iterdir())
 
 
-def go_back(run_dir: Path, step: int, *, keep: Collection[str]) -> None:
-    """Make the folder what it was at ``step``: remove what was written beyond, and all bars but those in ``keep``.
+def decided(step: int) -> str:
+    """The end of the name of a bar's file.
+
+    A bar may be drawn after the checkpoint of its epoch, and stand at a place long before it was decided. So only its
+    file can tell whether it happened before a point of resumption.
+    """
+    return f".decided-{step}"
+
+
+def go_back(run_dir: Path, step: int) -> None:
+    """Make the folder what it was at ``step``: remove what was written beyond, and the bars that were decided later.
 
     Raises:
         OSError: It can't be written to; the message names it.
     """
     try:
-        _go_back(run_dir, step, keep)
+        _go_back(run_dir, step)
     except OSError as error:
         raise OSError(error.errno, f"can't resume in the run folder {run_dir}: {error.strerror}") from error
 
 
-def _go_back(run_dir: Path, step: int, keep: Collection[str]) -> None:
+def _go_back(run_dir: Path, step: int) -> None:
     from fitwatch.callbacks import _events  # noqa: PLC0415 - a third of a second that only users of this pay
 
     shutil.rmtree(run_dir / "best", ignore_errors=True)  # of a fit that ended
@@ -55,5 +64,11 @@ def _go_back(run_dir: Path, step: int, keep: Collection[str]) -> None:
         if folder.name in RUNS:
             for file in files:
                 _events.cut(file, step)
-        elif files and folder.name not in keep and _events.tags(files) == {"loss"}:
-            shutil.rmtree(folder)  # a bar holds two points of one tag; what a user keeps beside it is left alone
+        elif any(when > step for when in map(_decided, files)):
+            shutil.rmtree(folder)
+
+
+def _decided(file: Path) -> int:
+    """When a bar was decided; -1 for any other file, such as one that a user keeps in the run's folder."""
+    match = re.search(r"\.decided-(\d+)$", file.name)
+    return -1 if match is None else int(match[1])

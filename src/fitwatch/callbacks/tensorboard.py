@@ -73,7 +73,6 @@ class TensorBoard(Callback):
     def __attrs_post_init__(self) -> None:
         self.run_dir: Path | None = None  # known once fitting has started
         self._files: dict[str, Any] = {}
-        self._markers: dict[str, int] = {}  # sub-run of each bar -> its step
         self._metrics: list[str] = []
         self._curves = _thinning.Thinner()
         self._best_counts: _class_counts.Counts | None = None
@@ -89,11 +88,10 @@ class TensorBoard(Callback):
         self._failure: OSError | None = None
         self._first_step = state.progress.step
         if self.run_dir is None or self._first_step == 0:
-            self.run_dir, self._markers = _folders.new_folder(self.dir, self.name), {}
+            self.run_dir = _folders.new_folder(self.dir, self.name)
             self._curves = _thinning.Thinner()
         elif state.resumed:  # what lies beyond the point of resumption did not happen
-            self._markers = {name: step for name, step in self._markers.items() if step <= self._first_step}
-            _folders.go_back(self.run_dir, self._first_step, keep=self._markers)
+            _folders.go_back(self.run_dir, self._first_step)
         if not state.resumed:
             self._best_counts = None
         if crowded := self._curves.crowded():
@@ -134,7 +132,7 @@ class TensorBoard(Callback):
 
         self._begin(state)  # a loop of one's own may have no epochs
         now = state.progress.step
-        numbers, texts, others = self._sorted(state.records)
+        numbers, texts, others = self._sorted(state.records, now)
         for run, tags in numbers.items():
             self._warn(run, now, tags, texts)
         rate = self._clock.rate(state.examples)
@@ -202,10 +200,9 @@ class TensorBoard(Callback):
         return _page.compare_link(port, self._metrics) if compare else _page.link(port, name, self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's folder, its bars, where the curves stand, and the counts of the best evaluation."""
+        """The run's folder, where the curves stand, and the counts of the best evaluation."""
         return {
             "run_dir": None if self.run_dir is None else str(self.run_dir),
-            "markers": dict(self._markers),
             "curves": self._curves.state_dict(),
             "best_counts": None if self._best_counts is None else asdict(self._best_counts),
         }
@@ -214,7 +211,6 @@ class TensorBoard(Callback):
         """Take them back, if the folder still exists."""
         folder, counts = state_dict["run_dir"], state_dict["best_counts"]
         self.run_dir = Path(folder) if folder is not None and Path(folder).is_dir() else None
-        self._markers = dict(state_dict["markers"])
         self._curves.load_state_dict(state_dict["curves"])
         self._best_counts = None if counts is None else _class_counts.Counts(**counts)
 
@@ -242,7 +238,7 @@ class TensorBoard(Callback):
                 points.append(_events.scalar(tag, point[1]))
         return points
 
-    def _sorted(self, records: Iterable[Record]) -> tuple[_Numbers, _Texts, _Others]:
+    def _sorted(self, records: Iterable[Record], now: int) -> tuple[_Numbers, _Texts, _Others]:
         """Draw the bars among the records, and sort the others by their place."""
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
@@ -252,7 +248,7 @@ class TensorBoard(Callback):
         for record in records:
             run, tag = _page.run_and_tag(record.name)
             if isinstance(record.value, Marker):
-                self._mark(record.name, record.step, record.value)
+                self._mark(record.name, record.step, record.value, now)
             elif isinstance(record.value, str):
                 self._tell(texts, (run, record.step, tag), record.value)
             elif isinstance(record.value, (Image, Histogram)):
@@ -294,7 +290,7 @@ class TensorBoard(Callback):
         for step, value in self._level.rest():
             self._write("baseline", step, [_events.scalar("loss", value)])
 
-    def _write(self, run: str, step: int, values: list[Any]) -> None:
+    def _write(self, run: str, step: int, values: list[Any], *, decided: int | None = None) -> None:
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
         if not values or self._failure is not None:
@@ -303,9 +299,9 @@ class TensorBoard(Callback):
             return
         try:
             if run not in self._files:
-                # A bar was decided after its place: its points are not to be taken for old ones.
-                first_step = self._first_step if run in _folders.RUNS else 0
-                self._files[run] = _events.EventFile(self.run_dir / run, first_step)
+                # A bar may be decided long after its place: its points are not to be taken for old ones.
+                how = (self._first_step, "") if decided is None else (0, _folders.decided(decided))
+                self._files[run] = _events.EventFile(self.run_dir / run, *how)
             self._files[run].add(step, values)
             self._files[run].flush()
         except OSError as error:
@@ -313,7 +309,7 @@ class TensorBoard(Callback):
             self._failure = OSError(error.errno, f"TensorBoard can't write to {where}: {error.strerror}")
             logger.error("%s; nothing more is written, and the fit ends after this epoch", self._failure)  # noqa: TRY400 - the cause is named
 
-    def _mark(self, name: str, step: int, marker: Marker) -> None:
+    def _mark(self, name: str, step: int, marker: Marker, now: int) -> None:
         from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
 
         assert self.run_dir is not None
@@ -321,10 +317,9 @@ class TensorBoard(Callback):
         while (self.run_dir / name).exists():  # two bars in one sub-run would be joined by a line
             number += 1
             name = f"{first} {number}"
-        self._markers[name] = step
         # A line needs two points, and of two points at one step the server keeps one.
-        self._write(name, step, [_events.scalar("loss", marker.low)])
-        self._write(name, step + 1, [_events.scalar("loss", marker.high)])
+        self._write(name, step, [_events.scalar("loss", marker.low)], decided=now)
+        self._write(name, step + 1, [_events.scalar("loss", marker.high)], decided=now)
 
     def _evaluated(self, state: State) -> None:
         """Take note of a new evaluation: how far the baseline reaches, and what the best outputs were."""
