@@ -483,6 +483,21 @@ def test_a_second_fit_is_judged_anew():
     assert (again.verdict.status, detector.rule.hold) == ("warming up", 3)
 
 
+def test_the_rule_that_was_given_is_the_one_that_judges():
+    """The user's object has what the fit showed it, whatever it saw before; its state is that of a rule never used."""
+    states = []
+    for before in (0, 12):
+        rule = fw.OverfittingRule(hold=3)
+        for i in range(before):
+            rule.update(1.0, 1.0 + i, losses=[1.0, 2.0 + i])
+        detector = fw.OverfittingDetector(rule=rule)
+        make(detector).fit([(X, Y)], [(VX, VY)], epochs=3)
+        assert detector.rule is rule
+        assert rule.examples == 20
+        states.append(repr(rule.state_dict()))
+    assert states[0] == states[1]
+
+
 def test_a_batch_sampler_of_ones_own_over_a_part_of_the_set():
     """The probe is drawn from the part that the sampler within a batch sampler has."""
     sampler = torch.utils.data.BatchSampler(SubsetRandomSampler(PART), 8, drop_last=False)

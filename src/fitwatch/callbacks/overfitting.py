@@ -40,7 +40,8 @@ class OverfittingDetector(Callback):
     verdict stands in ``state.verdict`` and in the fit's result; its indices are those of the fit's history.
 
     Args:
-        rule: The decision rule, with its options. Default: ``OverfittingRule()``.
+        rule: The decision rule, with its options; a fit that is not resumed makes it forget what it saw. Default:
+            ``OverfittingRule()``.
         action: At overfitting, ``"warn"`` only; ``"stop"`` training; or ``"restore"``: stop, and end with the weights
             of the lowest validation loss.
         probe_examples: Size of the probe. Default: as many as the validation set has, 2,000 at most. 0: no probe; the
@@ -68,7 +69,7 @@ class OverfittingDetector(Callback):
         if state.val_loader is None:
             raise ValueError("OverfittingDetector compares train and validation loss: fit needs a val_loader")
         if not state.resumed:
-            self.rule = evolve(self.rule)  # a new one with the same options
+            self.rule.load_state_dict(evolve(self.rule).state_dict())  # that of a new one with the same options
             self._status, self._verdict = "", None
             self._best.kept = None
         state.verdict = self._verdict
