@@ -2,29 +2,28 @@
 
 import math
 from collections.abc import Iterable
-from itertools import pairwise
-from statistics import median
 from typing import Any, Literal, SupportsFloat
 
-from attrs import define, evolve, field, fields
+from attrs import astuple, define, evolve, field, fields
 
 from fitwatch._options import integer, number
 from fitwatch.rules._paired import PairedRise
+from fitwatch.rules._unrest import MIN_DIFFERENCES, Trend, falls, unrest
 from fitwatch.rules._verdict import Curves, Status, Verdict, evidence
 
 __all__ = ["OverfittingRule", "Verdict", "diagnose"]
 
 # A rise below this share of the whole fall is nothing, however large it is beside a minimum close to 0.
 _NEGLIGIBLE = 1e-3
-# Fewer differences than this say nothing about noise.
-_MIN_DIFFERENCES = 4
 # The smoothed value of fewer points is too noisy to be the minimum that all later ones are held against.
 _SETTLED = 3
 # A single evaluation counts for this many at most, however far it stands above the threshold.
 _MOST = 2.0
 # Where nobody says how exact the losses are, this share of the loss stands in for the standard error and its multiple;
 # more while training is young, since the first minimum is soon replaced by a better one.
-_UNKNOWN, _YOUNG = 0.051, 10.0
+_UNKNOWN, _YOUNG = 0.055, 10.0
+# The noise is known from a few differences only, and what is taken for too small makes false alarms: so many more.
+_MARGIN = 6.0
 # A loss that is still more than this share of the first one may be underfitting.
 _LITTLE_LEARNED = 0.1
 
@@ -38,21 +37,25 @@ class OverfittingRule:
 
         V - m > threshold   and   T < T_m
         threshold^2 = (min_rise * m)^2 + (errors * e)^2 + (noise * R)^2
-        R = 2 s sqrt(2 ln(n / span) / span)
+        R = 2 s sqrt(2 ln(n / span) / span), or 0 where b > trend * sqrt(2 ln n) standard errors of b
 
     The three parts are: the least rise that matters; e, the standard error of the rise, since a validation set is a
     sample; and R, the range that V covers in n evaluations by the unrest of training alone, with s the standard
-    deviation of one validation loss about its trend (scaled median absolute deviation of the last differences, over
-    sqrt(2)), and 2 sqrt(2 ln k) the range of k independent normal numbers. So the lucky minimum of a long, flat, noisy
-    curve doesn't make a rise of what follows. Noise that is correlated from one evaluation to the next is
-    underestimated.
+    deviation of one validation loss about its trend (scaled median of the last absolute second differences), and
+    2 sqrt(2 ln k) the range of k independent normal numbers. So the lucky minimum of a long, flat, noisy curve doesn't
+    make a rise of what follows.
+
+    Such a minimum is followed by a higher level, but by no slope. So where the losses since the minimum do slope
+    upwards, unrest is no explanation, and R is left out: b is the slope of their least-squares line (see `Trend`), and
+    sqrt(2 ln n) about the largest of n normal numbers. A slope shows in the end however loud the noise is. Noise that
+    is correlated from one evaluation to the next is underestimated by both.
 
     The rule fires once such evaluations in a row add up to ``hold``, where each counts as many times as its rise is the
     threshold, two at most: a large rise needs less time than a small one.
 
     If it gets the losses of the validation examples, e is that of a paired difference: the same examples at both
     evaluations (see `PairedRise`). If it gets standard errors only, it is that of two independent sets, which is too
-    large. If it gets neither, errors * e is taken for 5 % of m, and for more while training is young.
+    large. If it gets neither, errors * e is taken for 5.5 % of m, and for more while training is young.
 
     Where a loss has been negative, and so has no natural zero, the fall from the first loss to m stands in for m.
     Multiplying both curves (and the losses of the examples) by a constant changes no verdict.
@@ -66,7 +69,9 @@ class OverfittingRule:
     Attributes:
         min_rise: Least rise that matters, as a share of the minimum; above 0.
         errors: What a rise must exceed in standard errors of its own; 0 or more, 0 to ignore them.
-        noise: What it must exceed as a multiple of the range that the unrest of training explains; 0 or more.
+        noise: What it must exceed as a multiple of the range that the unrest of training explains, unless the losses
+            slope; 0 or more, 0 to ignore the noise.
+        trend: What a slope must exceed as a multiple of the largest one that unrest explains; 0 or more.
         span: Evaluations that the smoothing averages over, about; 1 or more. 1 does not smooth.
         hold: Evaluations in a row for which a rise that just exceeds the threshold must last; 1 or more.
         warmup: Evaluations before the first verdict, 4 or more.
@@ -79,11 +84,12 @@ class OverfittingRule:
 
     min_rise: float = field(default=0.04, validator=number(above=0))
     errors: float = field(default=0.25, validator=number(least=0))
-    noise: float = field(default=0.7, validator=number(least=0))
+    noise: float = field(default=2.0, validator=number(least=0))
+    trend: float = field(default=1.25, validator=number(least=0))
     span: int = field(default=4, validator=integer(1))
     hold: float = field(default=2.0, validator=number(least=1))
-    warmup: int = field(default=8, validator=integer(_MIN_DIFFERENCES))
-    window: int = field(default=30, validator=integer(_MIN_DIFFERENCES + 1))
+    warmup: int = field(default=8, validator=integer(MIN_DIFFERENCES))
+    window: int = field(default=30, validator=integer(MIN_DIFFERENCES + 1))
 
     _index: int = field(default=-1, init=False)  # of the last evaluation
     _count: int = field(default=0, init=False)  # finite validation losses so far
@@ -107,6 +113,7 @@ class OverfittingRule:
     _overfitting: bool = field(default=False, init=False)
     _onset: int | None = field(default=None, init=False)
     _detected: int | None = field(default=None, init=False)
+    _trend: Trend = field(factory=Trend, init=False)  # since the reference
     _paired: PairedRise = field(factory=PairedRise, init=False)
     _last_point: list[float] = field(factory=list, init=False)  # index, loss, standard error of the last finite one
     _reference_error: float = field(default=math.nan, init=False)
@@ -162,7 +169,8 @@ class OverfittingRule:
         """Everything seen so far, in plain numbers, lists and two tensors; the options are not part of it."""
         state = {name.lstrip("_"): getattr(self, name) for name in _STATE}
         state["recent"] = [list(point) for point in self._recent]
-        return {**state, "last_point": list(self._last_point), "paired": self._paired.state_dict()}
+        state |= {"last_point": list(self._last_point), "trend": list(astuple(self._trend))}
+        return {**state, "paired": self._paired.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict` as if never interrupted, given the same options.
@@ -170,7 +178,7 @@ class OverfittingRule:
         Raises:
             ValueError: If a key is missing or unknown.
         """
-        expected = {name.lstrip("_") for name in _STATE} | {"paired"}
+        expected = {name.lstrip("_") for name in _STATE} | {"paired", "trend"}
         if state.keys() != expected:
             wrong = sorted(state.keys() ^ expected)
             raise ValueError(f"not a state of OverfittingRule: keys missing or unknown: {wrong}")
@@ -178,6 +186,7 @@ class OverfittingRule:
             setattr(self, name, state[name.lstrip("_")])
         self._recent = [list(point) for point in state["recent"]]
         self._last_point = list(state["last_point"])
+        self._trend = Trend(*state["trend"])
         self._paired.load_state_dict(state["paired"])
 
     @property
@@ -207,13 +216,17 @@ class OverfittingRule:
         self._val_weight += alpha * (1 - self._val_weight)
         self._val += alpha / self._val_weight * (loss - self._val)
         if self._count < _SETTLED or self._val >= self._minimum:
+            self._trend.take(loss - self._reference_value)
             return None
         self._minimum = self._val
         self._minimum_train = self._train if self._train_weight else None
         # The smoothed curve lags behind by an evaluation or two, so the bottom may be the last one.
         index, self._reference_value, self._reference_error = min(before, self._last_point, key=lambda point: point[1])
-        self._reference = int(index)
-        return "this" if self._reference == self._index else "last"
+        self._reference, self._trend = int(index), Trend()
+        if self._reference == self._index:
+            return "this"
+        self._trend.take(loss - self._reference_value)
+        return "last"
 
     def _sigma(self) -> float:
         return unrest([loss for loss, _ in self._recent])
@@ -232,8 +245,11 @@ class OverfittingRule:
     def _threshold(self, sigma: float) -> float:
         if not math.isfinite(self._minimum) or not math.isfinite(sigma):
             return math.inf
+        sigma *= 1 + _MARGIN / (len(self._recent) - 1)
         # a / (2 - a) is 1 / span for a = 2 / (span + 1)
         spread = 2 * sigma * math.sqrt(2 * math.log(max(2.0, self._count / self.span)) / self.span)
+        if self._trend.strength > self.trend * sigma * math.sqrt(2 * math.log(self._count)):
+            spread = 0.0
         error = self.errors * self._error()
         if math.isnan(error):
             error = _UNKNOWN * self._unit * (1 + _YOUNG / self._count)
@@ -319,28 +335,7 @@ class OverfittingRule:
         return "plateau"
 
 
-_STATE = tuple(a.name for a in fields(OverfittingRule) if not a.init and a.name != "_paired")
-
-
-def unrest(losses: list[float]) -> float:
-    """Standard deviation of one loss of a curve about its trend; infinite if there are too few points."""
-    steps = [b - a for a, b in pairwise(losses)]
-    if len(steps) < _MIN_DIFFERENCES:
-        return math.inf
-    middle = median(steps)
-    # 1.4826 turns the MAD of a normal variable into its standard deviation, and a difference has sqrt(2) times the
-    # noise of one loss. Few differences often give far too small a value, hence the last factor.
-    return 1.4826 * median(abs(s - middle) for s in steps) / math.sqrt(2) * (1 + 2 / len(steps))
-
-
-def falls(losses: list[float], least: float) -> bool:
-    """Whether the newer half is lower than the older one, by more than two standard errors and ``least``."""
-    losses = [loss for loss in losses if math.isfinite(loss)]
-    half = len(losses) // 2
-    if half < _SETTLED:
-        return False
-    old, new = sum(losses[:half]) / half, sum(losses[-half:]) / half
-    return old - new > max(2 * unrest(losses) * math.sqrt(2 / half), least)
+_STATE = tuple(a.name for a in fields(OverfittingRule) if not a.init and a.name not in ("_trend", "_paired"))
 
 
 def diagnose(
