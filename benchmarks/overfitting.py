@@ -75,6 +75,14 @@ def ours(run, *, paired):
     return verdict.overfitting, verdict.detected, verdict
 
 
+def oracle(run):
+    """Our rule shown the loss of the hidden test set: what no validation set, however large, would better."""
+    rule = fw.OverfittingRule()
+    for train, test in zip(run.probe, run.test.tolist(), strict=True):
+        verdict = rule.update(train, test, standard_error=0.0)
+    return verdict.overfitting, verdict.detected, verdict
+
+
 def stopping(make):
     """A stopping rule taken for a detector: what stops is overfit."""
 
@@ -112,6 +120,7 @@ def smoothed_rise(run):
 RULES = {
     "**fitwatch, with the losses of the examples**": lambda run: ours(run, paired=True),
     "**fitwatch, curves alone**": lambda run: ours(run, paired=False),
+    "fitwatch, shown the hidden test set": oracle,
     "smoothed rise of 5 %, for 3 evaluations": smoothed_rise,
     "Prechelt GL, 5 %": stopping(lambda: fw.GL(alpha=5)),
     "Prechelt UP, 3 strips": stopping(lambda: fw.UP(s=3)),
@@ -178,17 +187,17 @@ def calibration(runs):
     return [str(len(rows)), f"{plain:.1%}", f"{both:.1%}"]
 
 
-def noise(level, seeds, *, step, **options):
+def noise(level, seeds, *, step, epochs=100):
     """False alarms on curves that only look alive: flat, or with a step in the learning rate half-way."""
-    epochs, flagged = np.arange(100), 0
+    count, epochs, flagged = epochs, np.arange(epochs), 0
     for seed in range(seeds):
         draw = np.random.default_rng(seed)
         early = 0.5 + 0.8 * np.exp(-epochs / 8)
-        base = np.where(epochs < 50, early, 0.42 + 0.08 * np.exp(-(epochs - 50) / 3)) if step else np.full(100, 0.7)
+        base = np.where(epochs < 50, early, 0.42 + 0.08 * np.exp(-(epochs - 50) / 3)) if step else np.full(count, 0.7)
         quiet = np.where(epochs < 50, 1, 0.25) if step else 1
-        val = base * (1 + level * quiet * draw.standard_normal(100))
+        val = base * (1 + level * quiet * draw.standard_normal(count))
         train = 0.9 * base if step else 0.3 + 0.5 * np.exp(-epochs / 20)
-        flagged += fw.diagnose(train, val, **options).detected is not None
+        flagged += fw.diagnose(train, val).detected is not None
     return flagged / seeds
 
 
@@ -230,14 +239,15 @@ def report(number, seeds):
         [
             f"{level:.0%}",
             f"{noise(level, seeds, step=False):.1%}",
-            f"{noise(level, seeds, step=False, noise=1.5):.1%}",
+            f"{noise(level, seeds, step=False, epochs=200):.1%}",
             f"{noise(level, seeds, step=True):.1%}",
         ]
         for level in (0.01, 0.02, 0.03, 0.05, 0.1)
     ]
-    head = ["noise of an evaluation", "flat curve", "flat curve, `noise=1.5`", "step in the learning rate"]
+    head = ["noise of an evaluation", "flat curve", "flat curve of 200", "step in the learning rate"]
     parts.append(
-        f"**False alarms on {seeds:,} made-up curves** of 100 evaluations without a rise.\n\n{table(head, rows)}"
+        f"**False alarms on {seeds:,} made-up curves** without a rise, of 100 evaluations or 200.\n\n"
+        f"{table(head, rows)}"
     )
     return "\n\n".join(parts)
 

@@ -74,17 +74,40 @@ def alarms(curve, level, **options):
 
 
 @pytest.mark.parametrize("curve", [flat, healthy])
-@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03])
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03, 0.05, 0.1])
 def test_curves_without_a_rise_are_seldom_flagged(curve, noise):
-    """Of 300 noisy curves without a rise at most 2 % are called overfitting, where noise is up to 3 % of the loss."""
+    """Of 300 noisy curves without a rise at most 2 % are called overfitting, where noise is up to 10 % of the loss."""
     assert alarms(curve, noise) <= (0.02 if noise else 0)
 
 
-def test_more_noise_needs_a_larger_multiple_of_it():
-    """Noise of 5 or 10 % of the loss fools the default often; noise=1.3, or 2, seldom."""
-    assert alarms(flat, 0.05) > 0.1
-    assert alarms(flat, 0.05, noise=1.3) <= 0.04
-    assert alarms(flat, 0.1, noise=2.0) <= 0.03
+def test_a_slope_is_told_from_noise_by_its_steadiness():
+    """A loss that rises by 1 % per evaluation is seen through noise of 10 %, but seldom if a slope excuses nothing."""
+
+    def rising(seed):
+        i = np.arange(100)
+        level = 0.5 * (1 + 0.01 * np.maximum(i - 30, 0)) + 0.5 * np.maximum(0, 1 - i / 30) ** 2
+        return np.exp(-i / 40), level * (1 + 0.1 * np.random.default_rng(seed).standard_normal(100))
+
+    assert np.mean([diagnose(*rising(seed)).overfitting for seed in range(100)]) > 0.95
+    assert np.mean([diagnose(*rising(seed), trend=1e9).overfitting for seed in range(100)]) < 0.5
+
+
+def test_a_jump_to_a_higher_level_needs_no_slope():
+    """A validation loss that jumps far above its noise and stays there is overfitting, with or without noise."""
+    i = np.arange(60)
+    for noise in (0.0, 0.02):
+        val = np.where(i < 30, 0.5 + 0.5 * np.exp(-i / 5), 0.7) + noise * np.random.default_rng(0).standard_normal(60)
+        assert diagnose(np.exp(-i / 20), val).overfitting
+
+
+def test_a_single_outlier_is_no_rise():
+    """One loss 20 % above a flat curve with 1 % of noise is seldom taken for overfitting."""
+    fooled = []
+    for seed in range(100):
+        train, val = flat(100, 0.01, seed)
+        val[60] += 0.2
+        fooled.append(diagnose(train, val).detected is not None)
+    assert np.mean(fooled) <= 0.05
 
 
 def stepped(n, noise, seed):
@@ -97,7 +120,10 @@ def stepped(n, noise, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("curve", "noise", "most"), [(flat, 0.03, 20), (flat, 0.01, 20), (stepped, 0.01, 0)])
+@pytest.mark.parametrize(
+    ("curve", "noise", "most"),
+    [(flat, 0.1, 20), (flat, 0.05, 20), (flat, 0.03, 20), (flat, 0.01, 20), (stepped, 0.1, 20), (stepped, 0.01, 0)],
+)
 def test_false_alarms_over_a_thousand_seeds(curve, noise, most):
     """Flat noise fires for at most 2 % of 1,000 seeds, and a healthy run with a step in the learning rate for none."""
     assert sum(diagnose(*curve(100, noise, seed)).detected is not None for seed in range(1000)) <= most
@@ -392,6 +418,7 @@ def test_curves_may_be_any_sequence_of_numbers():
         ("min_rise", math.nan),
         ("errors", -0.1),
         ("noise", -1),
+        ("trend", -0.1),
         ("warmup", 3),
         ("span", 0),
         ("hold", 0),
