@@ -14,7 +14,7 @@ import torch
 from attrs import asdict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import fitwatch as fw
 from fitwatch import distributed
@@ -123,13 +123,16 @@ def samplers(_):
     """Losses of a model that does not move, with samplers that repeat examples to make the parts equal."""
     found = {}
     train, val = TensorDataset(*examples(33)), TensorDataset(*examples(41, seed=2))
-    for name in ("DistributedSampler", "none"):
+    for name in ("DistributedSampler", "in a batch sampler", "none"):
         loaders = []
         for data in (train, val):
-            sampler = None
-            if name == "DistributedSampler":
-                sampler = DistributedSampler(data, distributed.size(), distributed.rank(), shuffle=data is train)
-            loaders.append(DataLoader(data, 4, sampler=sampler))
+            sampler = DistributedSampler(data, distributed.size(), distributed.rank(), shuffle=data is train)
+            if name == "none":
+                loaders.append(DataLoader(data, 4))
+            elif name == "DistributedSampler":
+                loaders.append(DataLoader(data, 4, sampler=sampler))
+            else:
+                loaders.append(DataLoader(data, batch_sampler=BatchSampler(sampler, 4, drop_last=False)))
         model = network()
         result = fw.Trainer(model, sgd(model, 0.0), fw.CrossEntropy(WEIGHT)).fit(*loaders, epochs=2)
         found[name] = result.history
@@ -163,6 +166,41 @@ class StopsOne(fw.Callback):
     def on_step_end(self, state):
         if state.progress.step == 3 and distributed.rank() == distributed.size() - 1:
             state.request_stop("enough")
+
+
+class FirstRankOnly(Stream):
+    """Gives nothing to the other ranks."""
+
+    def __iter__(self):
+        yield from zip(*self.data, strict=True) if distributed.rank() == 0 else ()
+
+
+def empty_part(_):
+    """A stream that gives only one rank batches: what the detector's probe and all ranks find."""
+    model = network()
+    x, y = examples(16)
+    trainer = fw.Trainer(model, sgd(model, 0.0), callbacks=[fw.OverfittingDetector()])
+    result = trainer.fit(DataLoader(FirstRankOnly((x, y)), 4), DataLoader(TensorDataset(x, y), 5), epochs=2)
+    probe = result.history[-1]["val/loss"] - result.verdict.gap
+    return {"history": result.history, "probe": probe}
+
+
+def outside(_):
+    """Parameters of the optimizer that are in no module, a different start on each rank, buffers, and `validate`."""
+    x, y = examples(9)
+    torch.manual_seed(distributed.rank())
+    scale = nn.Parameter(torch.randn((), dtype=torch.float64))
+    body = network(seed=distributed.rank(), norm=True)
+    model = DistributedDataParallel(body) if distributed.size() > 1 else body
+
+    class Scaled(fw.Trainer):
+        def training_step(self, batch):
+            return self.compute_loss(self.model(batch[0]) * scale, batch[1])
+
+    trainer = Scaled(model, torch.optim.SGD([*body.parameters(), scale], 0.1))
+    before = trainer.validate([(x, y)])  # a rank has no batch
+    trainer.fit([(x, y)], epochs=2)
+    return {"before": before, "scale": scale.detach(), "state": body.state_dict()}
 
 
 def stop(_):
@@ -220,6 +258,8 @@ def different_start(_):
     x, y = examples(48)
     model = network(seed=distributed.rank(), norm=True)
     model[0].running_mean += distributed.rank()
+    model.register_buffer("short", torch.full((2,), distributed.rank(), dtype=torch.int16))
+    model.register_buffer("expanded", torch.full((1,), float(distributed.rank())).expand(3))
     batches = list(zip(x.split(6), y.split(6), strict=True))
     trainer = fw.Trainer(model, sgd(model), accumulate=here())
     result = trainer.fit(batches, batches, epochs=2)
@@ -292,19 +332,25 @@ def resume(folder):
 def refused(folder):
     """What is refused on several ranks: arguments that differ, and a checkpoint of another number of ranks."""
     x, y = examples()
-    batches = list(zip(x.split(8), y.split(8), strict=True))
+    batches = list(zip(x.split(11), y.split(11), strict=True))
     said = {}
 
-    def attempt(name, options=(), callbacks=(), **fit):
-        model = network()
+    def attempt(name, options=(), callbacks=(), layer=None, **fit):
+        model = network() if layer is None else nn.Sequential(layer, network())
         try:
             fw.Trainer(model, sgd(model), callbacks=list(callbacks), **dict(options)).fit(batches, **fit)
-        except ValueError as error:
+        except (ValueError, OSError, RuntimeError) as error:
             said[name] = str(error)
 
     attempt("epochs", epochs=1 + distributed.rank())
     attempt("callbacks", callbacks=[StopsOne()] * distributed.rank(), epochs=1)
     attempt("accumulate", {"accumulate": 1 + distributed.rank()}, epochs=1)
+    attempt("val_loader", epochs=1, val_loader=None if distributed.rank() else batches)
+    norm = nn.SyncBatchNorm(4).double()
+    attempt("norm", epochs=1, layer=norm)
+    kept = folder / f"kept-{distributed.size()}"
+    attempt("fresh", callbacks=[fw.Checkpoint(kept)], epochs=1)
+    attempt("folder", callbacks=[fw.Checkpoint(kept)], epochs=1)
     checkpoint = folder / "whole-1" / "epoch-5.pt"
     if distributed.size() > 1 and checkpoint.exists():
         attempt("checkpoint", epochs=9, resume=checkpoint)

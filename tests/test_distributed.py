@@ -15,7 +15,7 @@ from tests import _ranks
 
 SCRIPT = Path(_ranks.__file__)
 SCENARIOS = [
-    "gradients", "everything", "samplers", "streams", "stop", "unused", "wrapped", "different_start", "half", "files",
+    "gradients", "everything", "samplers", "streams", "empty_part", "outside", "stop", "unused", "wrapped", "different_start", "half", "files",
     "resume", "refused", "sampled",
 ]  # fmt: skip
 
@@ -44,9 +44,8 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     alone = {name: getattr(_ranks, name)(folder) for name in SCENARIOS}
     processes = launch(folder, SCENARIOS)
-    for process in processes:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    said = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
     together = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in SCENARIOS}
     return folder, alone, together
 
@@ -112,7 +111,7 @@ def test_all_plugins_say_the_same(ran):
     assert first["verdict"] == second["verdict"]
 
 
-@pytest.mark.parametrize("sampler", ["DistributedSampler", "none"])
+@pytest.mark.parametrize("sampler", ["DistributedSampler", "in a batch sampler", "none"])
 def test_each_example_counts_once(ran, sampler):
     """With 33 and 41 examples on two ranks, train and validation loss equal one big batch, whatever the sampler pads."""
     model = _ranks.network()
@@ -133,6 +132,24 @@ def test_streams_of_unequal_length(ran):
         assert together[0]["history"][-1][key] == pytest.approx(alone["history"][-1][key], rel=1e-12)
     assert close(alone["weight"], together[1]["weight"])
     assert [found["examples"] for found in together] == [62, 62]
+
+
+def test_a_rank_without_any_batch(ran):
+    """Where a stream gives batches to one rank only, both go on together, with the loss of plain torch on them."""
+    x, y = _ranks.examples(16)
+    loss = torch.nn.functional.cross_entropy(_ranks.network()(x), y).item()
+    for found in ran[2]["empty_part"]:
+        assert found["history"][-1]["train/loss"] == pytest.approx(loss, rel=1e-12)
+        assert found["history"] == ran[2]["empty_part"][0]["history"]
+        first = torch.nn.functional.cross_entropy(_ranks.network()(x[:8]), y[:8]).item()
+        assert found["probe"] == pytest.approx(first, rel=1e-12)  # half of the 16, since there are two ranks
+
+
+def test_parameters_outside_the_model(ran):
+    """A parameter that only the optimizer knows, and buffers of any kind, become those of rank 0, as on one rank."""
+    first, second = ran[2]["outside"]
+    assert close(first, second, 0.0)
+    assert close(ran[1]["outside"], first)
 
 
 def test_ranks_stop_together(ran):
@@ -165,6 +182,8 @@ def test_replicas_are_the_same(ran):
     assert close(first["state"], second["state"], 0.0)
     assert first["history"] == second["history"]
     model = _ranks.network(norm=True)
+    assert first["state"].pop("expanded").tolist() == [0, 0, 0]
+    assert first["state"].pop("short").tolist() == [0, 0]
     model.load_state_dict(first["state"])
     x, y = _ranks.examples(48)
     loss = torch.nn.functional.cross_entropy(model.eval()(x), y).item()
@@ -204,11 +223,14 @@ def test_resume_is_bit_equal(ran):
         ("epochs", "all ranks must be given the same epochs: rank 0 has 1, rank 1 has 2"),
         ("callbacks", r"the same callbacks: rank 0 has \[\], rank 1 has \['StopsOne'\]"),
         ("accumulate", "the same accumulate: rank 0 has 1, rank 1 has 2"),
+        ("val_loader", "the same val_loader: rank 0 has 'list of 3 batches', rank 1 has 'none'"),
+        ("norm", r"SyncBatchNorm waits for all ranks.*got \[2, 1\]"),
+        ("folder", "holds the checkpoint epoch-1.pt of an earlier run"),
         ("checkpoint", "saved by 1 rank, and this fit has 2"),
     ],
 )
 def test_what_would_hang_is_refused(ran, name, message):
-    """Arguments that differ between ranks, and a checkpoint of another number of ranks, are errors on both."""
+    """Arguments that differ, a rank that fails at the start, and what can't wait for a rank are errors on both."""
     for found in ran[2]["refused"]:
         with pytest.raises(ValueError, match=message):
             raise ValueError(found[name])

@@ -49,11 +49,14 @@ class TargetSums:
     Args:
         loss: Any loss. There is no baseline for a function, a `Loss` of the user's own, or more than `MOST_CLASSES`
             classes.
+
+    Attributes:
+        known: Whether there may be one.
     """
 
     def __init__(self, loss: Any) -> None:
         self.loss = loss
-        self._known = isinstance(
+        self.known = isinstance(
             loss, (ClassLoss, BinaryCrossEntropy, RealWorldCrossEntropy, ExpectedCost, MeanSquaredError)
         )
         self._kind = ""
@@ -62,14 +65,14 @@ class TargetSums:
 
     def update(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> None:
         """Take a batch in; ``output`` is asked for its shape only."""
-        if not (self._known and isinstance(output, Tensor) and isinstance(target, Tensor)):
+        if not (self.known and isinstance(output, Tensor) and isinstance(target, Tensor)):
             return
         one_logit = output.dim() < 2 or output.shape[1] == 1
         squared = isinstance(self.loss, MeanSquaredError)
         exclusive = output.shape != target.shape or (isinstance(self.loss, CrossEntropy) and not one_logit)
         classes = output.shape[0 if output.dim() == 1 else 1] if exclusive and not squared else 0
         if classes > MOST_CLASSES:
-            self._known = False
+            self.known = False
             return
         target = target.detach().cpu()
         weight = None if sample_weight is None else sample_weight.detach().cpu()

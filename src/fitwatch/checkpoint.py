@@ -3,7 +3,8 @@
 A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (a number),
 ``model``, ``loss`` (its parameters), ``optimizer``, ``scheduler``, ``scaler``, ``generators`` (of the loaders),
 ``callbacks`` (by class name), ``progress``,
-``history``, ``train_loss`` (the sums since the last evaluation), ``rng`` (of rank 0), ``other_rngs`` (of the others).
+``history``, ``train_loss`` (the sums since the last evaluation), ``rng`` (of rank 0), ``other_ranks`` (``rng`` and
+``generators`` of the others).
 """
 
 import os
@@ -43,7 +44,8 @@ def save(path: Path, state: State) -> None:
     """
     state.pull_loss()
     train_loss = distributed.sums([state.train_loss.total, state.train_loss.weight])
-    rng, *other_rngs = distributed.gather(rng_state())
+    generators = [g.get_state() for g in generators_of(state.train_loader, state.val_loader)]
+    (rng, generators), *others = distributed.gather((rng_state(), generators))
     if distributed.rank():
         return
     content = {
@@ -53,13 +55,13 @@ def save(path: Path, state: State) -> None:
         "optimizer": state.optimizer.state_dict(),
         "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
-        "generators": [g.get_state() for g in generators_of(state.train_loader, state.val_loader)],
+        "generators": generators,
         "callbacks": state.callbacks.state_dict() if state.callbacks is not None else {},
         "progress": asdict(state.progress),
         "history": state.history,
         "train_loss": train_loss,
         "rng": rng,
-        "other_rngs": other_rngs,
+        "other_ranks": [{"rng": own, "generators": theirs} for own, theirs in others],
     }
     write(path, content)
 
@@ -104,7 +106,7 @@ def read(path: Path) -> dict[str, Any]:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path} has checkpoint format {found!r}; this version reads format {FORMAT}")
-    return {"other_rngs": [], **content}  # which files of one rank may lack
+    return {"other_ranks": [], **content}  # which files of one rank may lack
 
 
 def load(path: Path, state: State) -> None:
@@ -136,9 +138,10 @@ def load(path: Path, state: State) -> None:
     state.metrics = state.history[-1] if state.history else {}
     if distributed.rank() == 0:  # a sum over the ranks
         state.train_loss.total, state.train_loss.weight = content["train_loss"]
-    for generator, saved in zip(generators, content["generators"], strict=True):
+    own = [content, *content["other_ranks"]][distributed.rank()]
+    for generator, saved in zip(generators, own["generators"], strict=True):
         generator.set_state(saved)
-    set_rng_state([content["rng"], *content["other_rngs"]][distributed.rank()])
+    set_rng_state(own["rng"])
     state.resumed = True
 
 
@@ -166,7 +169,7 @@ def _refuse(path: Path, content: dict[str, Any], state: State, progress: Progres
             f"{path} was saved before the end of an epoch (epoch {progress.epoch}, after {progress.epoch_batch} "
             "batches); training resumes at the boundary of an epoch only: use a checkpoint saved by every_epochs"
         )
-    ranks = 1 + len(content["other_rngs"])
+    ranks = 1 + len(content["other_ranks"])
     if ranks != distributed.size():
         raise ValueError(
             f"{path} was saved by {ranks} rank{'s' * (ranks > 1)}, and this fit has {distributed.size()}: a step would "

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -33,7 +34,7 @@ def start(device: torch.device) -> None:
         atexit.register(_leave)
     if rank() and _only_main not in logger.filters:
         logger.addFilter(_only_main)
-    if dist.is_initialized() and device.type == "cuda":
+    if dist.is_initialized() and device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where collectives put what they exchange
 
 
@@ -42,9 +43,9 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _only_main(_: logging.LogRecord) -> bool:
-    """The same warning from every rank is noise; an error is an exception."""
-    return not rank()
+def _only_main(record: logging.LogRecord) -> bool:
+    """The same warning from every rank is noise."""
+    return not rank() or record.levelno >= logging.ERROR
 
 
 def size() -> int:
@@ -58,8 +59,10 @@ def rank() -> int:
 
 
 def local_device() -> str:
-    """The GPU that is this process's own under ``torchrun``."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "cuda"
+    """The GPU that is this process's own: under ``torchrun`` by its number, else the current one of a group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return f"cuda:{torch.cuda.current_device()}" if size() > 1 else "cuda"
 
 
 # -- small things ------------------------------------------------------------------------------------------------------
@@ -98,6 +101,22 @@ def agree(reason: str | None) -> str | None:
     return next((r for r in gather(reason) if r is not None), None)
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise on all ranks what one of them raises within; else the others would wait for it.
+
+    Raises:
+        RuntimeError: Another rank failed; the message says how.
+    """
+    try:
+        yield
+    except Exception as error:
+        agree(f"{type(error).__name__}: {error}")
+        raise
+    if (failed := agree(None)) is not None:
+        raise RuntimeError(f"another rank failed: {failed}")
+
+
 def refuse_differences(facts: dict[str, Any]) -> None:
     """Raise ValueError if a fact is not the same on all ranks: they would wait for each other without end."""
     first, *others = gather(facts)
@@ -113,14 +132,28 @@ def refuse_differences(facts: dict[str, Any]) -> None:
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def align(model: nn.Module) -> None:
-    """Give the model of every rank the parameters and buffers of rank 0."""
-    _broadcast([*model.parameters(), *model.buffers()])
+def align(modules: Iterable[Any], parameters: Iterable[Tensor] = (), *, buffers_only: bool = False) -> None:
+    """Give every rank the parameters and buffers that rank 0 has in these modules, and these parameters.
+
+    The buffers, such as the running means of a batch norm, are of each rank's own data.
+
+    Raises:
+        TypeError: A parameter is split over devices.
+    """
+    tensors: dict[int, Tensor] = {id(p): p for p in parameters}
+    for module in modules:
+        if isinstance(module, nn.Module):
+            own = module.buffers() if buffers_only else (*module.parameters(), *module.buffers())
+            tensors |= {id(t): t for t in own}
+    for tensor in tensors.values():
+        if size() > 1 and hasattr(tensor, "device_mesh"):
+            raise TypeError("a model that is split over devices (FSDP, DTensor) can't be trained: give the plain one")
+    _broadcast(tensors.values())
 
 
-def align_buffers(model: nn.Module) -> None:
-    """Give it the buffers of rank 0, such as the running means of a batch norm, which each rank has of its own data."""
-    _broadcast(model.buffers())
+def in_step(model: nn.Module) -> bool:
+    """Whether a layer waits for all ranks in every forward pass."""
+    return any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
 
 
 @contextmanager
@@ -155,7 +188,10 @@ def total(weights: Iterable[Tensor | float], like: Tensor) -> Tensor | float:
     own = sum(weights)
     if size() == 1:
         return own
-    whole = torch.as_tensor(own, dtype=torch.float64, device=like.device).clone()
+    if isinstance(own, Tensor):
+        whole = own.detach().to(like.device, torch.float64, copy=True)
+    else:  # filled on the device: a copy from the host would wait for it
+        whole = torch.full((), own, dtype=torch.float64, device=like.device)
     dist.all_reduce(whole)
     return whole
 
@@ -165,14 +201,16 @@ def _add(bucket: list[Tensor]) -> None:
     for p in bucket:
         if p.grad is not None and p.grad.layout is not torch.strided:
             raise TypeError(f"a sparse gradient, of shape {tuple(p.shape)}, can't be added over several ranks")
-    here = bucket[0].new_tensor([float(p.grad is not None) for p in bucket])
+    missing = [i for i, p in enumerate(bucket) if p.grad is None]
+    here = bucket[0].new_ones(len(bucket))  # filled on the device: a copy from the host would wait for it
+    for i in missing:
+        here[i] = 0
     flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket), here])
     dist.all_reduce(flat)
     *sums, found = torch.split(flat, [*(p.numel() for p in bucket), len(bucket)])
     for p, new in zip(bucket, sums, strict=True):
         if p.grad is not None:
             p.grad.copy_(new.view_as(p))
-    missing = [i for i, p in enumerate(bucket) if p.grad is None]
     if missing:  # a look at the device, which only a model with parts that go unused pays for
         elsewhere = found.tolist()
         for i in missing:
@@ -182,19 +220,29 @@ def _add(bucket: list[Tensor]) -> None:
 
 def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Parameters of one device and dtype, some megabytes together."""
-    open_: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    filling: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for p in parameters:
-        bucket = open_.setdefault((p.device, p.dtype), [])
-        bucket.append(p)
-        if sum(other.numel() for other in bucket) >= _BUCKET:
-            yield open_.pop((p.device, p.dtype))
-    yield from open_.values()
+        kind = p.device, p.dtype
+        filling.setdefault(kind, []).append(p)
+        sizes[kind] += p.numel()
+        if sizes[kind] >= _BUCKET:
+            yield filling.pop(kind)
+            sizes[kind] = 0
+    yield from filling.values()
 
 
 def _broadcast(tensors: Iterable[Tensor]) -> None:
-    if size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
+    if size() == 1:
+        return
+    for tensor in tensors:
+        own = tensor.detach()
+        for dim, stride in enumerate(own.stride()):
+            own = own.narrow(dim, 0, 1) if stride == 0 and own.shape[dim] > 1 else own  # expanded: one number in memory
+        if own.numel():
+            copy = torch.empty(own.shape, dtype=own.dtype, device=own.device).copy_(own)
+            dist.broadcast(copy.view(-1).view(torch.uint8), src=0)  # as bytes, since not every dtype can be sent
+            own.copy_(copy)
 
 
 def _device() -> torch.device:

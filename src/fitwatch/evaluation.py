@@ -50,13 +50,14 @@ class Evaluation:
         self._observers = observers
         for observer in observers:
             observer.reset()
-        # On some rank: a callback may be on one only.
-        watched = bool(metrics or observers or self._targets)
-        self._shared = distributed.size() > 1 and any(distributed.gather(watched))
+        # On some rank: what observes may be on one only.
+        self._watched = distributed.size() > 1 and any(distributed.gather(bool(metrics or observers)))
+        counted = self._targets is not None and self._targets.known
+        self._shared = distributed.size() > 1 and (self._watched or counted)
 
     def run(self, model: nn.Module, batches: Iterable[Any], step: Callable[[Any], LossSum]) -> dict[str, float]:
         """Evaluate a model: `add` what ``step`` gives for each batch, in eval mode without gradients, then `values`."""
-        with evaluating(model):
+        with evaluating(model), distributed.unsynchronised(model):
             for batch in split(batches):
                 self.add(*step(batch))
             if distributed.size() > 1:
@@ -74,7 +75,9 @@ class Evaluation:
             loss, mean = self._unweighted
             mean.add(*(loss.sums(outputs, targets, sample_weight)))
         if self._shared:
-            self._kept.append((outputs, targets, sample_weight))
+            # for the baseline the shape of the outputs is enough
+            seen = outputs if self._watched else torch.empty(outputs.shape, dtype=outputs.dtype, device="meta")
+            self._kept.append((seen, targets, sample_weight))
         else:
             self._see(outputs, targets, sample_weight)
 
@@ -96,7 +99,7 @@ class Evaluation:
             for together in zip_longest(*distributed.gather(kept)):
                 for seen in together:
                     if seen is not None:
-                        self._see(*loading.to_device(seen, device))
+                        self._see(*(part if _is_meta(part) else loading.to_device(part, device) for part in seen))
         self._kept = []
 
     def values(self) -> dict[str, float]:
@@ -122,7 +125,11 @@ class Evaluation:
 
 def _copied(part: Any) -> Any:
     """On the host, and without the rest of what it is a view of, which would travel along."""
-    return part.detach().cpu().clone() if isinstance(part, Tensor) else part
+    return part.detach().cpu().clone() if isinstance(part, Tensor) and not part.is_meta else part
+
+
+def _is_meta(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.is_meta
 
 
 def expected_baseline(loss: Any, train_loader: Any, val_loader: Any) -> Baseline | None:

@@ -106,8 +106,8 @@ class Metrics:
                 raise ValueError(f"metrics can't be named {name!r}: val/{name} is taken by the validation loss")
             if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
                 self._objects[name] = metric
-                if distributed.size() > 1 and hasattr(metric, "distributed_available_fn"):
-                    metric.distributed_available_fn = _never  # torchmetrics': each rank is shown the whole data set
+                if distributed.size() > 1:
+                    _show_all(metric)
             elif callable(metric):
                 self._functions[name] = metric
             else:
@@ -163,6 +163,14 @@ class Metrics:
             return {name: float(values[name]) for name in names}
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"a metric must be a single number, got {values}") from error
+
+
+def _show_all(metric: Any) -> None:
+    """Keep a metric of torchmetrics, and those within it, from adding up the ranks: each sees the whole data set."""
+    for part in metric.modules() if isinstance(metric, nn.Module) else ():
+        for one in (part, getattr(part, "metric_a", None), getattr(part, "metric_b", None)):
+            if one is not None and hasattr(one, "distributed_available_fn"):
+                one.distributed_available_fn = _never
 
 
 def _never() -> bool:

@@ -8,6 +8,7 @@ from fitwatch._options import check_counts
 from fitwatch.callback import Callbacks
 from fitwatch.checkpoint import unwrap
 from fitwatch.gradients import parameters
+from fitwatch.sharding import gives_part
 
 
 def describe(trainer: Any) -> dict[str, Any]:
@@ -29,14 +30,21 @@ def describe(trainer: Any) -> dict[str, Any]:
     }
 
 
-def shared_facts(trainer: Any) -> dict[str, Any]:
+def shared_facts(trainer: Any, train_loader: Any, val_loader: Any) -> dict[str, Any]:
     """What has to be the same on all ranks, or they would wait for each other without end."""
     return {
         "callbacks": [type(c).__name__ for c in Callbacks(trainer.callbacks).callbacks],
+        **{name: _shape(loader) for name, loader in (("train_loader", train_loader), ("val_loader", val_loader))},
         "metrics": sorted(trainer.metrics or {}),
         **{name: getattr(trainer, name) for name in ("accumulate", "clip_norm", "precision", "log_every")},
         "parameters": [(tuple(p.shape), str(p.dtype)) for p in parameters(trainer.optimizer)],
     }
+
+
+def _shape(loader: Any) -> str:
+    """Of a loader, as far as it has to be the same on all ranks."""
+    kind = "none" if loader is None else type(loader).__name__
+    return kind if gives_part(loader) else f"{kind} of {loading.length(loader)} batches"
 
 
 def check_fit(

@@ -23,17 +23,26 @@ class Rounds:
 
     Args:
         loader: That which `split` takes.
+        together: Whether no rank may lack a batch.
 
     Attributes:
         total: Rounds, where the loaders of all ranks know their length; else None.
+
+    Raises:
+        ValueError: A rank lacks a batch, or may lack one, and must not.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Iterable[Any], *, together: bool = False) -> None:
         self._batches = split(loader)
         self.total = length(self._batches)
         if distributed.size() > 1:
             counted = isinstance(self._batches, Sequence) or _is_indexed(self._batches)  # else it may be wrong
             lengths = distributed.gather(self.total if counted else None)
+            if together and (None in lengths or len(set(lengths)) > 1):
+                raise ValueError(
+                    "SyncBatchNorm waits for all ranks in every batch, so they need the same number of batches, got "
+                    f"{lengths}: choose a batch size, or drop_last=True, that gives them as many"
+                )
             self.total = None if None in lengths else max(n for n in lengths if n is not None)
 
     def __iter__(self) -> Iterator[Any]:
@@ -55,8 +64,8 @@ def split(loader: Iterable[Any]) -> Iterable[Any]:
 
     A `DataLoader` whose data set has indices gives every n-th batch to the same rank, in the order that rank 0 draws.
     So does a list of batches. The last round may be short of some. If its sampler is a `DistributedSampler`, its part
-    is taken, without the examples that it repeats to make all parts equal. Any other iterable is to give each rank its
-    own part by itself.
+    is taken, without the examples that it repeats to make all parts equal; that of another sampler with
+    ``num_replicas`` as it is. Any other iterable, and a loader without a length, is to give each rank its own part.
     """
     if distributed.size() == 1:
         return loader
@@ -81,7 +90,25 @@ def gives_part(loader: Any) -> bool:
     """Whether ``loader`` gives this rank a part by itself, and would not give the whole."""
     if distributed.size() == 1 or isinstance(loader, Sequence):
         return False
-    return not _is_indexed(loader) or isinstance(loader.sampler, DistributedSampler)
+    return not _is_indexed(loader) or _deals_out(loader)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the samplers of a loader the epoch: a `DistributedSampler` shuffles anew only then."""
+    for sampler in (sampler_of(loader), getattr(loader, "batch_sampler", None)):
+        tell = getattr(sampler, "set_epoch", None)
+        if tell is not None:
+            tell(epoch)
+
+
+def sampler_of(loader: Any) -> Any:
+    """The sampler of examples that a `DataLoader` asks, also through a batch sampler that was given; None of others."""
+    return getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
+
+
+def _deals_out(loader: Any) -> bool:
+    """Whether its sampler knows of ranks, as a `DistributedSampler` does."""
+    return any(hasattr(s, "num_replicas") for s in (sampler_of(loader), getattr(loader, "batch_sampler", None)))
 
 
 def _is_indexed(loader: Any) -> bool:
@@ -99,12 +126,15 @@ def _rebuilt(loader: DataLoader[Any]) -> DataLoader[Any]:
     if loader.num_workers:
         for name in ("multiprocessing_context", "prefetch_factor", "persistent_workers"):
             options[name] = getattr(loader, name)
-    sampler = loader.sampler
-    if isinstance(sampler, DistributedSampler):
-        if type(loader.batch_sampler) is not BatchSampler:  # one of the user's own, who has to know
+    if _deals_out(loader):
+        sampler, batches = sampler_of(loader), loader.batch_sampler
+        if (
+            type(sampler) is not DistributedSampler or type(batches) is not BatchSampler
+        ):  # the user's own, who knows why
             return loader
-        real = BatchSampler(_WithoutPadding(sampler), loader.batch_sampler.batch_size, loader.drop_last)
+        real = BatchSampler(_WithoutPadding(sampler), batches.batch_size, batches.drop_last)
         return DataLoader(loader.dataset, batch_sampler=real, **options)
+    sampler = loader.sampler
     if loader.batch_sampler is None:
         return DataLoader(loader.dataset, batch_size=None, sampler=_EveryNth(sampler), **options)
     return DataLoader(loader.dataset, batch_sampler=_EveryNth(loader.batch_sampler), **options)

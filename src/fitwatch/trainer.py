@@ -20,7 +20,7 @@ from fitwatch.metrics import Metrics
 from fitwatch.result import Result
 from fitwatch.schedule import Schedule
 from fitwatch.settings import check_fit, describe, shared_facts
-from fitwatch.sharding import ABSENT, Rounds
+from fitwatch.sharding import ABSENT, Rounds, set_epoch
 from fitwatch.state import Progress, State
 
 _NO_AUTOCAST = nullcontext()
@@ -170,7 +170,7 @@ class Trainer:
         check_fit(train_loader, val_loader, **options)
         distributed.start(self.device)
         self._hooks = Callbacks(self.callbacks)
-        distributed.refuse_differences({**options, **shared_facts(self)})
+        distributed.refuse_differences({**options, **shared_facts(self, train_loader, val_loader)})
         state = self.state = self._new_state(
             progress=self.state.progress,
             scaler=self.state.scaler,
@@ -181,12 +181,14 @@ class Trainer:
         )
         self._prepare(resume)
         try:
-            self._hooks.on_fit_start(state)
+            with distributed.failing_together():
+                self._hooks.on_fit_start(state)
             state.agree()
             self._to_device()  # a callback may have put another loss in
             self._check_metrics()
             with distributed.unsynchronised(self.model):
                 self._loop(validate_every)
+            distributed.align([self.model], buffers_only=True)
         except BaseException as error:
             state.error = error
             try:
@@ -207,10 +209,10 @@ class Trainer:
         """
         distributed.start(self.device)
         self._to_device()
-        distributed.align_buffers(self.model)
         state = self.state
+        distributed.align([self.model], buffers_only=state.progress.step > 0)  # a fit has aligned the rest
         own = loader is state.val_loader
-        known = state.baseline if own and state.baseline_measured else None
+        known = (state.baseline or NO_BASELINE) if own and state.baseline_measured else None
         evaluation = Evaluation(self._eval_loss, state.val_metrics, known, state.observers if own else ())
         values = self._evaluate(evaluation, loader)
         if own:
@@ -224,9 +226,7 @@ class Trainer:
         while not (state.stops or state.epochs_done(progress.epoch)):
             self.model.train()
             progress.epoch_step = progress.epoch_batch = 0
-            set_epoch = getattr(getattr(state.train_loader, "sampler", None), "set_epoch", None)
-            if set_epoch is not None:  # a DistributedSampler shuffles anew only when told the epoch
-                set_epoch(progress.epoch)
+            set_epoch(state.train_loader, progress.epoch)
             hooks.on_epoch_start(state)
             complete = self._epoch(validate_every)
             last = state.stops or state.epochs_done(progress.epoch + complete)
@@ -246,7 +246,7 @@ class Trainer:
         """One pass over the training batches; whether it reached the end."""
         state, progress = self.state, self.state.progress
         gradient, complete = StepGradient(self.optimizer, self.accumulate, state.scaler), True
-        rounds = Rounds(state.train_loader)
+        rounds = Rounds(state.train_loader, together=distributed.in_step(self.model))
         for batch in rounds:
             if batch is ABSENT:
                 gradient.skip()
@@ -366,10 +366,11 @@ class Trainer:
             raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
         path = distributed.from_main(checkpoint.find(self._hooks.callbacks)) if resume == "auto" else resume
         if path is not None:
-            checkpoint.load(Path(path), state)
+            with distributed.failing_together():
+                checkpoint.load(Path(path), state)
         elif self.seed is not None and progress.step == 0:
             checkpoint.seed_all(self.seed + distributed.rank())  # rank 0 alone draws the order of the batches
-        distributed.align(nn.ModuleList([self.model, *([state.loss] if isinstance(state.loss, nn.Module) else [])]))
+        distributed.align([self.model, state.loss], parameters(self.optimizer))
         zero_grad(self.optimizer)
 
     def _check_metrics(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from fitwatch import loading
+from fitwatch import distributed, loading
 from fitwatch.checkpoint import rng_state, set_rng_state
 from fitwatch.state import State
 
@@ -73,18 +73,20 @@ class TrainProbe:
             val_examples: Of the validation that was just made; the probe is to cost no more.
         """
         self.collects = False  # the first epoch is over, or validation comes within it
-        if self.reason is not None or state.measure is None:
-            return None
         if self._batches is None:
             wanted = min(val_examples or MOST, MOST) if self.wanted is None else self.wanted
             try:
-                self._batches = self._choose(state, wanted)
+                if self.reason is None:
+                    self._batches = self._choose(state, wanted)
             except TypeError as error:
                 self.reason = str(error)
-                return None
+            self.reason = distributed.agree(self.reason)  # all ranks measure, or none
+        if self.reason is not None or state.measure is None:
+            return None
+        batches = self._batches or []
         saved = rng_state()  # augmentation draws random numbers, and training is to go on as without a probe
         try:
-            return state.measure(self._batches)
+            return state.measure(iter(batches) if self._first else batches)  # collected ones are each rank's own
         finally:
             set_rng_state(saved)
 
@@ -106,6 +108,8 @@ class TrainProbe:
                 generator=generator,  # its own: an iterator draws a seed for its workers
             )
         batches: list[Any] = self._first
+        if not isinstance(loader, Sequence):
+            wanted = max(1, wanted // distributed.size())
         if isinstance(loader, Sequence):
             batches = [loader[i] for i in torch.randperm(len(loader), generator=generator).tolist()]
         kept: list[Any] = []
@@ -115,7 +119,7 @@ class TrainProbe:
                 break
             kept.append(batch)
             self.examples += size
-        if not kept:
+        if not any(distributed.gather(bool(kept))):
             raise TypeError("no training batch was seen before the first validation")
         return kept
 
