@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import reprlib
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ def start(device: torch.device) -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        # A thread of gloo frees the tensors of the last exchange, for which it needs the interpreter. If that has ended
+        # by then, the process is aborted, so give it the time.
+        time.sleep(0.2)
 
 
 def _only_main(record: logging.LogRecord) -> bool:
