@@ -23,7 +23,7 @@ _MOST = 2.0
 # more while training is young, since the first minimum is soon replaced by a better one.
 _UNKNOWN, _YOUNG = 0.055, 10.0
 # The noise is known from a few differences only, and what is taken for too small makes false alarms: so many more.
-_MARGIN = 6.0
+_MARGIN = 2.0
 # A loss that is still more than this share of the first one may be underfitting.
 _LITTLE_LEARNED = 0.1
 
@@ -85,7 +85,7 @@ class OverfittingRule:
     min_rise: float = field(default=0.04, validator=number(above=0))
     errors: float = field(default=0.25, validator=number(least=0))
     noise: float = field(default=2.0, validator=number(least=0))
-    trend: float = field(default=1.25, validator=number(least=0))
+    trend: float = field(default=1.2, validator=number(least=0))
     span: int = field(default=4, validator=integer(1))
     hold: float = field(default=2.0, validator=number(least=1))
     warmup: int = field(default=8, validator=integer(MIN_DIFFERENCES))
