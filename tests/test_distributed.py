@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -232,8 +233,7 @@ def test_resume_is_bit_equal(ran):
 def test_what_would_hang_is_refused(ran, name, message):
     """Arguments that differ, a rank that fails at the start, and what can't wait for a rank are errors on both."""
     for found in ran[2]["refused"]:
-        with pytest.raises(ValueError, match=message):
-            raise ValueError(found[name])
+        assert re.search(message, found[name])
 
 
 def test_a_shuffled_loader_is_dealt_out(ran):

@@ -30,7 +30,7 @@ def start(device: torch.device) -> None:
     """Join the other processes that ``torchrun`` started, unless the script has done so, or there are none."""
     if not dist.is_available():
         return
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+    if not dist.is_initialized() and _launched() and "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(_leave)
     if rank() and _only_main not in logger.filters:
@@ -64,9 +64,14 @@ def rank() -> int:
 
 def local_device() -> str:
     """The GPU that is this process's own: under ``torchrun`` by its number, else the current one of a group."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+    if _launched() and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return f"cuda:{torch.cuda.current_device()}" if size() > 1 else "cuda"
+
+
+def _launched() -> bool:
+    """Whether the environment is that of one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 # -- small things ------------------------------------------------------------------------------------------------------
@@ -179,6 +184,9 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
 
     A parameter has one afterwards if it had one on some rank: a rank may have had no batch, or another path through
     the model.
+
+    Raises:
+        TypeError: A gradient is sparse.
     """
     if size() == 1:
         return

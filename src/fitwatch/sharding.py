@@ -128,15 +128,12 @@ def _rebuilt(loader: DataLoader[Any]) -> DataLoader[Any]:
             options[name] = getattr(loader, name)
     if _deals_out(loader):
         sampler, batches = sampler_of(loader), loader.batch_sampler
-        if (
-            type(sampler) is not DistributedSampler or type(batches) is not BatchSampler
-        ):  # the user's own, who knows why
-            return loader
-        real = BatchSampler(_WithoutPadding(sampler), batches.batch_size, batches.drop_last)
-        return DataLoader(loader.dataset, batch_sampler=real, **options)
-    sampler = loader.sampler
+        if type(sampler) is DistributedSampler and type(batches) is BatchSampler:
+            real = BatchSampler(_WithoutPadding(sampler), batches.batch_size, batches.drop_last)
+            return DataLoader(loader.dataset, batch_sampler=real, **options)
+        return loader  # one of the user's own may repeat examples on purpose
     if loader.batch_sampler is None:
-        return DataLoader(loader.dataset, batch_size=None, sampler=_EveryNth(sampler), **options)
+        return DataLoader(loader.dataset, batch_size=None, sampler=_EveryNth(loader.sampler), **options)
     return DataLoader(loader.dataset, batch_sampler=_EveryNth(loader.batch_sampler), **options)
 
 

@@ -107,11 +107,10 @@ class TrainProbe:
                 pin_memory=loader.pin_memory,
                 generator=generator,  # its own: an iterator draws a seed for its workers
             )
-        batches: list[Any] = self._first
-        if not isinstance(loader, Sequence):
-            wanted = max(1, wanted // distributed.size())
         if isinstance(loader, Sequence):
             batches = [loader[i] for i in torch.randperm(len(loader), generator=generator).tolist()]
+        else:  # each rank has its own
+            batches, wanted = self._first, max(1, wanted // distributed.size())
         kept: list[Any] = []
         for batch in batches:
             size = loading.batch_size(batch)
