@@ -253,6 +253,18 @@ def test_the_verdict_is_taken_back_after_a_clear_new_minimum():
     assert after.detected == before.detected < 70
 
 
+@pytest.mark.parametrize(("end", "overfitting"), [(0.62, False), (0.64, True)])
+def test_the_verdict_holds_until_half_of_a_rise_that_counts_is_gone(end, overfitting):
+    """After a hump the smoothed loss is 1 % above its minimum, or 5 %: only the latter is overfitting."""
+    i = np.arange(200)
+    val = np.interp(i, [0, 40, 70, 120], [1.0, 0.6, 0.8, end])
+    seen = verdicts(np.linspace(1, 0.1, 200), val)
+    assert seen[70].overfitting
+    assert seen[-1].overfitting is overfitting
+    assert (seen[-1].onset is None) is not overfitting
+    assert seen[-1].detected == seen[70].detected
+
+
 @pytest.mark.parametrize("scale", [100.0, 1e-6, 1e6])
 @pytest.mark.parametrize(
     "make", [overfit, lambda: flat(100, 0.03, 3), lambda: flat(100, 0.1, 3), lambda: [c - 0.6 for c in overfit()]]

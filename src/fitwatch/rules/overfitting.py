@@ -63,8 +63,8 @@ class OverfittingRule:
     A verdict uses the evaluations up to its own only, and memory doesn't grow with their number: some 40 numbers, and
     two vectors of the number of validation examples. A NaN or infinite loss is left out of the statistics.
 
-    The verdict is taken back when V falls below m, as after a step in the learning rate; ``detected`` remains the first
-    firing.
+    The verdict is taken back when V is no more than half of ``min_rise`` above m, as after a step in the learning rate;
+    ``detected`` remains the first firing.
 
     Attributes:
         min_rise: Least rise that matters, as a share of the minimum; above 0.
@@ -268,7 +268,7 @@ class OverfittingRule:
         train_risen = before is not None and self._train > before + self.min_rise * abs(before)
         self._diverge_run = self._diverge_run + 1 if risen and train_risen else 0
         if self._overfitting:
-            if rise <= 0:
+            if rise <= self.min_rise / 2 * self._unit:  # half, so that a rise at the edge doesn't come and go
                 self._overfitting, self._onset = False, None
         elif self._evidence_run >= self.hold and self._count > self.warmup:
             self._overfitting, self._onset = True, self._reference
