@@ -2,8 +2,10 @@
 
 Every run is trained by `fitwatch.Trainer` on a few hundred examples. After each epoch the losses of all validation
 examples are kept, and the mean and the losses of the hidden test examples for the label: overfit if the smoothed test
-loss ends more than 5 % above its minimum, by more than 3 standard errors of the paired difference, while the training
-loss fell; healthy if it ends less than 2 % above; else neither. A run is a file in benchmarks/.data/overfitting.
+loss ends more than 5 % above its minimum, by more than 3 standard errors of the paired difference, while the loss of
+the training set in eval mode fell; healthy if it ends less than 2 % above; else neither. The running training loss
+would not do for the label: that of the first epoch is of weights before they were trained. A run is a file in
+benchmarks/.data/overfitting.
 
     python benchmarks/overfitting_runs.py [--runs 240] [--workers 2]
 """
@@ -158,7 +160,7 @@ def smoothed(curve):
     return np.convolve(np.pad(curve, width // 2, mode="edge"), np.ones(width) / width, "valid")
 
 
-def label(running, test, weights):
+def label(train, test, weights):
     """What was true: the label, the epoch of the optimum, the rise at the end, and its z."""
     curve = smoothed((test * weights).sum(1) / weights.sum())
     best = int(curve.argmin())
@@ -167,7 +169,7 @@ def label(running, test, weights):
     near = test[max(0, best - width // 2) : best + width // 2 + 1].mean(0)
     moved = (test[-width // 2 :].mean(0) - near) * weights
     z = moved.mean() / max(moved.std() / math.sqrt(len(moved)), 1e-12)
-    fell = running[-3:].mean() < running[max(0, best - 1) : best + 2].mean()
+    fell = train[-3:].mean() < train[max(0, best - 1) : best + 2].mean()
     name = "overfit" if rise > 0.05 and z > 3 and fell else "healthy" if rise < 0.02 else "neither"
     return {"label": name, "optimum": best, "rise": float(rise), "z": float(z)}
 
@@ -177,8 +179,7 @@ def work(number):
     if not path.exists():
         options = settings(number)
         arrays = train(options)
-        facts = {**options, **label(arrays["running"], arrays["test"], arrays["test_weights"])}
-        np.savez(path.with_suffix(".part.npz"), facts=json.dumps(facts), **arrays)
+        np.savez(path.with_suffix(".part.npz"), facts=json.dumps(options), **arrays)
         path.with_suffix(".part.npz").rename(path)
     return number
 

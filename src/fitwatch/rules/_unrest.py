@@ -53,8 +53,9 @@ def unrest(losses: list[float]) -> float:
     if len(bends) < MIN_DIFFERENCES - 1:
         return math.inf
     # 1.4826 turns the MAD of a normal variable into its standard deviation, and a second difference has sqrt(6) times
-    # the noise of one loss. Few of them often give far too small a value, hence the last factor.
-    return 1.4826 * median(map(abs, bends)) / math.sqrt(6) * (1 + 2 / (len(bends) + 1))
+    # the noise of one loss. Few of them often give far too small a value, which makes false alarms: hence the last
+    # factor.
+    return 1.4826 * median(map(abs, bends)) / math.sqrt(6) * (1 + 2 / (len(bends) + 1)) ** 2
 
 
 def falls(losses: list[float], least: float) -> bool:

@@ -22,8 +22,6 @@ _MOST = 2.0
 # Where nobody says how exact the losses are, this share of the loss stands in for the standard error and its multiple;
 # more while training is young, since the first minimum is soon replaced by a better one.
 _UNKNOWN, _YOUNG = 0.055, 10.0
-# The noise is known from a few differences only, and what is taken for too small makes false alarms: so many more.
-_MARGIN = 2.0
 # A loss that is still more than this share of the first one may be underfitting.
 _LITTLE_LEARNED = 0.1
 
@@ -245,7 +243,6 @@ class OverfittingRule:
     def _threshold(self, sigma: float) -> float:
         if not math.isfinite(self._minimum) or not math.isfinite(sigma):
             return math.inf
-        sigma *= 1 + _MARGIN / (len(self._recent) - 1)
         # a / (2 - a) is 1 / span for a = 2 / (span + 1)
         spread = 2 * sigma * math.sqrt(2 * math.log(max(2.0, self._count / self.span)) / self.span)
         if self._trend.strength > self.trend * sigma * math.sqrt(2 * math.log(self._count)):
