@@ -247,6 +247,31 @@ def test_a_loss_that_is_no_number_is_warned_of_once(model, data, caplog):
     assert [record.getMessage() for record in caplog.records] == ["train/loss is nan at step 1"]
 
 
+def test_a_validation_batch_without_a_finite_loss_is_named_once(model, data, caplog):
+    """One NaN among the validation inputs gives one warning, with the batch to look at."""
+    x, y = data.tensors
+    spoilt = x[:4].clone()
+    spoilt[2, 1] = math.nan
+    trainer_of(model).fit([(x, y)], [(x, y), (x, y), (spoilt, y[:4]), (spoilt, y[:4])], epochs=4)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "val/loss is nan at step 1: the loss of its batch 2, counted from 0, is the first such one"
+    )
+
+
+def test_losses_of_both_infinities_are_no_error(model, data):
+    """A batch with a loss of inf and one of -inf make a mean that is NaN, not a fit that breaks off."""
+    x, y = data.tensors
+
+    class Unbounded(fw.Trainer):
+        def validation_step(self, batch):
+            return torch.tensor(math.inf if len(batch[1]) == 4 else -math.inf)
+
+    trainer = Unbounded(model, torch.optim.SGD(model.parameters(), 0.1), device="cpu")
+    result = trainer.fit([(x, y)], [(x[:4], y[:4]), (x[:3], y[:3])], epochs=1)
+    assert math.isnan(result.history[0]["val/loss"])
+
+
 def test_seed_makes_a_fit_repeatable(data):
     """Two fits with the same seed, shuffling and dropout end in the same bits; another seed does not."""
 

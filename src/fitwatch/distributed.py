@@ -102,7 +102,15 @@ def sums(values: Sequence[float]) -> list[float]:
     own = torch.tensor(values, dtype=torch.float64, device=_device())
     everyone = [torch.empty_like(own) for _ in range(size())]
     dist.all_gather(everyone, own)
-    return [math.fsum(column) for column in torch.stack(everyone, 1).tolist()]
+    return [exact_sum(column) for column in torch.stack(everyone, 1).tolist()]
+
+
+def exact_sum(values: Sequence[float]) -> float:
+    """The sum, rounded once; NaN or infinite where some values are or it is too large."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # beyond the largest number, or inf - inf
+        return sum(values)
 
 
 def agree(reason: str | None) -> str | None:

@@ -102,6 +102,11 @@ class Evaluation:
                         self._see(*(part if _is_meta(part) else loading.to_device(part, device) for part in seen))
         self._kept = []
 
+    @property
+    def bad_batch(self) -> int | None:
+        """Index of the first batch whose loss is not finite; None if there is none or it is not known."""
+        return self._mean.bad
+
     def values(self) -> dict[str, float]:
         """Everything by name: ``val/loss``, ``val/loss_unweighted``, ``val/loss_left``, ``val/<metric>``, ...
 

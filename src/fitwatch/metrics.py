@@ -42,15 +42,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class WeightedMean:
-    """sum(w l) / sum(w) over any number of batches; values stay on their device until `pull`."""
+    """sum(w l) / sum(w) over any number of batches; values stay on their device until `pull`.
+
+    Attributes:
+        bad: Index of the first batch whose total was not finite, once it was pulled; None where there is none, or
+            where the totals of more than a thousand batches had to be summed before.
+    """
 
     def __init__(self) -> None:
         self.total, self.weight = 0.0, 0.0
+        self.bad: int | None = None
+        self._batches, self._folded = 0, False
         self._totals: list[Tensor] = []
         self._weights: list[Tensor | float] = []
 
     def add(self, total: Tensor, weight: Tensor | float) -> None:
         """Add one batch: ``total`` = sum(w l), 0-dim, ``weight`` = sum(w). Costs no synchronisation."""
+        self._batches += 1
         self._totals.append(total.detach())
         self._weights.append(weight)
         if len(self._totals) >= 1024:  # a fit that never logs must not keep a tensor for every step
@@ -62,10 +70,14 @@ class WeightedMean:
             return 0.0, 0.0
         weights = [w for w in self._weights if isinstance(w, Tensor)]
         new = to_host([torch.stack(values) for values in (self._totals, weights) if values])
-        total = math.fsum(new[0])
-        weight = math.fsum(w for w in self._weights if not isinstance(w, Tensor))
-        weight += math.fsum(new[1]) if weights else 0.0
-        self._totals, self._weights = [], []
+        total = distributed.exact_sum(new[0])
+        weight = distributed.exact_sum([w for w in self._weights if not isinstance(w, Tensor)])
+        weight += distributed.exact_sum(new[1]) if weights else 0.0
+        if self.bad is None and not math.isfinite(total):
+            at = next((i for i, value in enumerate(new[0]) if not math.isfinite(value)), 0)
+            if at or not self._folded:
+                self.bad = self._batches - len(self._totals) + at
+        self._totals, self._weights, self._folded = [], [], False
         self.total, self.weight = self.total + total, self.weight + weight
         return total, weight
 
@@ -73,10 +85,13 @@ class WeightedMean:
         """Become the mean over all ranks."""
         self.pull()
         self.total, self.weight = distributed.sums([self.total, self.weight])
+        if not math.isfinite(self.total):
+            ranks = enumerate(distributed.gather(self.bad))
+            self.bad = min((i * distributed.size() + rank for rank, i in ranks if i is not None), default=None)
 
     def _fold(self) -> None:
         wide = torch.float32 if self._totals[0].device.type == "mps" else torch.float64
-        self._totals = [torch.stack([t.to(wide) for t in self._totals]).sum()]
+        self._totals, self._folded = [torch.stack([t.to(wide) for t in self._totals]).sum()], True
         device = self._totals[0].device
         self._weights = [torch.stack([torch.as_tensor(w, dtype=wide, device=device) for w in self._weights]).sum()]
 

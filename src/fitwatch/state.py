@@ -71,6 +71,7 @@ class State:
     batch: Any = None  # the micro-batch that on_batch_end follows, on the device; its tensors may be used again
     baseline: Baseline | None = None  # of the validation loss, once it is known
     baseline_measured: bool = False  # by a validation of this fit; before the first one it is only expected
+    bad_batch: int | None = None  # of the last validation: index of the first batch whose loss is not finite
     monitor: str = ""  # the metric that says which evaluation is best
     mode: str = "min"
     records: list[Record] = field(factory=list)  # what on_log is to write
@@ -186,10 +187,17 @@ class State:
         now = {"epoch": self.progress.epoch, "step": self.progress.step, "train/loss": self.train_loss.value}
         self.metrics = {**now, **values}
         self.history.append(self.metrics)
-        if not (self._warned or math.isfinite(self.train_loss.value)):
-            self._warned = True
-            logger.warning("train/loss is %s at step %d", self.train_loss.value, self.progress.step)
+        self._warn("train/loss", None)
+        self._warn("val/loss", self.bad_batch)
         self.train_loss, self._unlogged = WeightedMean(), True
+
+    def _warn(self, name: str, batch: int | None) -> None:
+        """Say of the first loss that is no number, and of no other: what follows from it is no news."""
+        value = self.metrics.get(name, 0.0)
+        if not (self._warned or math.isfinite(value)):
+            self._warned = True
+            where = "" if batch is None else f": the loss of its batch {batch}, counted from 0, is the first such one"
+            logger.warning("%s is %s at step %d%s", name, value, self.progress.step, where)
 
     @property
     def stops(self) -> bool:

@@ -216,7 +216,7 @@ class Trainer:
         evaluation = Evaluation(self._eval_loss, state.val_metrics, known, state.observers if own else ())
         values = self._evaluate(evaluation, loader)
         if own:
-            state.baseline, state.baseline_measured = evaluation.baseline, True
+            state.baseline, state.baseline_measured, state.bad_batch = evaluation.baseline, True, evaluation.bad_batch
         return values
 
     # -- the loop ------------------------------------------------------------------------------------------------
