@@ -250,6 +250,28 @@ def test_hidden_targets_are_known_after_the_first_validation(tmp_path):
     assert "equal logits" not in end
 
 
+@pytest.mark.parametrize("own_step", [False, True])
+def test_a_fit_without_a_baseline_never_speaks_of_one(tmp_path, own_step):
+    """With a loss of torch's that has none, or a validation_step that shows no targets, no evaluation has a figure."""
+
+    class Own(fw.Trainer):
+        def validation_step(self, batch):
+            return F.mse_loss(self.model(batch[0]), batch[1])
+
+    batches = [(torch.randn(30, 4), torch.randn(30, 1))]
+    model = nn.Linear(4, 1)
+    board = fw.TensorBoard(tmp_path, show_link=False)
+    loss = nn.MSELoss() if own_step else nn.SmoothL1Loss()
+    trainer = (Own if own_step else fw.Trainer)(
+        model, torch.optim.SGD(model.parameters(), 0.01), loss, callbacks=[board], device="cpu"
+    )
+    result = trainer.fit(batches, batches, epochs=3)
+    assert result.baseline is None
+    assert all(entry.keys() == {"epoch", "step", "train/loss", "val/loss"} for entry in result.history)
+    assert not (tmp_path / "run" / "baseline").exists()
+    assert "best constant" not in text(tmp_path / "run", "best", "report/end")
+
+
 def test_the_schedule_has_the_baseline_of_the_full_weights():
     """With late class weights the baseline is that of what validation measures, from the first epoch on."""
     x = torch.randn(100, 4)

@@ -21,7 +21,7 @@ from fitwatch.metrics import Metrics, WeightedMean, evaluating
 from fitwatch.sharding import split
 
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
-"""For an evaluation that is not to look for one."""
+"""Stands for none, and that there is none to look for."""
 
 
 class Evaluation:
@@ -30,7 +30,7 @@ class Evaluation:
     Args:
         loss: The loss that is measured; with class weights, it is measured without them as well.
         metrics: Name -> function or object, as for `Metrics`.
-        baseline: That of the loss on this data set, if it is known; else the targets are counted.
+        baseline: That of the loss on this data set, or `NO_BASELINE`; if None, the targets are counted to find it.
         observers: Objects with ``reset`` and ``update``, as metrics have, that see the outputs and report nothing.
     """
 
@@ -41,7 +41,7 @@ class Evaluation:
         baseline: Baseline | None = None,
         observers: Sequence[Any] = (),
     ) -> None:
-        self.loss, self.baseline = loss, baseline
+        self.loss, self.baseline = loss, None if baseline is NO_BASELINE else baseline
         self._mean, self._batches = WeightedMean(), 0
         self._kept: list[Any] = []  # what update got, where other ranks have to see it too
         self._metrics = Metrics(metrics)

@@ -334,7 +334,7 @@ class Trainer:
         """See `State.measure`."""
         metrics = copy.deepcopy(dict(self.metrics or {}))  # the originals hold what the validation has just measured
         values = self._evaluate(Evaluation(self._eval_loss, metrics, NO_BASELINE), batches)
-        return {name.removeprefix("val/"): value for name, value in values.items() if name != "val/loss_left"}
+        return {name.removeprefix("val/"): value for name, value in values.items()}
 
     @property
     def _eval_loss(self) -> Any:
