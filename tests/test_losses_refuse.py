@@ -35,6 +35,8 @@ ZERO_DIM = torch.tensor(0.0)
         (X[:, :1], Y, ValueError, ["at least two classes", "BinaryCrossEntropy"]),
         (X[:, :1], X[:, :1], ValueError, ["at least two classes"]),
         (X[:1, :1], Y[:1], ValueError, ["at least two classes"]),
+        (X[:, 0], Y, ValueError, ["(4,)", "one logit per example", "BinaryCrossEntropy"]),
+        (X[:, 0], Y.clamp(max=1).float(), ValueError, ["sum to 1, got 2", "one logit per example"]),
         ([1.0, 2], Y, TypeError, ["list and Tensor"]),
         (X, [0, 1, 2, 0], TypeError, ["Tensor and list"]),
     ],

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Probabilities may be rounded, or smoothed by hand, but not by as much.
+_NO_PROBABILITIES = 0.01
+
 
 def refuse_classes(
     output: Tensor,
@@ -129,8 +132,19 @@ def _refuse_targets(
     elif not target.is_floating_point():
         raise ValueError(
             f"targets of the outputs' shape {tuple(target.shape)} are probabilities and must be "
-            f"floating-point; {dtypes}"
+            f"floating-point; {dtypes}{_single_logits(output)}"
         ) from cause
+    elif output.dim() == 1 and abs(float(target.sum()) - 1) > _NO_PROBABILITIES:
+        raise ValueError(
+            f"the probabilities of one example must sum to 1, got {float(target.sum()):.4g}; "
+            f"{_shapes(output, target)}{_single_logits(output)}"
+        ) from cause
+
+
+def _single_logits(output: Tensor) -> str:
+    """What is likely meant by outputs without a class dimension."""
+    hint = f". Cross-entropy takes outputs of shape {tuple(output.shape)} for one example of {len(output)} classes"
+    return f"{hint}; for one logit per example use BinaryCrossEntropy" if output.dim() == 1 else ""
 
 
 def _refuse_labels(target: Tensor, num_classes: int, ignore_index: int | None, cause: Exception) -> None:
