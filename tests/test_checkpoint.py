@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, data only, and training resumed from them to the bit."""
 
+import math
 import pickle
 import random
 import signal
@@ -347,3 +348,40 @@ def test_what_a_loss_learns_is_resumed(tmp_path, data):
     expected = fit(tmp_path / "a", 4)
     fit(tmp_path / "b", 2)
     assert torch.equal(expected, fit(tmp_path / "b", 4, resume="auto"))
+
+
+@pytest.mark.parametrize("every_steps", [None, 1])
+def test_weights_that_are_no_numbers_replace_no_good_file(tmp_path, every_steps):
+    """When the inputs turn NaN in the third epoch, the files of the second stay, and no NaN is best by a finite metric."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4), torch.cat([torch.zeros(36), torch.ones(4)]).long()
+    x[36:] += 9
+
+    class Spoilt(fw.Callback):
+        def on_epoch_start(self, state):
+            if state.progress.epoch == 2:
+                with torch.no_grad():
+                    state.train_loader[0][0][:] = math.nan
+
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.bias[1] += 50  # all are taken for class 1, which is worse than what arg-max makes of NaN
+    trainer = fw.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), 1e-3),
+        callbacks=[
+            fw.EarlyStopping("val/accuracy", mode="max"),
+            Spoilt(),
+            fw.Checkpoint(tmp_path, every_steps=every_steps),
+        ],
+        metrics={"accuracy": lambda outputs, targets: (outputs.argmax(1) == targets).double().mean()},
+        device="cpu",
+    )
+    result = trainer.fit([(x.clone(), y)] * 2, [(x, y)], epochs=9)
+    assert "no numbers any more" in result.stop_reason
+    assert len(result.history) == 2
+    assert trainer.state.not_finite is None  # restored
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {"epoch-2.pt", "best.pt"} | ({"step-4.pt"} if every_steps else set())
+    for name in files:
+        assert all(p.isfinite().all() for p in checkpoint.read(tmp_path / name)["model"].values())

@@ -324,7 +324,8 @@ def test_with_more_patience_a_stopped_training_goes_on(tmp_path, caplog):
         result = resumable(tmp_path, fw.EarlyStopping(patience=4)).go(resume="auto")
     assert len(result.history) == 9
     assert "no improvement over 3.9 in 4 evaluations" in result.stop_reason
-    assert [r.getMessage() for r in caplog.records] == ["EarlyStopping resumes with other options: patience 4 (was 2)"]
+    said = [r.getMessage() for r in caplog.records if "is nan" not in r.getMessage()]
+    assert said == ["EarlyStopping resumes with other options: patience 4 (was 2)"]
 
 
 @pytest.mark.parametrize(

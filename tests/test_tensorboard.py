@@ -1,5 +1,6 @@
 """What TensorBoard reads: event files of real trainings, read back from disk and through a running server."""
 
+import itertools
 import json
 import math
 import re
@@ -356,23 +357,25 @@ def test_a_name_that_is_no_folder_name_is_refused(name):
 
 
 def test_values_that_are_not_finite(tmp_path):
-    """NaN in the data and infinite or huge logged values end no training; the text says where they began, once a curve."""
+    """NaN in validation and infinite or huge logged values end no training; the text says where they began, once each."""
 
     class Odd(fw.Callback):
         def on_step_end(self, state):
             state.log("train/odd", float("inf"))
             state.log("train/huge", 1e300)
 
-    x = torch.randn(32, 10)
-    x[5] = float("nan")
-    loader = DataLoader(TensorDataset(x, torch.arange(32) % 2), 16)
+    x, y = torch.randn(32, 10), torch.arange(32) % 2
+    spoilt = x.clone()
+    spoilt[5] = float("nan")
+    train, val = (DataLoader(TensorDataset(inputs, y), 16) for inputs in (x, spoilt))
     trainer = overfitting_trainer(tmp_path, callbacks=[Odd()])
-    result = trainer.fit(loader, loader, epochs=3)
+    result = trainer.fit(train, val, epochs=3)
     assert result.best is None
     assert [math.isnan(value) for _, value in points(tmp_path / "run/val", "loss")] == [True] * 3
     assert [value for _, value in points(tmp_path / "run/train", "metrics/odd")] == [math.inf] * 3
     # of several texts at one step the last has all
-    warnings = "\n".join(dict(texts(tmp_path / "run/train", "report/warnings")).values())
+    said = (dict(texts(tmp_path / "run" / side, "report/warnings")).values() for side in ("train", "val"))
+    warnings = "\n".join(itertools.chain(*said))
     assert warnings.count("at step 2: `loss` (nan)") == warnings.count("`metrics/odd` (inf)") == 1
     assert warnings.count("`loss`") == 1
     assert points(tmp_path / "run/best", "report/seconds")[0][0] == 6  # a row in the HParams table all the same

@@ -240,11 +240,33 @@ def test_the_rate_of_every_window_is_logged(model, data):
     assert rates == [(3, 0.25), (4, 0.125), (7, 1 / 64), (8, 1 / 128)]
 
 
-def test_a_loss_that_is_no_number_is_warned_of_once(model, data, caplog):
-    """A NaN in the inputs gives one warning that names the step, however long training goes on."""
+@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("log_every", [2, 50])
+def test_training_stops_where_the_weights_are_no_numbers(model, data, caplog, validated, log_every):
+    """A NaN in the inputs of batch 3 ends training with its window, before a validation, and one warning says so."""
     x, y = data.tensors
-    trainer_of(model).fit([(x * float("nan"), y)], epochs=4)
-    assert [record.getMessage() for record in caplog.records] == ["train/loss is nan at step 1"]
+    loader = [(x, y)] * 3 + [(x * math.nan, y)] + [(x, y)] * 4
+    result = trainer_of(model, log_every=log_every).fit(loader, [(x, y)] if validated else None, epochs=9)
+    step = 4 if log_every == 2 else 8
+    assert result.stop_reason == f"at step {step} the weights are no numbers any more (0.weight is the first)"
+    assert result.best is None
+    said = [r.getMessage() for r in caplog.records if "train/loss" not in r.getMessage()]
+    assert said == [f"training stops: {result.stop_reason}"]
+
+
+def test_a_loss_that_is_no_number_ends_nothing_while_the_weights_are_fine(model, data, caplog):
+    """A step whose gradients the user drops leaves the weights as they are: one warning, and training goes on."""
+    x, y = data.tensors
+
+    class Guard(fw.Callback):
+        def on_gradients_ready(self, state):
+            if any(not p.grad.isfinite().all() for p in state.model.parameters()):
+                state.optimizer.zero_grad()
+
+    result = trainer_of(model, callbacks=Guard()).fit([(x * math.nan, y), (x, y)], [(x, y)], epochs=4)
+    assert result.stop_reason is None
+    assert [math.isfinite(entry["val/loss"]) for entry in result.history] == [True] * 4
+    assert [record.getMessage() for record in caplog.records] == ["train/loss is nan at step 2"]
 
 
 def test_a_validation_batch_without_a_finite_loss_is_named_once(model, data, caplog):

@@ -200,6 +200,28 @@ class State:
             logger.warning("%s is %s at step %d%s", name, value, self.progress.step, where)
 
     @property
+    def not_finite(self) -> str | None:
+        """Name of the first parameter with a value that is NaN or infinite; waits for the device."""
+        named = self.model.named_parameters()
+        return next((name for name, p in named if not bool(p.detach().isfinite().all())), None)
+
+    def gives_up(self) -> bool:
+        """Ask for a stop if the loss since the last flush is no number, and the weights neither; all ranks call it."""
+        self.pull_loss()
+        return self._lost(distributed.sums(self._window_loss)[0])
+
+    def _lost(self, total: float) -> bool:
+        name = None if math.isfinite(total) else self.not_finite
+        if name is None:
+            return False
+        if self.stop_reason is None:
+            reason = f"at step {self.progress.step} the weights are no numbers any more ({name} is the first)"
+            logger.warning("training stops: %s", reason)
+            self._request = self._request or reason
+            self.agree()
+        return True
+
+    @property
     def stops(self) -> bool:
         """Whether this fit is to end after the current step."""
         at_end = self.max_steps is not None and self.progress.step - self.progress.first_step >= self.max_steps
@@ -228,6 +250,7 @@ class State:
         total, weight, seen, asked = distributed.sums([*self._window_loss, self._seen, self._request is not None])
         if asked:
             self.agree()
+        self._lost(total)
         self.examples, self._seen = self.examples + int(seen), 0
         self.records = self._ready + self._window.close(step)
         if weight:

@@ -292,8 +292,7 @@ class Trainer:
         hooks.on_gradients_ready(state)
         if self.clip_norm is not None:
             state.total_norm = nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip_norm)
-        stepped = gradient.step()
-        if stepped:
+        if gradient.step():
             self._schedule.after("step")
         progress.step += 1
         progress.epoch_step += 1
@@ -307,10 +306,11 @@ class Trainer:
     def _validate_and_log(self) -> None:
         state, hooks = self.state, self._hooks
         assert state.val_loader is not None
-        hooks.on_validation_start(state)
-        state.evaluated(self.validate(state.val_loader))
-        hooks.on_validation_end(state)
-        self._schedule.after_evaluation(state.metrics)
+        if not state.gives_up():
+            hooks.on_validation_start(state)
+            state.evaluated(self.validate(state.val_loader))
+            hooks.on_validation_end(state)
+            self._schedule.after_evaluation(state.metrics)
         self._log()
 
     def _log(self) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints, last and best."""
 
+import logging
 from pathlib import Path
 
 from attrs import define, field
@@ -8,6 +9,8 @@ from fitwatch import checkpoint, distributed
 from fitwatch._options import instance, integer
 from fitwatch.callback import Callback
 from fitwatch.state import State
+
+logger = logging.getLogger("fitwatch")
 
 
 @define(eq=False, slots=False)
@@ -24,6 +27,8 @@ class Checkpoint(Callback):
 
     Training resumes from ``epoch-N.pt``: a file written in mid-epoch has the weights, but can't be resumed to the bit,
     and is refused.
+
+    Weights that are NaN or infinite are not saved: the last good file stays.
 
     Args:
         dir: Folder for the files; made if need be.
@@ -42,7 +47,7 @@ class Checkpoint(Callback):
     runs_last = True
 
     def __attrs_post_init__(self) -> None:
-        self._readable = False
+        self._readable = self._warned = False
 
     def on_fit_start(self, state: State) -> None:
         """Make the folder now: a path that can't be written to is to fail before step 1. Rank 0 alone has files.
@@ -97,11 +102,13 @@ class Checkpoint(Callback):
         return files[-1] if files else None
 
     def _save_best(self, state: State) -> None:
-        if self.best and state.best is state.metrics:
+        if self.best and state.best is state.metrics and not self._lost(state):
             checkpoint.save(self.dir / "best.pt", state)
 
     def _save(self, state: State, kind: str, count: int) -> None:
         path = self.dir / f"{kind}-{count}.pt"
+        if self._lost(state):
+            return
         checkpoint.save(path, state)
         if distributed.rank():
             return
@@ -110,6 +117,14 @@ class Checkpoint(Callback):
             self._readable = True
         for old in self._files(kind)[: -self.keep]:
             old.unlink()
+
+    def _lost(self, state: State) -> bool:
+        """Whether there is nothing to save: all ranks have the same weights."""
+        name = state.not_finite
+        if name is not None and not self._warned:
+            self._warned = True
+            logger.warning("no checkpoint is saved at step %d: %s is not finite", state.progress.step, name)
+        return name is not None
 
     def _files(self, kind: str) -> list[Path]:
         files = [f for f in self.dir.glob(f"{kind}-*.pt") if f.stem.rpartition("-")[2].isdigit()]
