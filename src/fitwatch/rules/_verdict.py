@@ -22,12 +22,13 @@ class Verdict:
             more than a tenth of the first validation loss is left. ``"plateau"``: none of these.
         onset: Index of the evaluation after which validation rose, the bottom of the smoothed curve. None without a
             rise that counts.
-        detected: Index at which the rule first fired, which is later than the onset; None if it never did.
+        detected: Index at which the rule first fired; None if it never did. It is later than the onset, unless that
+            rise went away and the onset is of another one.
         best: Index of the lowest finite validation loss; None if there is none.
         gap: Validation minus training loss at the last point, in their unit; NaN or infinite if one of them
             is.
         relative_gap: ``gap`` as a share of the training loss; NaN where that is not positive.
-        rise: Validation loss at the last point minus that at ``reference``, in their unit; NaN before there are two.
+        rise: Validation loss at the last point minus that at ``reference``, in their unit; NaN before there are three.
         rise_se: Standard error of ``rise``, in the same unit: from the losses of the examples at both evaluations if
             the rule gets them (see `OverfittingRule.update`), else from the noise of the curve; NaN while unknown.
         reference: Index of the bottom of the smoothed validation curve so far, from which ``rise`` is measured.
@@ -92,6 +93,11 @@ def evidence(v: Verdict, c: Curves) -> str:
             if c.train_then is None
             else f", while the training loss went from {c.train_then:.4g} to {c.train_now:.4g}"
         )
+        if v.smoothed_rise <= v.threshold:
+            return (
+                f"The rise of the validation loss since evaluation {v.onset} has become smaller, but is not gone"
+                f"{training}. The smoothed validation loss is {judged}.{_more_examples(v)}"
+            )
         return (
             f"Since evaluation {v.onset} the validation loss has risen by {v.rise:.4g}{exact}{training}. "
             f"The smoothed validation loss is {judged}.{_more_examples(v)}"

@@ -17,8 +17,8 @@ __all__ = ["OverfittingRule", "Verdict", "diagnose"]
 _NEGLIGIBLE = 1e-3
 # The smoothed value of fewer points is too noisy to be the minimum that all later ones are held against.
 _SETTLED = 3
-# A single evaluation counts for this many at most, however far it stands above the threshold.
-_MOST = 2.0
+# A single evaluation counts for this many at most, however far it stands above the threshold: it does not decide alone.
+_MOST = 1.9
 # Where nobody says how exact the losses are, this share of the loss stands in for the standard error and its multiple;
 # more while training is young, since the first minimum is soon replaced by a better one.
 _UNKNOWN, _YOUNG = 0.055, 10.0
@@ -49,13 +49,15 @@ class OverfittingRule:
     is correlated from one evaluation to the next is underestimated by both.
 
     The rule fires once such evaluations in a row add up to ``hold``, where each counts as many times as its rise is the
-    threshold, two at most: a large rise needs less time than a small one.
+    threshold, 1.9 at most: a large rise needs less time than a small one. The loss itself must stand above m by the
+    threshold as well, since V carries an outlier along for some evaluations.
 
     If it gets the losses of the validation examples, e is that of a paired difference: the same examples at both
     evaluations (see `PairedRise`). If it gets standard errors only, it is that of two independent sets, which is too
     large. If it gets neither, errors * e is taken for 5.5 % of m, and for more while training is young.
 
-    Where a loss has been negative, and so has no natural zero, the fall from the first loss to m stands in for m.
+    Where a loss has been negative, and so has no natural zero, the range of the curve stands in for m: the fall from the
+    first loss to m, or the rise if that is more.
     Multiplying both curves (and the losses of the examples) by a constant changes no verdict.
 
     A verdict uses the evaluations up to its own only, and memory doesn't grow with their number: some 40 numbers, and
@@ -83,7 +85,7 @@ class OverfittingRule:
     min_rise: float = field(default=0.04, validator=number(above=0))
     errors: float = field(default=0.25, validator=number(least=0))
     noise: float = field(default=2.0, validator=number(least=0))
-    trend: float = field(default=1.2, validator=number(least=0))
+    trend: float = field(default=1.1, validator=number(least=0))
     span: int = field(default=4, validator=integer(1))
     hold: float = field(default=2.0, validator=number(least=1))
     warmup: int = field(default=8, validator=integer(MIN_DIFFERENCES))
@@ -198,8 +200,12 @@ class OverfittingRule:
 
     @property
     def _unit(self) -> float:
-        """What rises are a share of."""
-        return self._first - self._minimum if self._negative else self._minimum
+        """What rises are a share of; 0 or more."""
+        return self._fall if self._negative else self._minimum
+
+    @property
+    def _fall(self) -> float:
+        return max(0.0, self._first - self._minimum, self._smoothed_rise)
 
     def _take(self, loss: float, train_loss: float, error: float, alpha: float) -> Literal["last", "this"] | None:
         """Bring the smoothed curve and its minimum up to date; the reference, where it is lowest here."""
@@ -237,7 +243,7 @@ class OverfittingRule:
     def _error(self) -> float:
         """Standard error of the rise, for the threshold; NaN where nothing is known of it."""
         if self._paired.examples:
-            return self._paired.error if math.isfinite(self._paired.error) else 0.0
+            return self._paired.error if math.isfinite(self._paired.error) else self._independent_error
         return self._independent_error
 
     def _threshold(self, sigma: float) -> float:
@@ -252,20 +258,22 @@ class OverfittingRule:
             error = _UNKNOWN * self._unit * (1 + _YOUNG / self._count)
         return max(
             math.hypot(self.min_rise * self._unit, error, self.noise * spread),
-            _NEGLIGIBLE * (self._first - self._minimum),
+            _NEGLIGIBLE * self._fall,
         )
 
     def _judge(self, threshold: float) -> None:
         """Count for how long there has been a rise, and decide."""
         rise, before = self._smoothed_rise, self._minimum_train
         risen = rise > threshold
-        counts = risen and before is not None and self._train < before
+        stands = self._last_point[1] - self._minimum > threshold  # no outlier of the past
+        counts = risen and stands and before is not None and self._train < before
         times = rise / threshold if threshold else _MOST
         self._evidence_run = self._evidence_run + min(times, _MOST) if counts else 0.0
         train_risen = before is not None and self._train > before + self.min_rise * abs(before)
         self._diverge_run = self._diverge_run + 1 if risen and train_risen else 0
         if self._overfitting:
-            if rise <= self.min_rise / 2 * self._unit:  # half, so that a rise at the edge doesn't come and go
+            # half, so that a rise at the edge doesn't come and go
+            if rise <= max(self.min_rise / 2 * self._unit, _NEGLIGIBLE * self._fall):
                 self._overfitting, self._onset = False, None
         elif self._evidence_run >= self.hold and self._count > self.warmup:
             self._overfitting, self._onset = True, self._reference
