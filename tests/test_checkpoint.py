@@ -385,3 +385,51 @@ def test_weights_that_are_no_numbers_replace_no_good_file(tmp_path, every_steps)
     assert files == {"epoch-2.pt", "best.pt"} | ({"step-4.pt"} if every_steps else set())
     for name in files:
         assert all(p.isfinite().all() for p in checkpoint.read(tmp_path / name)["model"].values())
+
+
+def best_step(folder):
+    return checkpoint.read(folder / "best.pt")["progress"]["step"]
+
+
+def planned(folder, values, **options):
+    """A trainer whose validation losses are ``values``, one after the other over all of its fits."""
+    model, losses = nn.Linear(4, 3).double(), iter(values)
+
+    class Planned(fw.Trainer):
+        def validation_step(self, batch):
+            return torch.tensor(next(losses))
+
+    return Planned(
+        model, torch.optim.SGD(model.parameters(), 1e-3), callbacks=[fw.Checkpoint(folder, **options)], device="cpu"
+    )
+
+
+def test_a_second_fit_replaces_the_best_by_a_better_one_only(tmp_path, data):
+    """History begins anew in each fit of a Trainer, and best.pt stays that of all of them."""
+    loader = [data.tensors]
+    trainer = planned(tmp_path, [0.9, 0.5, 0.7, 0.8, 0.6, 0.4])
+    trainer.fit(loader, loader, epochs=3)
+    trainer.fit(loader, loader, epochs=2)
+    assert best_step(tmp_path) == 2
+    trainer.fit(loader, loader, epochs=1)
+    assert best_step(tmp_path) == 6
+
+
+def test_the_best_of_another_run_is_put_aside(tmp_path, data):
+    """Where only best.pt is kept, a new run in the folder does not overwrite it."""
+    loader = [data.tensors]
+    planned(tmp_path, [0.9, 0.5], every_epochs=None).fit(loader, loader, epochs=2)
+    planned(tmp_path, [0.7], every_epochs=None).fit(loader, loader, epochs=1)
+    assert best_step(tmp_path) == 1
+    assert checkpoint.read(tmp_path / "best.pt.old")["progress"]["step"] == 2
+
+
+def test_the_best_of_a_future_that_is_given_up_is_put_aside(tmp_path, data):
+    """Resumed from an older file, the best of what came after it is best.pt.old; an older best stays."""
+    loader = [data.tensors]
+    planned(tmp_path, [0.9, 0.8, 0.85, 0.5], keep=9).fit(loader, loader, epochs=4)
+    planned(tmp_path, [0.95], keep=9).fit(loader, loader, epochs=4, resume=tmp_path / "epoch-3.pt")
+    assert checkpoint.read(tmp_path / "best.pt.old")["progress"]["step"] == 4
+    assert not (tmp_path / "best.pt").exists()  # nothing since is better than the 0.8 of step 2
+    planned(tmp_path, [0.7], keep=9).fit(loader, loader, epochs=5, resume="auto")
+    assert best_step(tmp_path) == 5

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import fitwatch as fw
 from tests.test_early_stopping import Scripted
@@ -357,3 +358,41 @@ def test_without_restore_best_a_resumed_training_keeps_its_last_weights(tmp_path
     Scripted(VAL, stop, At("on_validation_end", lambda state: kept.append(stop.state_dict()["best"]))).go()
     assert kept
     assert set(kept) == {None}
+
+
+def test_one_that_is_new_at_a_resume_says_what_it_does_not_know(tmp_path, caplog):
+    """EarlyStopping added to a resumed training warns that the evaluations before are not among its best."""
+    loader = [torch.zeros(1, 1)]
+    resumable(tmp_path, fw.OverfittingDetector(probe_examples=0)).fit(loader, loader, epochs=2)
+    with caplog.at_level(logging.WARNING, "fitwatch"):
+        resumable(tmp_path, fw.EarlyStopping(patience=9)).fit(loader, loader, epochs=3, resume="auto")
+    said = [r.getMessage() for r in caplog.records if "is new in this training" in r.getMessage()]
+    assert len(said) == 1
+    assert "the 2 evaluations before" in said[0]
+
+
+def test_ctrl_c_within_the_end_of_a_fit_still_restores():
+    """Ctrl-C that comes while another callback ends the fit goes on only when the best weights are back."""
+
+    class Interrupted(fw.Callback):
+        def on_fit_end(self, state):
+            raise KeyboardInterrupt
+
+    model = nn.Linear(1, 1)
+    seen = []
+
+    class Watch(fw.Callback):
+        def on_validation_end(self, state):
+            seen.append(model.weight.item())
+
+    x, y = torch.ones(4, 1), torch.ones(4, 1)
+    trainer = fw.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), 3.0),  # diverges: the first evaluation is the best
+        nn.MSELoss(),
+        callbacks=[fw.EarlyStopping(patience=9), Watch(), Interrupted()],
+        device="cpu",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit([(x, y)], [(x, y)], epochs=4)
+    assert model.weight.item() == seen[0] != seen[-1]

@@ -115,12 +115,10 @@ def test_a_nan_between_two_evaluations_changes_no_pairs():
     assert seen[7] == seen[6] + 1
 
 
-def test_one_example_alone_never_improves():
-    """Of one example no error is known, so nothing after the first evaluation is an improvement."""
-    rule = fw.Patience(patience=99, min_delta="1se")
-    for loss in (3.0, 2.0, 1.0):
-        rule.update(loss, losses=[loss])
-    assert rule.wait == 2
+def test_one_example_alone_is_refused():
+    """Of one example no error is known, so nothing would ever be an improvement."""
+    with pytest.raises(ValueError, match="got nan .one example has none."):
+        fw.Patience(patience=99, min_delta="1se").update(3.0, losses=[3.0])
 
 
 @pytest.mark.parametrize("window", [1, 3])

@@ -522,3 +522,35 @@ def test_a_nan_in_the_middle_of_overfitting_draws_no_second_bar():
     statuses = [verdict.status for verdict in watch.verdicts]
     assert statuses[17:20] == ["overfitting", "diverging", "overfitting"]
     assert [bar.name for bar in watch.bars] == ["overfitting"]
+
+
+def resumable(folder, *callbacks):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    losses = [1.0, 0.9, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]
+
+    class Planned(fw.Trainer):
+        def validation_step(self, batch):
+            return torch.tensor(losses[len(self.state.history)])
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return Planned(model, optimizer, callbacks=[*callbacks, fw.Checkpoint(folder)], device="cpu")
+
+
+def test_weights_that_were_not_kept_can_not_be_restored_after_a_resume(tmp_path):
+    """A training that began with action="warn" is not resumed with "restore": its best weights are gone."""
+    loader = [(torch.randn(20, 4), torch.arange(20) % 2)]
+    resumable(tmp_path, fw.OverfittingDetector()).fit(loader, loader, epochs=4)
+    with pytest.raises(ValueError, match=r'can\'t resume with action="restore".*does not have the best weights'):
+        resumable(tmp_path, fw.OverfittingDetector(action="restore")).fit(loader, loader, epochs=9, resume="auto")
+
+
+def test_a_detector_that_is_new_at_a_resume_counts_as_the_history_does(tmp_path):
+    """Its onset and its best are indices of the fit's history, though it saw the later part only."""
+    loader = [(torch.randn(20, 4), torch.arange(20) % 2)]
+    resumable(tmp_path).fit(loader, loader, epochs=2)
+    result = resumable(tmp_path, fw.OverfittingDetector(probe_examples=0)).fit(loader, loader, epochs=14, resume="auto")
+    assert result.verdict.best == result.best.epoch == 2
+    assert len(result.history) == 14
+    assert result.verdict.detected is None or result.verdict.detected < 14
+    assert result.verdict.reference >= 2

@@ -178,11 +178,11 @@ class Callbacks(Callback):
 
     def on_fit_end(self, state: State) -> None:
         """Run them all in reverse order, even if some raise; then raise the first error, with the others as notes."""
-        first: Exception | None = None
+        first: BaseException | None = None
         for method in reversed(self._hooks["on_fit_end"]):
             try:
                 method(state)
-            except Exception as error:  # noqa: BLE001 - raised again below, once every callback had its end
+            except BaseException as error:  # noqa: BLE001 - raised again below, once every callback had its end
                 if first is None:
                     first = error
                     first.add_note(f"raised by {_owner(method)}.on_fit_end")

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from attrs import define, field
 
@@ -28,7 +29,9 @@ class Checkpoint(Callback):
     Training resumes from ``epoch-N.pt``: a file written in mid-epoch has the weights, but can't be resumed to the bit,
     and is refused.
 
-    Weights that are NaN or infinite are not saved: the last good file stays.
+    Weights that are NaN or infinite are not saved: the last good file stays. ``best.pt`` of an earlier run, or of a
+    future that was given up by resuming from an older file, becomes ``best.pt.old``; a second ``fit`` of the same
+    Trainer replaces it by a better one only.
 
     Args:
         dir: Folder for the files; made if need be.
@@ -48,6 +51,7 @@ class Checkpoint(Callback):
 
     def __attrs_post_init__(self) -> None:
         self._readable = self._warned = False
+        self._best: tuple[str, float] | None = None  # the monitor, and its value in best.pt
 
     def on_fit_start(self, state: State) -> None:
         """Make the folder now: a path that can't be written to is to fail before step 1. Rank 0 alone has files.
@@ -56,6 +60,8 @@ class Checkpoint(Callback):
             OSError: The folder can't be made.
             FileExistsError: It holds another run's checkpoints, which this run would mix with its own.
         """
+        if state.progress.step == 0:
+            self._best = None
         if distributed.rank():
             return
         if state.progress.step == 0 and (old := [*self._files("epoch"), *self._files("step")]):
@@ -72,6 +78,9 @@ class Checkpoint(Callback):
         later = [f for f in self._files("epoch") if _count(f) > state.progress.epoch]
         for file in later + [f for f in self._files("step") if _count(f) > state.progress.step]:
             file.replace(file.with_name(f"{file.name}.old"))  # resumed before it: "auto" must not find it
+        best = self.dir / "best.pt"
+        if best.exists() and not 0 < _step_of(best) <= state.progress.step:
+            best.replace(best.with_name("best.pt.old"))
 
     def on_step_end(self, state: State) -> None:
         """Save every ``every_steps`` steps."""
@@ -102,8 +111,22 @@ class Checkpoint(Callback):
         return files[-1] if files else None
 
     def _save_best(self, state: State) -> None:
-        if self.best and state.best is state.metrics and not self._lost(state):
+        if not self.best or state.best is not state.metrics or self._lost(state):
+            return
+        value, sign = state.metrics[state.monitor], 1 if state.mode == "min" else -1
+        known = self._best
+        if known is None or known[0] != state.monitor or sign * value < sign * known[1]:
+            self._best = state.monitor, value
             checkpoint.save(self.dir / "best.pt", state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``best.pt`` is."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        best = state_dict.get("best")
+        self._best = None if best is None else (best[0], best[1])
 
     def _save(self, state: State, kind: str, count: int) -> None:
         path = self.dir / f"{kind}-{count}.pt"
@@ -129,6 +152,14 @@ class Checkpoint(Callback):
     def _files(self, kind: str) -> list[Path]:
         files = [f for f in self.dir.glob(f"{kind}-*.pt") if f.stem.rpartition("-")[2].isdigit()]
         return sorted(files, key=_count)
+
+
+def _step_of(file: Path) -> int:
+    """The step at which a checkpoint was saved; 0 if it can't be read."""
+    try:
+        return int(checkpoint.read(file)["progress"]["step"])
+    except ValueError:
+        return 0
 
 
 def _count(file: Path) -> int:

@@ -107,6 +107,12 @@ class EarlyStopping(Callback):
             self._best.kept = None
         elif self.rule.reason is not None:  # it had stopped already
             self._stop(state)
+        elif not self.rule.evaluations and state.history:
+            logger.warning(
+                "EarlyStopping is new in this training: it does not know the %d evaluations before, and what it "
+                "restores is the best of those to come",
+                len(state.history),
+            )
 
     def on_validation_end(self, state: State) -> None:
         """Decide on a fresh validation."""

@@ -72,6 +72,9 @@ class OverfittingDetector(Callback):
             self.rule.load_state_dict(evolve(self.rule).state_dict())  # that of a new one with the same options
             self._status, self._verdict = "", None
             self._best.kept = None
+        elif self._verdict is None:  # new in this training: evaluations keep the indices of the history
+            for _ in state.history:
+                self.rule.update(math.nan, math.nan)
         state.verdict = self._verdict
         self._examples = ExampleLosses(state)
         state.observers.append(self._examples)
@@ -111,7 +114,7 @@ class OverfittingDetector(Callback):
                 state.log(f"val/overfit/{name}", value, reduce="last")
         if self.action == "restore" and verdict.best == len(state.history) - 1:
             self._best.keep(state.model)
-        self._tell(state, verdict)
+        self._tell(state, verdict, new=not was_overfitting)
         if verdict.overfitting and not was_overfitting:
             state.mark("overfitting", state.history[verdict.onset or 0])
             self._act(state)
@@ -143,14 +146,14 @@ class OverfittingDetector(Callback):
             return None, None
         return known
 
-    def _tell(self, state: State, verdict: Verdict) -> None:
+    def _tell(self, state: State, verdict: Verdict, *, new: bool) -> None:
         """Say what is new."""
         was, self._status = self._status, verdict.status
         if verdict.status == was:
             return
         if verdict.status in _CALLS_FOR_A_WORD or was in _CALLS_FOR_A_WORD:
             state.log("val/report/verdict", card(verdict, state, _train_examples(state)))
-        if verdict.status in ("overfitting", "diverging"):
+        if verdict.status == "diverging" or (verdict.status == "overfitting" and new):
             logger.warning("%s: %s", verdict.status, verdict.evidence)
 
     def _act(self, state: State) -> None:
@@ -163,7 +166,17 @@ class OverfittingDetector(Callback):
         return {"rule": self.rule.state_dict(), "status": self._status, "verdict": verdict, "best": self._best.kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+        """Take it back.
+
+        Raises:
+            ValueError: The best weights are to be restored and were not kept.
+        """
+        seen = state_dict["verdict"]
+        if self.action == "restore" and seen is not None and seen["best"] is not None and state_dict["best"] is None:
+            raise ValueError(
+                'OverfittingDetector can\'t resume with action="restore": the checkpoint was saved with another one, '
+                "so it does not have the best weights"
+            )
         self.rule.load_state_dict(state_dict["rule"])
         self._status, self._best.kept = state_dict["status"], state_dict["best"]
         self._verdict = None if state_dict["verdict"] is None else Verdict(**state_dict["verdict"])

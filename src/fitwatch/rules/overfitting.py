@@ -56,8 +56,9 @@ class OverfittingRule:
     evaluations (see `PairedRise`). If it gets standard errors only, it is that of two independent sets, which is too
     large. If it gets neither, errors * e is taken for 5.5 % of m, and for more while training is young.
 
-    Where a loss has been negative, and so has no natural zero, the range of the curve stands in for m: the fall from the
-    first loss to m, or the rise if that is more.
+    Where a loss has been negative, and so has no natural zero, the range of the curve stands in for m: the fall from
+    the first loss to m, or the rise if that is more.
+
     Multiplying both curves (and the losses of the examples) by a constant changes no verdict.
 
     A verdict uses the evaluations up to its own only, and memory doesn't grow with their number: some 40 numbers, and

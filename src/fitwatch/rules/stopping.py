@@ -260,8 +260,12 @@ class Patience(StoppingRule):
         error = point.standard_error
         if error is None and point.examples is not None:
             error = standard_error(point.examples)
-        if error is None:
-            raise ValueError(f"min_delta={self.min_delta!r} needs the standard_error of each value, got None")
+        at_first = self._reference is None and math.isfinite(point.value)  # later it may be missing now and then
+        if error is None or (math.isnan(error) and at_first):
+            raise ValueError(
+                f"min_delta={self.min_delta!r} needs the standard_error of each value, got {error}"
+                f"{' (one example has none)' if error is not None else ''}"
+            )
         return count * error, ""
 
     def _level_examples(self) -> Tensor | None:
