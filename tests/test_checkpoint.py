@@ -433,3 +433,31 @@ def test_the_best_of_a_future_that_is_given_up_is_put_aside(tmp_path, data):
     assert not (tmp_path / "best.pt").exists()  # nothing since is better than the 0.8 of step 2
     planned(tmp_path, [0.7], keep=9).fit(loader, loader, epochs=5, resume="auto")
     assert best_step(tmp_path) == 5
+
+
+def test_changed_settings_are_named_on_resume(tmp_path, data, caplog):
+    """Other class weights, another lr and another accumulate give one warning; the same give none."""
+
+    def go(epochs, *callbacks, lr=0.1, **options):
+        model = nn.Linear(4, 3).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr)
+        trainer = fw.Trainer(model, optimizer, callbacks=[*callbacks, fw.Checkpoint(tmp_path)], device="cpu", **options)
+        trainer.fit([data.tensors], [data.tensors], epochs=epochs, resume="auto")
+        return [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+
+    assert not go(1)
+    assert not go(2)
+    (said,) = go(3, fw.WeightedLoss(), lr=0.2, accumulate=2)
+    assert "lr 0.2 (was 0.1, and stays so), class_weights balanced (was none), accumulate 2 (was 1)" in said
+
+
+def test_another_optimizer_is_refused_on_resume(tmp_path, data):
+    """The state of Adam is nothing for SGD: refused by name, before the first step."""
+    for kind in (torch.optim.Adam, torch.optim.SGD):
+        model = nn.Linear(4, 3).double()
+        trainer = fw.Trainer(model, kind(model.parameters(), 0.1), callbacks=fw.Checkpoint(tmp_path), device="cpu")
+        if kind is torch.optim.Adam:
+            trainer.fit([data.tensors], epochs=1)
+            continue
+        with pytest.raises(ValueError, match="was saved with the optimizer Adam, and this fit has SGD"):
+            trainer.fit([data.tensors], epochs=2, resume="auto")

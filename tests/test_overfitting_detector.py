@@ -554,3 +554,19 @@ def test_a_detector_that_is_new_at_a_resume_counts_as_the_history_does(tmp_path)
     assert len(result.history) == 14
     assert result.verdict.detected is None or result.verdict.detected < 14
     assert result.verdict.reference >= 2
+
+
+def test_the_probe_is_no_larger_than_a_validation_that_shows_no_examples():
+    """With a validation_step that feeds no metrics, the size of the data set of the val_loader limits the probe."""
+    seen = []
+
+    class Own(fw.Trainer):
+        def validation_step(self, batch):
+            seen.append(len(batch[1]))
+            return self.compute_loss(self.model(batch[0]), batch[1])
+
+    model = nn.Linear(4, 2)
+    train, val = (DataLoader(TensorDataset(torch.randn(n, 4), torch.arange(n) % 2), batch_size=8) for n in (200, 24))
+    trainer = Own(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=fw.OverfittingDetector(), device="cpu")
+    trainer.fit(train, val, epochs=1)
+    assert sum(seen) == 2 * 24

@@ -558,3 +558,23 @@ def test_a_scheduler_does_not_step_where_the_scaler_left_the_step_out(data):
     ).fit([(x.float() * 1e4, y)], epochs=2)
     assert torch.equal(before, model.weight)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_an_error_in_a_validation_says_where(model, data):
+    """A label out of range names the evaluation and its batch, and a metric that fails its name."""
+    x, y = data.tensors
+    with pytest.raises(IndexError) as info:
+        trainer_of(model).fit([(x, y)], [(x, y), (x, y + 3)], epochs=1)
+    assert "batch 1" in info.value.__notes__[0]
+    assert "validation" in info.value.__notes__[0]
+    with pytest.raises(TypeError) as info:
+        trainer_of(model, metrics={"f1": lambda _: 0.0}).fit([(x, y)], [(x, y)], epochs=1)
+    assert "raised by the metric 'f1'" in info.value.__notes__
+
+
+def test_the_share_of_the_baseline_that_is_left_can_be_monitored(model, data):
+    """Where the data sets show their targets, val/loss_left is among the names."""
+    result = trainer_of(model, callbacks=fw.EarlyStopping("val/loss_left")).fit(
+        DataLoader(data, 16), DataLoader(data, 16), epochs=2
+    )
+    assert len(result.history) == 2

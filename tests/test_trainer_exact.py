@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -288,3 +289,35 @@ def test_off_the_cpu_the_weight_is_not_read(weight):
     given = 7.0 if weight is None else torch.ones((), device="meta", dtype=weight)
     scale = inverse(given, loss)
     assert (scale.device.type, scale.dtype, scale.shape) == ("meta", torch.float64, ())
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_penalty_and_a_factor_act_on_the_mean(accumulate):
+    """2 loss + penalty in a step has the gradient of 2 mean + penalty over all of its micro-batches, weights included."""
+    torch.manual_seed(0)
+    x, y, w = torch.randn(30, 4).double(), torch.randint(3, (30,)), torch.tensor([1.0, 2, 5]).double()
+    model = nn.Linear(4, 3).double()
+    reference = copy.deepcopy(model)
+
+    class Penalised(fw.Trainer):
+        def training_step(self, batch):
+            penalty = sum(p.square().sum() for p in self.model.parameters())
+            return 2 * self.compute_loss(self.model(batch[0]), batch[1]) + 0.1 * penalty
+
+    loss = fw.CrossEntropy(w)
+    trainer = Penalised(
+        model, torch.optim.SGD(model.parameters(), 0.5), loss, accumulate=accumulate, device="cpu", log_every=1
+    )
+    batches = [(x, y)] if accumulate == 1 else list(zip(x.split((7, 20, 3)), y.split((7, 20, 3)), strict=True))
+    trainer.fit(batches, epochs=1)
+    total = 2 * F.cross_entropy(reference(x), y, w) + 0.1 * sum(p.square().sum() for p in reference.parameters())
+    total.backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q - 0.5 * q.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_two_losses_are_refused():
+    """Two fractions can't be added by their parts."""
+    one = fw.LossSum(torch.tensor(1.0), 2)
+    with pytest.raises(TypeError, match="add their means"):
+        one + one

@@ -632,3 +632,20 @@ def test_what_a_loss_learns_is_learned(start_epoch):
     trainer.fit([(x, y)], [(x, y)], epochs=3)
     assert trainer.state.loss.log_t is given.log_t
     torch.testing.assert_close(given.log_t.detach(), log_t.detach(), rtol=1e-5, atol=0)  # the weights are float32
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_weights_that_reach_no_training_step_are_told_of(model, data, caplog, asks):
+    """A training_step with a loss of its own trains without the weights, which one warning says."""
+
+    class Own(fw.Trainer):
+        def training_step(self, batch):
+            outputs = self.model(batch[0])
+            return self.compute_loss(outputs, batch[1]) if asks else self.loss(outputs, batch[1])
+
+    trainer = Own(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=fw.WeightedLoss(), device="cpu")
+    loader = DataLoader(data, 16)
+    trainer.fit(loader, loader, epochs=3)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (not asks)
+    assert all("don't reach training: training_step does not call compute_loss" in one for one in said)

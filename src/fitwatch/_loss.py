@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,23 @@ class LossSum(NamedTuple):
     def mean(self) -> Tensor:
         """Total over weight; nan where the weight is 0."""
         return self.total / self.weight
+
+    # Of tuples, nobody wants the sum here.
+    def __add__(self, penalty: Any) -> LossSum:
+        """The loss with a penalty added to its mean, 0-dim or a number."""
+        if isinstance(penalty, tuple):
+            raise TypeError("a LossSum can't be added to another, since their weights may differ: add their means")
+        return LossSum(self.total + penalty * self.weight, self.weight)
+
+    def __radd__(self, penalty: Tensor | float) -> LossSum:
+        return self + penalty
+
+    def __mul__(self, factor: Tensor | float) -> LossSum:  # type: ignore[override]
+        """The loss times a factor, 0-dim or a number."""
+        return LossSum(self.total * factor, self.weight)
+
+    def __rmul__(self, factor: Tensor | float) -> LossSum:  # type: ignore[override]
+        return self * factor
 
 
 class Loss(nn.Module, abc.ABC):

@@ -57,6 +57,7 @@ def save(path: Path, state: State) -> None:
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "generators": generators,
         "callbacks": state.callbacks.state_dict() if state.callbacks is not None else {},
+        "settings": {name: str(value) for name, value in state.settings.items()},
         "progress": asdict(state.progress),
         "history": state.history,
         "train_loss": train_loss,
@@ -106,7 +107,7 @@ def read(path: Path) -> dict[str, Any]:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path} has checkpoint format {found!r}; this version reads format {FORMAT}")
-    return {"other_ranks": [], **content}  # which files of one rank may lack
+    return {"other_ranks": [], "settings": {}, **content}  # which older files may lack
 
 
 def load(path: Path, state: State) -> None:
@@ -142,7 +143,7 @@ def load(path: Path, state: State) -> None:
     for generator, saved in zip(generators, own["generators"], strict=True):
         generator.set_state(saved)
     set_rng_state(own["rng"])
-    state.resumed = True
+    state.resumed, state.settings_before = True, content["settings"]
 
 
 def find(callbacks: Iterable[Any]) -> Path | None:
@@ -175,6 +176,9 @@ def _refuse(path: Path, content: dict[str, Any], state: State, progress: Progres
             f"{path} was saved by {ranks} rank{'s' * (ranks > 1)}, and this fit has {distributed.size()}: a step would "
             "have other examples than it had"
         )
+    kind, now = content["settings"].get("optimizer"), type(state.optimizer).__name__
+    if kind not in (None, now):
+        raise ValueError(f"{path} was saved with the optimizer {kind}, and this fit has {now}")
     for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
         if (part is None) != (content[name] is None):
             raise ValueError(f"{path} was saved {'without' if content[name] is None else 'with'} a {name}")

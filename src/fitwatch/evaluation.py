@@ -58,8 +58,12 @@ class Evaluation:
     def run(self, model: nn.Module, batches: Iterable[Any], step: Callable[[Any], LossSum]) -> dict[str, float]:
         """Evaluate a model: `add` what ``step`` gives for each batch, in eval mode without gradients, then `values`."""
         with evaluating(model), distributed.unsynchronised(model):
-            for batch in split(batches):
-                self.add(*step(batch))
+            for number, batch in enumerate(split(batches)):
+                try:
+                    self.add(*step(batch))
+                except Exception as error:
+                    error.add_note(f"in an evaluation (validation, or the probe of the training set), batch {number}")
+                    raise
             if distributed.size() > 1:
                 self._share(next((p.device for p in model.parameters()), torch.device("cpu")))
         return distributed.from_main(self.values())

@@ -173,7 +173,11 @@ class Metrics:
             outputs, targets = torch.cat(self._outputs), torch.cat(self._targets)
             weights = {"sample_weight": torch.cat(self._weights)} if self._weights else {}
             for name, function in self._functions.items():
-                values[name] = function(outputs, targets, **(weights if name in self._weighted else {}))
+                try:
+                    values[name] = function(outputs, targets, **(weights if name in self._weighted else {}))
+                except Exception as error:
+                    error.add_note(f"raised by the metric {name!r}")
+                    raise
         try:
             return {name: float(values[name]) for name in names}
         except (TypeError, ValueError, RuntimeError) as error:

@@ -56,6 +56,8 @@ class State:
     max_steps: int | None = None
     log_every: int = 50
     settings: dict[str, Any] = field(factory=dict)  # options worth a line in a report
+    settings_before: dict[str, str] = field(factory=dict)  # those of the checkpoint that training resumes from
+    uses_loss: bool = False  # whether a step has asked for the loss in force, see Trainer.compute_loss
     progress: Progress = field(factory=Progress)
     resumed: bool = False  # from a checkpoint
     # One dict per evaluation: epoch, step, train/loss, val/loss, ...; and the newest of them.
@@ -168,6 +170,23 @@ class State:
         if not self._watched:
             self.monitor, self.mode = monitor, mode or "min"
         self._watched.append((by, monitor, mode))
+
+    def check(self) -> None:
+        """What can be checked once all callbacks are set up: `check_watched`, and the settings of a resumed fit."""
+        if self.baseline is not None:
+            self.names.add("val/loss_left")
+        self.check_watched()
+        now = {name: str(value) for name, value in self.settings.items()}
+        changes = [
+            f"{name} {now[name]} (was {was}{', and stays so' if name in ('lr', 'weight_decay') else ''})"
+            for name, was in self.settings_before.items()
+            if name not in ("device", "seed") and now.get(name, was) != was
+        ]
+        if changes:
+            logger.warning(
+                "resumed with other settings: %s; the history goes on, and its losses may not compare",
+                ", ".join(changes),
+            )
 
     def check_watched(self) -> None:
         """Raise ValueError if a watched metric will not be measured (lists those that will), or has no direction."""

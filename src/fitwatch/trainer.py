@@ -23,7 +23,6 @@ from fitwatch.settings import check_fit, describe, shared_facts
 from fitwatch.sharding import ABSENT, Rounds, set_epoch
 from fitwatch.state import Progress, State
 
-_NO_AUTOCAST = nullcontext()
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -131,8 +130,10 @@ class Trainer:
         Raises:
             TypeError: There are weights, and the loss is a function that gives a mean.
         """
-        loss = self.state.loss if self._evaluation is None else self._evaluation.loss
-        return apply(loss, output, target, sample_weight)
+        if self._evaluation is not None:
+            return apply(self._evaluation.loss, output, target, sample_weight)
+        self.state.uses_loss = True
+        return apply(self.state.loss, output, target, sample_weight)
 
     def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
         """Take a batch into the metrics, and what else validation measures; for ``validation_step``."""
@@ -305,8 +306,7 @@ class Trainer:
 
     def _validate_and_log(self) -> None:
         state, hooks = self.state, self._hooks
-        assert state.val_loader is not None
-        if not state.gives_up():
+        if not state.gives_up() and state.val_loader is not None:
             hooks.on_validation_start(state)
             state.evaluated(self.validate(state.val_loader))
             hooks.on_validation_end(state)
@@ -381,7 +381,7 @@ class Trainer:
             state.names.add("val/loss_unweighted")
         state.baseline = expected_baseline(loss, state.train_loader, state.val_loader)
         self._schedule.watch(state)
-        state.check_watched()
+        state.check()
 
     def _to_device(self) -> None:
         self.model.to(self.device)
@@ -394,7 +394,7 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = _AUTOCAST[self.precision]
-        return _NO_AUTOCAST if dtype is None else torch.autocast(self.device.type, dtype)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def _sums(self, output: Any, batch: Any, step: str) -> LossSum:
         return as_sums(output, lambda: self.batch_size(batch), f"{type(self).__name__}.{step}")

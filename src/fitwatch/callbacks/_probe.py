@@ -74,7 +74,8 @@ class TrainProbe:
         """
         self.collects = False  # the first epoch is over, or validation comes within it
         if self._batches is None:
-            wanted = min(val_examples or MOST, MOST) if self.wanted is None else self.wanted
+            most = val_examples or _size(state.val_loader) or MOST  # an own validation_step may show no examples
+            wanted = min(most, MOST) if self.wanted is None else self.wanted
             try:
                 if self.reason is None:
                     self._batches = self._choose(state, wanted)
@@ -121,6 +122,11 @@ class TrainProbe:
         if not any(distributed.gather(bool(kept))):
             raise TypeError("no training batch was seen before the first validation")
         return kept
+
+
+def _size(loader: Any) -> int:
+    """Examples in the data set of a loader; 0 where it has none."""
+    return len(loader.dataset) if _is_indexed(loader) else 0  # type: ignore[arg-type] # as in _indices
 
 
 def _is_indexed(loader: Any) -> TypeGuard[DataLoader[Any]]:

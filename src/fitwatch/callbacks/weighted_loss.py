@@ -1,5 +1,6 @@
 """Class weights from the distribution of the training data."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from fitwatch.counting import count_over_ranks
 from fitwatch.losses import BinaryCrossEntropy, Loss
 from fitwatch.state import State
 from fitwatch.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
+
+logger = logging.getLogger("fitwatch")
 
 
 def _weights(spec: Any) -> str | Tensor:
@@ -91,6 +94,7 @@ class WeightedLoss(Callback):
 
     def __attrs_post_init__(self) -> None:
         self._saved: dict[str, Any] | None = None
+        self._told = False
         self._loss: Any = None  # as it was given
 
     @property
@@ -122,6 +126,15 @@ class WeightedLoss(Callback):
             state.log("train/report/class_weights", f"Epoch {epoch}: the class weights are in force in full.")
         elif epoch == self.start_epoch:
             state.log("train/report/class_weights", f"Epoch {epoch}: the class weights begin to grow.")
+
+    def on_log(self, state: State) -> None:
+        """Say once if the weights reach no training step."""
+        if not (state.uses_loss or self._told):
+            self._told = True
+            logger.warning(
+                "the class weights of WeightedLoss don't reach training: training_step does not call compute_loss "
+                "(self.loss is the loss without them)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The full weights and the counts."""
