@@ -250,13 +250,16 @@ def test_hidden_targets_are_known_after_the_first_validation(tmp_path):
     assert "equal logits" not in end
 
 
-@pytest.mark.parametrize("own_step", [False, True])
+@pytest.mark.parametrize("own_step", [None, "shows no targets", "shows targets"])
 def test_a_fit_without_a_baseline_never_speaks_of_one(tmp_path, own_step):
-    """With a loss of torch's that has none, or a validation_step that shows no targets, no evaluation has a figure."""
+    """With a loss of torch's that has none, or a validation_step with a loss of its own, no evaluation has a figure."""
 
     class Own(fw.Trainer):
         def validation_step(self, batch):
-            return F.mse_loss(self.model(batch[0]), batch[1])
+            outputs = self.model(batch[0])
+            if own_step == "shows targets":
+                self.update_metrics(outputs, batch[1])
+            return F.mse_loss(outputs, batch[1])
 
     batches = [(torch.randn(30, 4), torch.randn(30, 1))]
     model = nn.Linear(4, 1)

@@ -16,7 +16,7 @@ from fitwatch import distributed, loading
 from fitwatch._loss import FAILURES, ClassLoss, Loss
 from fitwatch.baseline import Baseline, TargetSums
 from fitwatch.counting import exposed_targets
-from fitwatch.losses import BinaryCrossEntropy, LossSum, MeanSquaredError
+from fitwatch.losses import BinaryCrossEntropy, LossSum, MeanSquaredError, apply
 from fitwatch.metrics import Metrics, WeightedMean, evaluating
 from fitwatch.sharding import split
 
@@ -42,7 +42,7 @@ class Evaluation:
         observers: Sequence[Any] = (),
     ) -> None:
         self.loss, self.baseline = loss, None if baseline is NO_BASELINE else baseline
-        self._mean, self._batches = WeightedMean(), 0
+        self._mean, self._batches, self._applied = WeightedMean(), 0, False
         self._kept: list[Any] = []  # what update got, where other ranks have to see it too
         self._metrics = Metrics(metrics)
         self._unweighted = (loss.unweighted(), WeightedMean()) if getattr(loss, "has_weights", False) else None
@@ -61,12 +61,19 @@ class Evaluation:
             for number, batch in enumerate(split(batches)):
                 try:
                     self.add(*step(batch))
+                    if not self._applied:  # a loss of the step's own has another baseline, which nobody knows
+                        self.baseline = self._targets = None
                 except Exception as error:
                     error.add_note(f"in an evaluation (validation, or the probe of the training set), batch {number}")
                     raise
             if distributed.size() > 1:
                 self._share(next((p.device for p in model.parameters()), torch.device("cpu")))
         return distributed.from_main(self.values())
+
+    def apply(self, output: Any, target: Any, sample_weight: Any = None) -> LossSum | Tensor:
+        """The loss that is measured."""
+        self._applied = True
+        return apply(self.loss, output, target, sample_weight)
 
     def add(self, total: Tensor, weight: Tensor | float) -> None:
         """Take in the loss of a batch, as sums."""

@@ -131,7 +131,7 @@ class Trainer:
             TypeError: There are weights, and the loss is a function that gives a mean.
         """
         if self._evaluation is not None:
-            return apply(self._evaluation.loss, output, target, sample_weight)
+            return self._evaluation.apply(output, target, sample_weight)
         self.state.uses_loss = True
         return apply(self.state.loss, output, target, sample_weight)
 
