@@ -501,3 +501,20 @@ def test_options_of_the_wrong_type_are_refused(name, value):
         diagnose([1.0], [1.0], patience=3)
     with pytest.raises(TypeError):
         OverfittingRule(0.1)
+
+
+@pytest.mark.parametrize("first", [1.0, 20.0, 1000.0])
+def test_a_large_first_loss_hides_no_rise(first):
+    """Inputs that nobody scaled give a first loss of any size; the rise that follows is told as soon."""
+    val = [first, 0.7, 0.6, 0.5, *(0.5 + 0.02 * t for t in range(1, 30))]
+    verdict = diagnose([0.9**t for t in range(33)], val)
+    assert verdict.overfitting
+    assert verdict.detected <= 12
+
+
+@pytest.mark.parametrize("fall", [[2.0, 1.0], np.linspace(2, 0.5, 10).tolist()])
+def test_a_flat_loss_is_soon_a_plateau(fall):
+    """A fall of long ago does not make a loss that is flat since then an improving one."""
+    n = len(fall) + 40
+    seen = verdicts([0.95**t for t in range(n)], [*fall, *[0.5] * 40])
+    assert all(v.status == "plateau" for v in seen[len(fall) + 10 :])

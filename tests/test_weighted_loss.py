@@ -256,11 +256,12 @@ def test_an_iterator_is_not_used_up_by_counting(model, data):
     assert len(list(generator)) == 4
 
 
-def test_counts_come_from_the_data_not_from_the_sampler(model, data):
-    """A sampler that balances the batches does not hide the imbalance of the data set."""
+def test_counts_come_from_the_data_not_from_the_sampler(model, data, caplog):
+    """A sampler that balances the batches does not hide the imbalance of the data set, and a warning says what it does."""
     sampler = WeightedRandomSampler([1.0] * 40 + [2.5] * 16 + [5.0] * 8, 64)
     loss, _ = fit(model, DataLoader(data, 16, sampler=sampler))
     assert torch.allclose(EXPECTED, loss.weight)
+    assert "rare classes are weighed twice" in caplog.text
 
 
 def test_a_split_by_sampler_is_counted_as_drawn(model, data):

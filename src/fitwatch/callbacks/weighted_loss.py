@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from attrs import define, field
 from torch import Tensor, nn
+from torch.utils.data import WeightedRandomSampler
 
 from fitwatch._options import instance, integer, one_of
 from fitwatch.callback import Callback
 from fitwatch.counting import count_over_ranks
 from fitwatch.losses import BinaryCrossEntropy, Loss
+from fitwatch.sharding import sampler_of
 from fitwatch.state import State
 from fitwatch.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
 
@@ -107,6 +109,11 @@ class WeightedLoss(Callback):
         self._loss = state.loss
         self._check_loss()
         self._saved = self._find(state)
+        if isinstance(self.weights, str) and isinstance(sampler_of(state.train_loader), WeightedRandomSampler):
+            logger.warning(
+                "train_loader has a WeightedRandomSampler beside the class weights of WeightedLoss, which are those of "
+                "the whole data set: rare classes are weighed twice"
+            )
         state.settings["class_weights"] = self.weights if isinstance(self.weights, str) else "given"
         text = _table(**self._saved)
         state.loss = self._loss_in(state.progress.epoch)

@@ -59,10 +59,21 @@ def unrest(losses: list[float]) -> float:
 
 
 def falls(losses: list[float], least: float) -> bool:
-    """Whether the newer half is lower than the older one, by more than two standard errors and ``least``."""
+    """Whether the newer half is lower than the older, by more than two standard errors and ``least``, and still falls.
+
+    Within itself it must fall by more than one standard error of its own, or a fall of long ago would count.
+    """
     losses = [loss for loss in losses if math.isfinite(loss)]
     half = len(losses) // 2
     if half < _MIN_HALF:
         return False
-    old, new = sum(losses[:half]) / half, sum(losses[-half:]) / half
-    return old - new > max(2 * unrest(losses) * math.sqrt(2 / half), least)
+    noise = unrest(losses)
+    if _fall(losses) <= max(2 * noise * math.sqrt(2 / half), least):
+        return False
+    newer = losses[-half:]
+    return _fall(newer) > max(noise * math.sqrt(2 / (half // 2)), least / 4)
+
+
+def _fall(losses: list[float]) -> float:
+    half = len(losses) // 2
+    return (sum(losses[:half]) - sum(losses[-half:])) / half

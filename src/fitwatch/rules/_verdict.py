@@ -18,8 +18,9 @@ class Verdict:
             ``"overfitting"``: as the verdict. ``"warming up"``: too few points. ``"diverging"``: validation
             has risen, and so has training. ``"improving"``: the newer half of the last ``window``
             validation losses is lower on average than the older half, by more than two standard errors and a
-            tenth of ``min_rise``. ``"underfitting"``: neither loss improves, and there is no gap between them although
-            more than a tenth of the first validation loss is left. ``"plateau"``: none of these.
+            tenth of ``min_rise``, and still falls within itself, by more than one. ``"underfitting"``: neither loss
+            improves, and there is no gap between them although more than a tenth of the first validation loss (the
+            median of three) is left. ``"plateau"``: none of these.
         onset: Index of the evaluation after which validation rose, the bottom of the smoothed curve. None without a
             rise that counts.
         detected: Index at which the rule first fired; None if it never did. It is later than the onset, unless that

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from statistics import median
 from typing import Any, Literal, SupportsFloat
 
 from attrs import astuple, define, evolve, field, fields
@@ -22,6 +23,8 @@ _MOST = 1.9
 # Where nobody says how exact the losses are, this share of the loss stands in for the standard error and its multiple;
 # more while training is young, since the first minimum is soon replaced by a better one.
 _UNKNOWN, _YOUNG = 0.055, 10.0
+# A loss below this share of the smoothed one is no noise: the large one before it would hide what follows.
+_FALLEN = 0.5
 # A loss that is still more than this share of the first one may be underfitting.
 _LITTLE_LEARNED = 0.1
 
@@ -30,8 +33,8 @@ _LITTLE_LEARNED = 0.1
 class OverfittingRule:
     """Fires when validation has risen clearly above its minimum while training went on falling.
 
-    Both curves are smoothed by a bias-corrected exponential mean V, T (Kingma & Ba 2015, section 3). With m
-    the minimum of V and T_m the value of T there, an evaluation shows a rise if::
+    Both curves are smoothed by a bias-corrected exponential mean V, T (Kingma & Ba 2015, section 3); V begins anew at a
+    loss below half of it. With m the minimum of V and T_m the value of T there, an evaluation shows a rise if::
 
         V - m > threshold   and   T < T_m
         threshold^2 = (min_rise * m)^2 + (errors * e)^2 + (noise * R)^2
@@ -210,14 +213,16 @@ class OverfittingRule:
 
     def _take(self, loss: float, train_loss: float, error: float, alpha: float) -> Literal["last", "this"] | None:
         """Bring the smoothed curve and its minimum up to date; the reference, where it is lowest here."""
-        if not self._count:
-            self._first = loss
         before, self._last_point = self._last_point, [self._index, loss, error]
         self._count += 1
         self._negative = self._negative or loss < 0
         self._recent = [*self._recent[-self.window :], [loss, train_loss]]
+        if self._count <= _SETTLED:  # a single one may be that of untrained weights on inputs of any scale
+            self._first = median(value for value, _ in self._recent)
         if loss < self._best_value:
             self._best, self._best_value = self._index, loss
+        if self._val > loss > 0 and loss < _FALLEN * self._val:
+            self._val_weight = 0.0
         self._val_weight += alpha * (1 - self._val_weight)
         self._val += alpha / self._val_weight * (loss - self._val)
         if self._count < _SETTLED or self._val >= self._minimum:
