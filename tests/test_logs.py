@@ -308,3 +308,12 @@ def test_what_is_no_log_is_refused(tmp_path):
         diagnose_logs(tmp_path, train_tag="train/loss", val_tag="lonely")
     with pytest.raises(LogError, match="can't be one series, 'loss'"):
         diagnose_logs(tmp_path, train_tag="loss", val_tag="loss")
+
+
+def test_a_link_that_leads_nowhere_is_passed_over(tmp_path):
+    """A dangling link among the event files, as of a run that was moved away, keeps no other run from its verdict."""
+    write(tmp_path / "a", {"loss": TRAIN, "val_loss": VAL})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/events.out.tfevents.1.x").symlink_to(tmp_path / "nowhere")
+    (one,) = diagnose_logs(tmp_path)
+    assert one.verdict.overfitting

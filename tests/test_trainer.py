@@ -578,3 +578,58 @@ def test_the_share_of_the_baseline_that_is_left_can_be_monitored(model, data):
         DataLoader(data, 16), DataLoader(data, 16), epochs=2
     )
     assert len(result.history) == 2
+
+
+class Masked(nn.Module):
+    """A classifier with infinite values that are meant to be there, and a buffer that training changes."""
+
+    def __init__(self, normalized):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4) if normalized else nn.Identity()
+        self.linear = nn.Linear(4, 3)
+        self.mask = nn.Parameter(torch.tensor([0.0, 0.0, -math.inf]), requires_grad=False)
+        self.register_buffer("other", self.mask.detach().clone())
+
+    def forward(self, inputs):
+        return self.linear(self.norm(inputs)) + self.mask + self.other
+
+
+def test_infinite_masks_are_no_ruined_weights(tmp_path, data):
+    """Frozen parameters and buffers that are infinite from the start neither stop a fit nor keep checkpoints from it."""
+    x, y = data.tensors[0], data.tensors[1].clamp(max=1)
+    model = Masked(normalized=False).double()
+    spoilt = x.clone()
+    spoilt[0] = math.nan
+
+    class Guard(fw.Callback):
+        def on_gradients_ready(self, state):
+            if not state.model.linear.weight.grad.isfinite().all():
+                state.optimizer.zero_grad()
+
+    trainer = trainer_of(model, callbacks=[Guard(), fw.Checkpoint(tmp_path)])
+    result = trainer.fit([(x, y), (spoilt, y)], [(x, y)], epochs=2)
+    assert result.stop_reason is None
+    assert (tmp_path / "epoch-2.pt").exists()
+
+
+def test_ruined_statistics_of_a_batch_norm_stop_training_too(tmp_path, data):
+    """A NaN that reached a running mean stays there, though no gradient carried it into a weight."""
+    x, y = data.tensors[0], data.tensors[1].clamp(max=1)
+    spoilt = x.clone()
+    spoilt[0] = math.nan
+
+    class Guard(fw.Callback):
+        def on_gradients_ready(self, state):
+            if not state.model.linear.weight.grad.isfinite().all():
+                state.optimizer.zero_grad()
+
+    class Spoil(fw.Callback):
+        def on_epoch_start(self, state):
+            if state.progress.epoch == 1:
+                state.train_loader[0] = (spoilt, y)
+
+    trainer = trainer_of(Masked(normalized=True).double(), callbacks=[Guard(), Spoil(), fw.Checkpoint(tmp_path)])
+    result = trainer.fit([(x, y), (x, y)], [(x, y)], epochs=9)
+    assert result.stop_reason == "at step 4 the weights are no numbers any more (norm.running_mean is the first)"
+    assert (tmp_path / "epoch-1.pt").exists()
+    assert not (tmp_path / "epoch-2.pt").exists()

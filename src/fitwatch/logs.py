@@ -112,7 +112,7 @@ def _event_files(top: Path) -> Iterable[tuple[Path, list[Path]]]:
         seen.add(real)
         files = sorted(name for name in names if "tfevents" in name and not name.endswith(".profile-empty"))
         if files:
-            yield Path(place), [Path(place, name) for name in files]
+            yield Path(place), [file for name in files if (file := Path(place, name)).is_file()]  # no dangling link
 
 
 def _scalars(files: Iterable[Path]) -> dict[str, Points]:

@@ -16,6 +16,8 @@ from fitwatch.records import Histogram, Image, Marker, Name, Receiver, Record, R
 
 logger = logging.getLogger("fitwatch")
 
+_ASKED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128})
+
 
 @define(kw_only=True)
 class Progress:
@@ -91,6 +93,7 @@ class State:
     _ready: list[Record] = field(factory=list, init=False)
     _unlogged: bool = field(default=False, init=False)
     _warned: bool = field(default=False, init=False)
+    _masks: set[str] = field(factory=set, init=False)  # buffers with infinite values from the start
     _watched: list[tuple[str, str, str | None]] = field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -173,6 +176,7 @@ class State:
 
     def check(self) -> None:
         """What can be checked once all callbacks are set up: `check_watched`, and the settings of a resumed fit."""
+        self._masks = {name for name, buffer in self.model.named_buffers() if _odd(buffer)}
         if self.baseline is not None:
             self.names.add("val/loss_left")
         self.check_watched()
@@ -220,9 +224,12 @@ class State:
 
     @property
     def not_finite(self) -> str | None:
-        """Name of the first parameter with a value that is NaN or infinite; waits for the device."""
-        named = self.model.named_parameters()
-        return next((name for name, p in named if not bool(p.detach().isfinite().all())), None)
+        """Name of the first parameter that learns, or buffer, with a NaN or infinite value; waits for the device.
+
+        A buffer that had one when the fit began is a mask, say, and not ruined by training.
+        """
+        named = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return next((n for n, p in (*named, *self.model.named_buffers()) if _odd(p) and n not in self._masks), None)
 
     def gives_up(self) -> bool:
         """Ask for a stop if the loss since the last flush is no number, and the weights neither; all ranks call it."""
@@ -286,3 +293,8 @@ class State:
         """Bring the pending part of ``train_loss`` to the host."""
         total, weight = self.train_loss.pull()
         self._window_loss = (self._window_loss[0] + total, self._window_loss[1] + weight)
+
+
+def _odd(values: Tensor) -> bool:
+    """Whether some are NaN or infinite; dtypes of 8 bits can't be asked."""
+    return values.dtype in _ASKED and not bool(values.detach().isfinite().all())

@@ -290,7 +290,7 @@ class OverfittingRule:
         gap = val_loss - train_loss
         facts = Verdict(
             overfitting=self._overfitting,
-            status=self._status(val_loss, gap),
+            status=self._status(val_loss, gap, threshold),
             onset=self._onset,
             detected=self._detected,
             best=self._best,
@@ -330,7 +330,7 @@ class OverfittingRule:
             return None
         return math.ceil(self._paired.examples * (2 * error / rise) ** 2)
 
-    def _status(self, val_loss: float, gap: float) -> Status:
+    def _status(self, val_loss: float, gap: float, threshold: float) -> Status:
         if self._overfitting and math.isfinite(val_loss):
             return "overfitting"
         if not math.isfinite(val_loss) or (self._diverge_run >= self.hold and self._count > self.warmup):
@@ -338,7 +338,7 @@ class OverfittingRule:
         if self._count <= self.warmup:
             return "warming up"
         fall = 0.1 * self.min_rise * self._unit
-        if falls([loss for loss, _ in self._recent], fall):
+        if self._smoothed_rise <= threshold and falls([loss for loss, _ in self._recent], fall):
             return "improving"
         much_is_left = self._val > _LITTLE_LEARNED * self._first and not self._negative
         if much_is_left and gap <= self.min_rise * self._val and not falls([loss for _, loss in self._recent], fall):
