@@ -14,6 +14,14 @@ def trainer_of(model, *args, lr=0.1, **options):
     return fw.Trainer(model, torch.optim.SGD(model.parameters(), lr), *args, device="cpu", **options)
 
 
+class Guard(fw.Callback):
+    """Drops the gradients of a step with a NaN in them."""
+
+    def on_gradients_ready(self, state):
+        if any(p.grad is not None and not p.grad.isfinite().all() for p in state.model.parameters()):
+            state.optimizer.zero_grad()
+
+
 class Count(fw.Callback):
     """Counts hooks, and keeps the progress seen at each step."""
 
@@ -257,11 +265,6 @@ def test_training_stops_where_the_weights_are_no_numbers(model, data, caplog, va
 def test_a_loss_that_is_no_number_ends_nothing_while_the_weights_are_fine(model, data, caplog):
     """A step whose gradients the user drops leaves the weights as they are: one warning, and training goes on."""
     x, y = data.tensors
-
-    class Guard(fw.Callback):
-        def on_gradients_ready(self, state):
-            if any(not p.grad.isfinite().all() for p in state.model.parameters()):
-                state.optimizer.zero_grad()
 
     result = trainer_of(model, callbacks=Guard()).fit([(x * math.nan, y), (x, y)], [(x, y)], epochs=4)
     assert result.stop_reason is None
@@ -601,11 +604,6 @@ def test_infinite_masks_are_no_ruined_weights(tmp_path, data):
     spoilt = x.clone()
     spoilt[0] = math.nan
 
-    class Guard(fw.Callback):
-        def on_gradients_ready(self, state):
-            if not state.model.linear.weight.grad.isfinite().all():
-                state.optimizer.zero_grad()
-
     trainer = trainer_of(model, callbacks=[Guard(), fw.Checkpoint(tmp_path)])
     result = trainer.fit([(x, y), (spoilt, y)], [(x, y)], epochs=2)
     assert result.stop_reason is None
@@ -617,11 +615,6 @@ def test_ruined_statistics_of_a_batch_norm_stop_training_too(tmp_path, data):
     x, y = data.tensors[0], data.tensors[1].clamp(max=1)
     spoilt = x.clone()
     spoilt[0] = math.nan
-
-    class Guard(fw.Callback):
-        def on_gradients_ready(self, state):
-            if not state.model.linear.weight.grad.isfinite().all():
-                state.optimizer.zero_grad()
 
     class Spoil(fw.Callback):
         def on_epoch_start(self, state):
