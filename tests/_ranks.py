@@ -7,6 +7,7 @@ rank or one on each of two. What it returns is saved as ``FOLDER/SCENARIO-RANK.p
 import contextlib
 import io
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -389,6 +390,23 @@ def fails(_):
     model = network()
     fw.Trainer(model, sgd(model), callbacks=[Raises()]).fit(list(zip(x.split(2), y.split(2), strict=True)), epochs=50)
     return {}
+
+
+def ruined(folder):
+    """Statistics of a BatchNorm that become NaN on the last rank only, while the scaler keeps the weights fine."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+    x, y = torch.randn(64, 4), torch.arange(64) % 3
+    x[9] = math.nan  # in batch 1, which rank 1 gets
+    trainer = fw.Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        callbacks=[fw.Checkpoint(folder / "ruined", every_steps=1)],
+        precision="fp16",
+        log_every=2,
+    )
+    result = trainer.fit(list(zip(x.split(8), y.split(8), strict=True)), epochs=2)
+    return {"reason": result.stop_reason}
 
 
 if __name__ == "__main__":

@@ -252,3 +252,13 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
     outputs = [process.communicate(timeout=30) for process in processes]
     assert all(process.returncode != 0 for process in processes)
     assert "broken on one rank" in outputs[1][1]
+
+
+def test_statistics_that_one_rank_ruined_stop_all(tmp_path):
+    """A NaN in the BatchNorm of one rank ends both for the same reason, though only one of them can see it."""
+    processes = launch(tmp_path, ["ruined"])
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    first, second = (torch.load(tmp_path / f"ruined-{rank}.pt")["reason"] for rank in range(2))
+    assert first == second
+    assert "no numbers any more (0.running_mean" in first

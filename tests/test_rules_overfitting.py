@@ -518,3 +518,13 @@ def test_a_flat_loss_is_soon_a_plateau(fall):
     n = len(fall) + 40
     seen = verdicts([0.95**t for t in range(n)], [*fall, *[0.5] * 40])
     assert all(v.status == "plateau" for v in seen[len(fall) + 10 :])
+
+
+def test_one_low_loss_takes_no_verdict_back():
+    """A clear overfitting with one loss near the old minimum stays one, with its onset."""
+    val = np.concatenate([np.linspace(1, 0.6, 13), np.linspace(0.65, 2.4, 40)])
+    train = np.linspace(1, 0.1, len(val))
+    val[40] = 0.65
+    seen = verdicts(train, val)
+    assert all(v.overfitting for v in seen[25:])
+    assert len({v.onset for v in seen[25:]}) == 1

@@ -626,3 +626,36 @@ def test_ruined_statistics_of_a_batch_norm_stop_training_too(tmp_path, data):
     assert result.stop_reason == "at step 4 the weights are no numbers any more (norm.running_mean is the first)"
     assert (tmp_path / "epoch-1.pt").exists()
     assert not (tmp_path / "epoch-2.pt").exists()
+
+
+def test_buffers_that_are_no_statistics_are_left_alone(tmp_path, data):
+    """A sparse buffer, and a mask that is made at the first forward pass, keep no fit and no checkpoint from working."""
+
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+            self.register_buffer("adjacency", torch.eye(4).double().to_sparse(), persistent=False)
+
+        def forward(self, inputs):
+            if not hasattr(self, "mask"):
+                self.register_buffer("mask", torch.tensor([0.0, 0.0, -math.inf]), persistent=False)
+            return self.linear(torch.sparse.mm(self.adjacency, inputs.T).T) + self.mask
+
+    x, y = data.tensors[0], data.tensors[1].clamp(max=1)
+    trainer = trainer_of(Graph().double(), callbacks=fw.Checkpoint(tmp_path))
+    assert trainer.fit([(x, y)], [(x, y)], epochs=1).stop_reason is None
+    assert (tmp_path / "epoch-1.pt").exists()
+
+
+def test_weights_that_the_last_step_ruined_are_not_measured(model, data):
+    """A NaN that came with the last gradient before a validation, under a finite loss, is seen before it is best."""
+    x, y = data.tensors
+
+    class Spoil(fw.Callback):
+        def on_gradients_ready(self, state):
+            state.model[0].weight.grad[0, 0] = math.nan
+
+    result = trainer_of(model, callbacks=Spoil()).fit([(x, y)], [(x, y)], epochs=3)
+    assert "no numbers any more" in result.stop_reason
+    assert result.history == []

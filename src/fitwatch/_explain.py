@@ -134,11 +134,18 @@ def _refuse_targets(
             f"targets of the outputs' shape {tuple(target.shape)} are probabilities and must be "
             f"floating-point; {dtypes}{_single_logits(output)}"
         ) from cause
-    elif output.dim() == 1 and abs(float(target.sum()) - 1) > _NO_PROBABILITIES:
+    elif output.dim() == 1 and abs(_total(target) - 1) > _NO_PROBABILITIES:
         raise ValueError(
-            f"the probabilities of one example must sum to 1, got {float(target.sum()):.4g}; "
+            f"the probabilities of one example must sum to 1, got {_total(target):.4g}; "
             f"{_shapes(output, target)}{_single_logits(output)}"
         ) from cause
+
+
+def _total(target: Tensor) -> float:
+    try:
+        return float(target.sum())
+    except RuntimeError:  # no look at the values is possible, as within torch.func.vmap
+        return 1.0
 
 
 def _single_logits(output: Tensor) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from attrs import define, field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from fitwatch import distributed
 from fitwatch.baseline import Baseline
@@ -93,7 +95,6 @@ class State:
     _ready: list[Record] = field(factory=list, init=False)
     _unlogged: bool = field(default=False, init=False)
     _warned: bool = field(default=False, init=False)
-    _masks: set[str] = field(factory=set, init=False)  # buffers with infinite values from the start
     _watched: list[tuple[str, str, str | None]] = field(factory=list, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -176,7 +177,6 @@ class State:
 
     def check(self) -> None:
         """What can be checked once all callbacks are set up: `check_watched`, and the settings of a resumed fit."""
-        self._masks = {name for name, buffer in self.model.named_buffers() if _odd(buffer)}
         if self.baseline is not None:
             self.names.add("val/loss_left")
         self.check_watched()
@@ -224,20 +224,20 @@ class State:
 
     @property
     def not_finite(self) -> str | None:
-        """Name of the first parameter that learns, or buffer, with a NaN or infinite value; waits for the device.
+        """Name of the first parameter that learns, or statistic of a normalisation layer, that is NaN or infinite.
 
-        A buffer that had one when the fit began is a mask, say, and not ruined by training.
+        Waits for the device. All ranks call it, and one that has such a value is enough: statistics differ by rank.
+        Other buffers and frozen parameters may be infinite on purpose, as masks are.
         """
-        named = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        return next((n for n, p in (*named, *self.model.named_buffers()) if _odd(p) and n not in self._masks), None)
+        named: list[tuple[str, Tensor]] = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        for place, module in self.model.named_modules():
+            if isinstance(module, _NormBase):
+                named += [(f"{place}.{name}".lstrip("."), b) for name, b in module.named_buffers(recurse=False)]
+        return distributed.agree(next((name for name, values in named if _odd(values)), None))
 
     def gives_up(self) -> bool:
-        """Ask for a stop if the loss since the last flush is no number, and the weights neither; all ranks call it."""
-        self.pull_loss()
-        return self._lost(distributed.sums(self._window_loss)[0])
-
-    def _lost(self, total: float) -> bool:
-        name = None if math.isfinite(total) else self.not_finite
+        """Ask for a stop if the weights are no numbers, before they are measured; all ranks call it."""
+        name = self.not_finite
         if name is None:
             return False
         if self.stop_reason is None:
@@ -276,7 +276,8 @@ class State:
         total, weight, seen, asked = distributed.sums([*self._window_loss, self._seen, self._request is not None])
         if asked:
             self.agree()
-        self._lost(total)
+        if not math.isfinite(total):  # on all ranks
+            self.gives_up()
         self.examples, self._seen = self.examples + int(seen), 0
         self.records = self._ready + self._window.close(step)
         if weight:
@@ -296,5 +297,6 @@ class State:
 
 
 def _odd(values: Tensor) -> bool:
-    """Whether some are NaN or infinite; dtypes of 8 bits can't be asked."""
-    return values.dtype in _ASKED and not bool(values.detach().isfinite().all())
+    """Whether some are NaN or infinite; those that can't be asked, say of 8 bits, are not."""
+    can_be_asked = values.dtype in _ASKED and values.layout is torch.strided and not values.is_meta
+    return can_be_asked and not is_lazy(values) and not bool(values.detach().isfinite().all())

@@ -142,7 +142,7 @@ class Checkpoint(Callback):
             old.unlink()
 
     def _lost(self, state: State) -> bool:
-        """Whether there is nothing to save: all ranks have the same weights."""
+        """Whether there is nothing to save, on any rank."""
         name = state.not_finite
         if name is not None and not self._warned:
             self._warned = True

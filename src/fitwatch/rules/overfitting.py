@@ -23,7 +23,7 @@ _MOST = 1.9
 # Where nobody says how exact the losses are, this share of the loss stands in for the standard error and its multiple;
 # more while training is young, since the first minimum is soon replaced by a better one.
 _UNKNOWN, _YOUNG = 0.055, 10.0
-# A loss below this share of the smoothed one is no noise: the large one before it would hide what follows.
+# At first, a loss below this share of the smoothed one is no noise: the large one before would hide what follows.
 _FALLEN = 0.5
 # A loss that is still more than this share of the first one may be underfitting.
 _LITTLE_LEARNED = 0.1
@@ -33,8 +33,8 @@ _LITTLE_LEARNED = 0.1
 class OverfittingRule:
     """Fires when validation has risen clearly above its minimum while training went on falling.
 
-    Both curves are smoothed by a bias-corrected exponential mean V, T (Kingma & Ba 2015, section 3); V begins anew at a
-    loss below half of it. With m the minimum of V and T_m the value of T there, an evaluation shows a rise if::
+    Both curves are smoothed by a bias-corrected exponential mean V, T (Kingma & Ba 2015, section 3); up to
+    ``warmup``, V begins anew at a loss below its half. With m its minimum, T_m that of T there, a rise is shown if::
 
         V - m > threshold   and   T < T_m
         threshold^2 = (min_rise * m)^2 + (errors * e)^2 + (noise * R)^2
@@ -221,7 +221,7 @@ class OverfittingRule:
             self._first = median(value for value, _ in self._recent)
         if loss < self._best_value:
             self._best, self._best_value = self._index, loss
-        if self._val > loss > 0 and loss < _FALLEN * self._val:
+        if self._count <= self.warmup and 0 < loss < _FALLEN * self._val:
             self._val_weight = 0.0
         self._val_weight += alpha * (1 - self._val_weight)
         self._val += alpha / self._val_weight * (loss - self._val)
