@@ -150,8 +150,12 @@ def _total(target: Tensor) -> float:
 
 def _single_logits(output: Tensor) -> str:
     """What is likely meant by outputs without a class dimension."""
-    hint = f". Cross-entropy takes outputs of shape {tuple(output.shape)} for one example of {len(output)} classes"
-    return f"{hint}; for one logit per example use BinaryCrossEntropy" if output.dim() == 1 else ""
+    if output.dim() != 1:
+        return ""
+    return (
+        f". Cross-entropy takes outputs of shape {tuple(output.shape)} for one example of {len(output)} classes; "
+        "for one logit per example use BinaryCrossEntropy"
+    )
 
 
 def _refuse_labels(target: Tensor, num_classes: int, ignore_index: int | None, cause: Exception) -> None:

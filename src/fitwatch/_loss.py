@@ -36,7 +36,7 @@ class LossSum(NamedTuple):
         """Total over weight; nan where the weight is 0."""
         return self.total / self.weight
 
-    # Of tuples, nobody wants the sum here.
+    # A step adds a penalty or puts a factor before its loss: arithmetic on the mean, not that of tuples.
     def __add__(self, penalty: Any) -> LossSum:
         """The loss with a penalty added to its mean, 0-dim or a number."""
         if isinstance(penalty, tuple):
@@ -46,11 +46,11 @@ class LossSum(NamedTuple):
     def __radd__(self, penalty: Tensor | float) -> LossSum:
         return self + penalty
 
-    def __mul__(self, factor: Tensor | float) -> LossSum:  # type: ignore[override]
+    def __mul__(self, factor: Tensor | float) -> LossSum:  # type: ignore[override] # tuples repeat
         """The loss times a factor, 0-dim or a number."""
         return LossSum(self.total * factor, self.weight)
 
-    def __rmul__(self, factor: Tensor | float) -> LossSum:  # type: ignore[override]
+    def __rmul__(self, factor: Tensor | float) -> LossSum:  # type: ignore[override] # as above
         return self * factor
 
 
