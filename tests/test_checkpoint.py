@@ -461,3 +461,26 @@ def test_another_optimizer_is_refused_on_resume(tmp_path, data):
             continue
         with pytest.raises(ValueError, match="was saved with the optimizer Adam, and this fit has SGD"):
             trainer.fit([data.tensors], epochs=2, resume="auto")
+
+
+def test_ctrl_c_within_a_save_is_ctrl_c(tmp_path):
+    """A KeyboardInterrupt while the file is written stays one, and leaves the old file and no part of the new one."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def write_on():
+        while True:
+            checkpoint.write(tmp_path / "a.pt", content)
+
+    content = {str(i): torch.zeros(100_000) for i in range(100)}
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for k in range(1, 9):
+            checkpoint.write(tmp_path / "a.pt", {"x": 1})
+            signal.setitimer(signal.ITIMER_REAL, 0.02 + 0.003 * k)
+            with pytest.raises(KeyboardInterrupt):
+                write_on()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]

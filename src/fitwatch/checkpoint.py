@@ -86,6 +86,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+        if isinstance(error.__context__, KeyboardInterrupt):  # closing the file it was cut off in, torch raises anew
+            raise error.__context__ from None
         if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
             raise OSError(f"could not write the checkpoint {path}: {error}") from error
         raise
