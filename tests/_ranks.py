@@ -18,14 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 import fitwatch as fw
-from fitwatch import distributed
+from fitwatch import ranks
 
 WEIGHT = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
 
 
 def here():
     """Micro-batches of a step on each rank."""
-    return 2 // distributed.size()
+    return 2 // ranks.size()
 
 
 def network(seed=0, dropout=0.0, norm=False):
@@ -127,7 +127,7 @@ def samplers(_):
     for name in ("DistributedSampler", "in a batch sampler", "none"):
         loaders = []
         for data in (train, val):
-            sampler = DistributedSampler(data, distributed.size(), distributed.rank(), shuffle=data is train)
+            sampler = DistributedSampler(data, ranks.size(), ranks.rank(), shuffle=data is train)
             if name == "none":
                 loaders.append(DataLoader(data, 4))
             elif name == "DistributedSampler":
@@ -147,9 +147,9 @@ class Stream(IterableDataset):
         self.data = data
 
     def __iter__(self):
-        cut = 11 if distributed.size() > 1 else 31
-        parts = [range(cut), range(cut, 31)][: distributed.size()]
-        yield from ((self.data[0][i], self.data[1][i]) for i in parts[distributed.rank()])
+        cut = 11 if ranks.size() > 1 else 31
+        parts = [range(cut), range(cut, 31)][: ranks.size()]
+        yield from ((self.data[0][i], self.data[1][i]) for i in parts[ranks.rank()])
 
 
 def streams(_):
@@ -165,7 +165,7 @@ class StopsOne(fw.Callback):
     """Asks for the end on the last rank only, at the third step."""
 
     def on_step_end(self, state):
-        if state.progress.step == 3 and distributed.rank() == distributed.size() - 1:
+        if state.progress.step == 3 and ranks.rank() == ranks.size() - 1:
             state.request_stop("enough")
 
 
@@ -173,7 +173,7 @@ class FirstRankOnly(Stream):
     """Gives nothing to the other ranks."""
 
     def __iter__(self):
-        yield from zip(*self.data, strict=True) if distributed.rank() == 0 else ()
+        yield from zip(*self.data, strict=True) if ranks.rank() == 0 else ()
 
 
 def empty_part(_):
@@ -189,10 +189,10 @@ def empty_part(_):
 def outside(_):
     """Parameters of the optimizer that are in no module, a different start on each rank, buffers, and `validate`."""
     x, y = examples(9)
-    torch.manual_seed(distributed.rank())
+    torch.manual_seed(ranks.rank())
     scale = nn.Parameter(torch.randn((), dtype=torch.float64))
-    body = network(seed=distributed.rank(), norm=True)
-    model = DistributedDataParallel(body) if distributed.size() > 1 else body
+    body = network(seed=ranks.rank(), norm=True)
+    model = DistributedDataParallel(body) if ranks.size() > 1 else body
 
     class Scaled(fw.Trainer):
         def training_step(self, batch):
@@ -247,7 +247,7 @@ def wrapped(_):
     """A model in DistributedDataParallel, with buffers, one batch fewer on the last rank, and validation."""
     x, y = examples()
     model = network()
-    outer = DistributedDataParallel(model) if distributed.size() > 1 else model
+    outer = DistributedDataParallel(model) if ranks.size() > 1 else model
     batches = list(zip(x.split(7), y.split(7), strict=True))
     result = fw.Trainer(outer, sgd(model), fw.CrossEntropy(WEIGHT), accumulate=here()).fit(batches, batches, epochs=3)
     synced = getattr(outer, "require_backward_grad_sync", True)
@@ -257,10 +257,10 @@ def wrapped(_):
 def different_start(_):
     """Models that start differently, with a batch norm that sees different data: the weights and buffers at the end."""
     x, y = examples(48)
-    model = network(seed=distributed.rank(), norm=True)
-    model[0].running_mean += distributed.rank()
-    model.register_buffer("short", torch.full((2,), distributed.rank(), dtype=torch.int16))
-    model.register_buffer("expanded", torch.full((1,), float(distributed.rank())).expand(3))
+    model = network(seed=ranks.rank(), norm=True)
+    model[0].running_mean += ranks.rank()
+    model.register_buffer("short", torch.full((2,), ranks.rank(), dtype=torch.int16))
+    model.register_buffer("expanded", torch.full((1,), float(ranks.rank())).expand(3))
     batches = list(zip(x.split(6), y.split(6), strict=True))
     trainer = fw.Trainer(model, sgd(model), accumulate=here())
     result = trainer.fit(batches, batches, epochs=2)
@@ -282,7 +282,7 @@ def files(folder):
     x, y = examples(48)
     model = network()
     loader = DataLoader(TensorDataset(x, y), 6, shuffle=True)
-    name = f"files-{distributed.size()}"
+    name = f"files-{ranks.size()}"
     callbacks = [
         fw.TensorBoard(folder / name / "runs"),
         fw.Checkpoint(folder / name / "saved"),
@@ -309,7 +309,7 @@ def resume(folder):
     def make(name, seed):
         model = network(seed=seed, dropout=0.3)
         callbacks = [
-            fw.Checkpoint(folder / f"{name}-{distributed.size()}"),
+            fw.Checkpoint(folder / f"{name}-{ranks.size()}"),
             fw.EarlyStopping(patience=50, restore_best=False),
         ]
         loader = DataLoader(TensorDataset(x, y), 4, shuffle=True)
@@ -343,17 +343,17 @@ def refused(folder):
         except (ValueError, OSError, RuntimeError) as error:
             said[name] = str(error)
 
-    attempt("epochs", epochs=1 + distributed.rank())
-    attempt("callbacks", callbacks=[StopsOne()] * distributed.rank(), epochs=1)
-    attempt("accumulate", {"accumulate": 1 + distributed.rank()}, epochs=1)
-    attempt("val_loader", epochs=1, val_loader=None if distributed.rank() else batches)
+    attempt("epochs", epochs=1 + ranks.rank())
+    attempt("callbacks", callbacks=[StopsOne()] * ranks.rank(), epochs=1)
+    attempt("accumulate", {"accumulate": 1 + ranks.rank()}, epochs=1)
+    attempt("val_loader", epochs=1, val_loader=None if ranks.rank() else batches)
     norm = nn.SyncBatchNorm(4).double()
     attempt("norm", epochs=1, layer=norm)
-    kept = folder / f"kept-{distributed.size()}"
+    kept = folder / f"kept-{ranks.size()}"
     attempt("fresh", callbacks=[fw.Checkpoint(kept)], epochs=1)
     attempt("folder", callbacks=[fw.Checkpoint(kept)], epochs=1)
     checkpoint = folder / "whole-1" / "epoch-5.pt"
-    if distributed.size() > 1 and checkpoint.exists():
+    if ranks.size() > 1 and checkpoint.exists():
         attempt("checkpoint", epochs=9, resume=checkpoint)
     return said
 
@@ -383,7 +383,7 @@ def fails(_):
 
     class Raises(fw.Callback):
         def on_step_end(self, state):
-            if state.progress.step == 2 and distributed.rank() == distributed.size() - 1:
+            if state.progress.step == 2 and ranks.rank() == ranks.size() - 1:
                 raise RuntimeError("broken on one rank")
 
     x, y = examples()
@@ -411,7 +411,7 @@ def ruined(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    distributed.start(torch.device("cpu"))
+    ranks.start(torch.device("cpu"))
     for scenario in sys.argv[2:]:
         result = globals()[scenario](Path(sys.argv[1]))
-        torch.save(result, Path(sys.argv[1]) / f"{scenario}-{distributed.rank()}.pt")
+        torch.save(result, Path(sys.argv[1]) / f"{scenario}-{ranks.rank()}.pt")

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import fitwatch as fw
-from fitwatch import checkpoint
+from fitwatch import saving
 
 
 class Noisy(fw.Trainer):
@@ -101,7 +101,7 @@ def test_files_kept(tmp_path, data):
     trainer, train, val = make(tmp_path, data, keep=2, every_steps=3)
     result = trainer.fit(train, val, epochs=5)
     assert {"epoch-4.pt", "epoch-5.pt", "step-15.pt", "step-18.pt", "best.pt"} == {f.name for f in tmp_path.iterdir()}
-    best = checkpoint.read(tmp_path / "best.pt")
+    best = saving.read(tmp_path / "best.pt")
     assert result.best.step == best["progress"]["step"]
     for name, value in trainer.model.state_dict().items():  # early stopping restored the same epoch
         assert torch.equal(value, best["model"][name])
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused(tmp_path, data):
         fw.Trainer(other, optimizer, scheduler=scheduler).fit(train, val, epochs=2, resume=path)
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
         trainer.fit(train, val, epochs=2, resume=tmp_path / "nowhere.pt")
-    content = checkpoint.read(path)
+    content = saving.read(path)
     torch.save({**content, "format": 99}, tmp_path / "new.pt")
     with pytest.raises(ValueError, match="new.pt has checkpoint format 99.*reads format 1"):
         trainer.fit(train, val, epochs=2, resume=tmp_path / "new.pt")
@@ -151,7 +151,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, data):
         pickle.dump(Payload(), file)
     for name in ("epoch-9.pt", "epoch-10.pt"):
         with pytest.raises(ValueError, match=name):
-            checkpoint.read(tmp_path / name)
+            saving.read(tmp_path / name)
     assert not (tmp_path / "owned").exists()
 
 
@@ -167,11 +167,11 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_step_1(tmp_path, data):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     """When a write fails, the error names the path, the old file still reads, and nothing is left behind."""
     path = tmp_path / "a.pt"
-    checkpoint.write(path, {"format": 1, "value": 1})
+    saving.write(path, {"format": 1, "value": 1})
 
     with pytest.raises((OSError, AttributeError, pickle.PicklingError)):
-        checkpoint.write(path, {"format": 1, "value": lambda: None})
-    assert checkpoint.read(path)["value"] == 1
+        saving.write(path, {"format": 1, "value": lambda: None})
+    assert saving.read(path)["value"] == 1
     assert [path] == list(tmp_path.iterdir())
 
 
@@ -182,9 +182,9 @@ def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path):
         """
         import sys, torch
         from pathlib import Path
-        from fitwatch import checkpoint
+        from fitwatch import saving
         for i in range(10**9):
-            checkpoint.write(Path(sys.argv[1]), {"format": 1, "a": torch.full((500_000,), i), "b": torch.full((500_000,), i)})
+            saving.write(Path(sys.argv[1]), {"format": 1, "a": torch.full((500_000,), i), "b": torch.full((500_000,), i)})
             print(i, flush=True)
         """
     )
@@ -197,7 +197,7 @@ def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path):
                 process.wait(timeout=0.002 * attempt)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
-        content = checkpoint.read(path)
+        content = saving.read(path)
         assert len(set(content["a"].tolist()) | set(content["b"].tolist())) == 1
 
 
@@ -320,7 +320,7 @@ def test_a_compiled_model_and_itself_share_checkpoints(tmp_path, data):
     fw.Trainer(
         compiled, torch.optim.SGD(model.parameters(), 0.1), callbacks=[fw.Checkpoint(tmp_path)], device="cpu"
     ).fit(DataLoader(data, 16), epochs=1)
-    saved = checkpoint.read(tmp_path / "epoch-1.pt")["model"]
+    saved = saving.read(tmp_path / "epoch-1.pt")["model"]
     assert set(saved) == {"weight", "bias"}
     assert torch.equal(saved["weight"], model.weight)
 
@@ -384,11 +384,11 @@ def test_weights_that_are_no_numbers_replace_no_good_file(tmp_path, every_steps)
     files = {file.name for file in tmp_path.iterdir()}
     assert files == {"epoch-2.pt", "best.pt"} | ({"step-4.pt"} if every_steps else set())
     for name in files:
-        assert all(p.isfinite().all() for p in checkpoint.read(tmp_path / name)["model"].values())
+        assert all(p.isfinite().all() for p in saving.read(tmp_path / name)["model"].values())
 
 
 def best_step(folder):
-    return checkpoint.read(folder / "best.pt")["progress"]["step"]
+    return saving.read(folder / "best.pt")["progress"]["step"]
 
 
 def planned(folder, values, **options):
@@ -421,7 +421,7 @@ def test_the_best_of_another_run_is_put_aside(tmp_path, data):
     planned(tmp_path, [0.9, 0.5], every_epochs=None).fit(loader, loader, epochs=2)
     planned(tmp_path, [0.7], every_epochs=None).fit(loader, loader, epochs=1)
     assert best_step(tmp_path) == 1
-    assert checkpoint.read(tmp_path / "best.pt.old")["progress"]["step"] == 2
+    assert saving.read(tmp_path / "best.pt.old")["progress"]["step"] == 2
 
 
 def test_the_best_of_a_future_that_is_given_up_is_put_aside(tmp_path, data):
@@ -429,7 +429,7 @@ def test_the_best_of_a_future_that_is_given_up_is_put_aside(tmp_path, data):
     loader = [data.tensors]
     planned(tmp_path, [0.9, 0.8, 0.85, 0.5], keep=9).fit(loader, loader, epochs=4)
     planned(tmp_path, [0.95], keep=9).fit(loader, loader, epochs=4, resume=tmp_path / "epoch-3.pt")
-    assert checkpoint.read(tmp_path / "best.pt.old")["progress"]["step"] == 4
+    assert saving.read(tmp_path / "best.pt.old")["progress"]["step"] == 4
     assert not (tmp_path / "best.pt").exists()  # nothing since is better than the 0.8 of step 2
     planned(tmp_path, [0.7], keep=9).fit(loader, loader, epochs=5, resume="auto")
     assert best_step(tmp_path) == 5
@@ -471,13 +471,13 @@ def test_ctrl_c_within_a_save_is_ctrl_c(tmp_path):
 
     def write_on():
         while True:
-            checkpoint.write(tmp_path / "a.pt", content)
+            saving.write(tmp_path / "a.pt", content)
 
     content = {str(i): torch.zeros(100_000) for i in range(100)}
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for k in range(1, 9):
-            checkpoint.write(tmp_path / "a.pt", {"x": 1})
+            saving.write(tmp_path / "a.pt", {"x": 1})
             signal.setitimer(signal.ITIMER_REAL, 0.02 + 0.003 * k)
             with pytest.raises(KeyboardInterrupt):
                 write_on()

@@ -14,7 +14,8 @@ from torch.utils.data import (
     random_split,
 )
 
-from fitwatch.counting import count_classes
+from fitwatch.data.counting import count_classes
+from tests._ids import plain
 
 
 class Exposed(Dataset):
@@ -359,7 +360,7 @@ def test_a_pass_leaves_the_generators_alone_also_when_it_fails(workers):
         (TensorDataset(X, Y, -W - 1), ValueError, "sample_weight must be finite and at least 0"),
         (TensorDataset(X, Y, X), ValueError, r"sample_weight must have shape \(60,\)"),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_what_is_no_data_is_refused(data, error, match):
     """What holds no targets, iterators, and weights that are none are refused with what was given."""

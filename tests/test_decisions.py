@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fitwatch import CostMatrix
-from fitwatch.decisions import confusion_matrix, cost_optimal_decision, decide, probabilities_of, real_world_cost
+from fitwatch.losses.costs import confusion_matrix, cost_optimal_decision, decide, probabilities_of, real_world_cost
 
 FN = torch.tensor([1.0, 2, 5])
 FP = torch.tensor([[0.0, 1, 2], [3, 0, 1], [7, 2, 0]])

@@ -14,8 +14,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
 import fitwatch as fw
-from fitwatch._curves import LogError
 from fitwatch.logs import Diagnosis, Unusable, diagnose_logs, read
+from fitwatch.logs.curves import LogError
 from tests._server import noisy_data, overfitting_trainer
 
 # A model that overfits: validation turns at the twentieth of 60 evaluations, training goes on falling.

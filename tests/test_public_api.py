@@ -40,34 +40,54 @@ def test_public_names_are_sorted_and_exist():
     assert all(getattr(fw, name).__doc__ for name in fw.__all__)
 
 
+MODULES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in ROOT.rglob("*.py")}
+
+
+def room(module):
+    """The folder that a module lies in, or the module itself where it lies in none."""
+    return module.split("/")[0]
+
+
 def imports(path):
     """The modules of the package that a file imports, also within functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fitwatch":
-            yield from ([f"fitwatch.{a.name}" for a in node.names] if node.module == "fitwatch" else [node.module])
+            inside = node.module.split(".")[1:]
+            for alias in node.names:
+                found = [c for c in ("/".join([*inside, alias.name]), "/".join(inside)) if c in MODULES]
+                yield found[0] if found else "/".join([*inside, "__init__"])
         elif isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.startswith("fitwatch"))
+            assert not any(alias.name.startswith("fitwatch") for alias in node.names)
 
 
 def test_imports_run_one_way():
-    """The layers import downwards only, no callback imports the trainer, and rules, losses and costs know no training."""
-    layers = ["distributed", "sharding", "metrics", "records", "state", "callback", "callbacks", "trainer"]
-    apart = {"_options", "rules", "losses", "_loss", "_real_world", "_real_world_kernel", "_imbalanced"}
-    apart |= {"_cross_entropy", "_explain", "weighting", "decisions", "baseline"}
-    apart |= {"_curves", "logs", "cli", "__main__"}
-    for path in ROOT.rglob("*.py"):
-        name = path.relative_to(ROOT).with_suffix("").parts[0]
-        for module in imports(path):
-            other = module.split(".")[1]
-            if name in apart:
-                assert other in apart, f"{path.name} imports {module}"
-            elif name in layers and other in layers and name != other:
-                assert layers.index(other) < layers.index(name), f"{path.name} imports {module}"
+    """No folder or top-level module imports one that imports it in turn, over however many others."""
+    needs = {}
+    for name, path in MODULES.items():
+        needs.setdefault(room(name), set()).update(room(other) for other in imports(path))
+    assert needs["trainer"] - needs.keys() == set()
+    layers = []
+    while needs:
+        lowest = {name for name, others in needs.items() if not (others - {name}) & needs.keys()}
+        assert lowest, f"these import each other: {sorted(needs)}"
+        layers.append(lowest)
+        needs = {name: others for name, others in needs.items() if name not in lowest}
+    assert layers[-1] <= {"__init__", "__main__"}
 
 
-def test_files_stay_small():
-    """No file of the package has more than 400 lines."""
-    assert {p.name: n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400} == {}
+@pytest.mark.parametrize(("name", "allowed"), [("rules", {"options"}), ("losses", {"options"}), ("logs", {"rules"})])
+def test_rules_losses_and_logs_know_no_training(name, allowed):
+    """The rules, the losses and the reading of logs can be used, and tested, without a model or a loop."""
+    inside = {m: set(map(room, imports(path))) for m, path in MODULES.items() if room(m) == name}
+    assert {m: others - {name} - allowed for m, others in inside.items() if others - {name} - allowed} == {}
+
+
+def test_no_module_is_named_twice():
+    """The name of a module says which one is meant, without its folder."""
+    names = [m.rpartition("/")[2] for m in MODULES if not m.endswith("__init__")] + [
+        p.name for p in ROOT.iterdir() if p.is_dir()
+    ]
+    assert sorted(set(names)) == sorted(n for n in names if n != "__pycache__")
 
 
 def test_import_is_light():

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import fitwatch as fw
-from fitwatch._confusion_image import confusion_image
+from fitwatch.tensorboard.confusion import confusion_image
 
 COSTS = fw.CostMatrix([1.0, 2, 9], [[0.0, 0, 1], [4, 0, 0], [0, 3, 0]], classes=["low", "mid", "high"])
 

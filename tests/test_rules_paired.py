@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fitwatch.rules._paired import PairedRise, influences, standard_error
 from fitwatch.rules.overfitting import OverfittingRule, diagnose
+from fitwatch.rules.paired import PairedRise, influences, standard_error
 
 
 def plain_variance(difference, weights):

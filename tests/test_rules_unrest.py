@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fitwatch.rules._unrest import Trend, falls, unrest
+from fitwatch.rules.noise import Trend, falls, unrest
 from fitwatch.rules.overfitting import OverfittingRule
 
 

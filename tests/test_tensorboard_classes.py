@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fitwatch as fw
-from fitwatch.callbacks._class_counts import STEPS, ClassCounts, curve
+from fitwatch.tensorboard.classifier import STEPS, ClassCounts, curve
 from tests._events import read
 from tests._server import noisy_data, overfitting_trainer
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fitwatch as fw
-from fitwatch.callbacks._thinning import FULL, Thinner, horizon, merged
+from fitwatch.tensorboard.thinning import FULL, Thinner, horizon, merged
 from tests._events import points
 
 

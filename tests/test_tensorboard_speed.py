@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fitwatch as fw
-from fitwatch.callbacks import _clock
+from fitwatch.tensorboard import clock
 from tests._events import points, read
 
 
@@ -53,7 +53,7 @@ class Slow(fw.Trainer):
 
 def test_examples_per_second_and_epoch_seconds_leave_validation_out(tmp_path, monkeypatch):
     """With a second a batch: examples of the window over its batches, and an epoch's seconds are its batches."""
-    monkeypatch.setattr(_clock, "time", SimpleNamespace(perf_counter=lambda: Slow.now))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: Slow.now))
     trainer = fit(tmp_path, trainer=Slow)
     assert points(tmp_path / "run/train", "speed/examples_per_second") == [
         (2, 4.0), (4, 4.0), (5, 2.0), (7, 4.0), (9, 4.0), (10, 2.0),
@@ -64,7 +64,7 @@ def test_examples_per_second_and_epoch_seconds_leave_validation_out(tmp_path, mo
 
 def test_validation_within_an_epoch_is_left_out_too(tmp_path, monkeypatch):
     """With a validation after every third step the rates and seconds are the same as if there were none."""
-    monkeypatch.setattr(_clock, "time", SimpleNamespace(perf_counter=lambda: Slow.now))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: Slow.now))
     model = nn.Linear(3, 3)
     loader = [(torch.randn(4, 3), torch.arange(4) % 3)] * 5
     page = fw.TensorBoard(tmp_path, show_link=False)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fitwatch as fw
+from tests._ids import plain
 
 
 def trainer_of(model, *args, lr=0.1, **options):
@@ -379,7 +380,7 @@ def test_train_loss_is_kept_over_a_fit_that_never_logs(model, data):
         ({"loss": 3}, "loss.*3"),
         ({"unknown": 3}, "unknown"),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_options_out_of_range_are_refused(model, options, named):
     """A wrong option is refused when the Trainer is built: what was wrong, what was given, what is allowed."""
@@ -405,7 +406,7 @@ def test_options_are_keyword_only(model):
         ({"epochs": 1, "resume": "auto"}, "Checkpoint"),
         ({"epochs": 1, "resume": True}, 'resume must be a path or "auto", got True'),
     ],
-    ids=str,
+    ids=plain,
 )
 def test_fit_arguments_are_checked(model, data, arguments, named):
     """A wrong argument of fit is refused before step 1."""

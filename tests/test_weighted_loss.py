@@ -19,8 +19,8 @@ from torch.utils.data import (
 )
 
 import fitwatch as fw
-from fitwatch._imbalanced import ExpectedCost, Focal
-from fitwatch.weighting import SCHEMES
+from fitwatch.losses.imbalanced import ExpectedCost, Focal
+from fitwatch.losses.weighting import SCHEMES
 
 
 def fit(model, loader, spec="balanced", loss=None, **options):

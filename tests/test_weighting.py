@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fitwatch.weighting import SCHEMES, as_class_weights, class_weights, normalized
+from fitwatch.losses.weighting import SCHEMES, as_class_weights, class_weights, normalized
 
 COUNTS = [5000, 120, 3, 77]
 

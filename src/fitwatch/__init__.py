@@ -1,17 +1,14 @@
 """fitwatch: a small PyTorch Trainer that is exact about weighted losses and honest about overfitting."""
 
-from fitwatch.baseline import Baseline
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.callbacks.early_stopping import EarlyStopping
 from fitwatch.callbacks.gradient_norm import GradientNorm
-from fitwatch.callbacks.overfitting import OverfittingDetector
+from fitwatch.callbacks.overfitting_detector import OverfittingDetector
 from fitwatch.callbacks.progress_bar import ProgressBar
 from fitwatch.callbacks.real_world_cost import RealWorldCost
-from fitwatch.callbacks.tensorboard import TensorBoard
 from fitwatch.callbacks.weighted_loss import WeightedLoss
-from fitwatch.counting import count_classes
-from fitwatch.decisions import CostMatrix, confusion_matrix, cost_optimal_decision, real_world_cost
+from fitwatch.data.counting import count_classes
 from fitwatch.losses import (
     LDAM,
     BinaryCrossEntropy,
@@ -24,6 +21,9 @@ from fitwatch.losses import (
     MeanSquaredError,
     RealWorldCrossEntropy,
 )
+from fitwatch.losses.baseline import Baseline
+from fitwatch.losses.costs import CostMatrix, confusion_matrix, cost_optimal_decision, real_world_cost
+from fitwatch.losses.weighting import class_weights
 from fitwatch.metrics import WeightedMean
 from fitwatch.records import Histogram, Image, Marker, Record
 from fitwatch.result import Best, Result
@@ -31,8 +31,8 @@ from fitwatch.rules.gradients import GradientFinding, GradientRule, LayerGradien
 from fitwatch.rules.overfitting import OverfittingRule, Verdict, diagnose
 from fitwatch.rules.stopping import GL, PQ, UP, Patience, StoppingRule, StopReason
 from fitwatch.state import Progress, State
+from fitwatch.tensorboard import TensorBoard
 from fitwatch.trainer import Trainer
-from fitwatch.weighting import class_weights
 
 __all__ = [  # noqa: RUF022 - sorted() order, not that of isort
     "Baseline",

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from fitwatch import distributed
+from fitwatch import ranks
 from fitwatch.state import State
 
 HOOKS = (
@@ -134,7 +134,7 @@ class Callbacks(Callback):
                 hint = f" (write {c.__name__}())" if isinstance(c, type) else ""
                 raise TypeError(f"callbacks must hold Callback instances, got {c!r}{hint}")
             self.callbacks += c.callbacks if isinstance(c, Callbacks) else [c]
-        called = [c for c in self.callbacks if not (c.main_only and distributed.rank())]
+        called = [c for c in self.callbacks if not (c.main_only and ranks.rank())]
         called.sort(key=lambda c: c.runs_last)
         self._hooks: dict[str, list[Callable[[State], None]]] = {
             name: [getattr(c, name) for c in called if _overrides(c, name)] for name in HOOKS

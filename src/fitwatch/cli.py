@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fitwatch._curves import LogError
 from fitwatch.logs import Diagnosis, Unusable, diagnose_logs
+from fitwatch.logs.curves import LogError
 
 _HELP = """
 Reads TensorBoard's event files, whoever wrote them, and says of each run whether it overfitted, since when, which

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitwatch import distributed
+from fitwatch import ranks
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -70,9 +70,9 @@ class WeightedMean:
             return 0.0, 0.0
         weights = [w for w in self._weights if isinstance(w, Tensor)]
         new = to_host([torch.stack(values) for values in (self._totals, weights) if values])
-        total = distributed.exact_sum(new[0])
-        weight = distributed.exact_sum([w for w in self._weights if not isinstance(w, Tensor)])
-        weight += distributed.exact_sum(new[1]) if weights else 0.0
+        total = ranks.exact_sum(new[0])
+        weight = ranks.exact_sum([w for w in self._weights if not isinstance(w, Tensor)])
+        weight += ranks.exact_sum(new[1]) if weights else 0.0
         if self.bad is None and not math.isfinite(total):
             at = next((i for i, value in enumerate(new[0]) if not math.isfinite(value)), 0)
             if at or not self._folded:
@@ -84,10 +84,10 @@ class WeightedMean:
     def share(self) -> None:
         """Become the mean over all ranks."""
         self.pull()
-        self.total, self.weight = distributed.sums([self.total, self.weight])
+        self.total, self.weight = ranks.sums([self.total, self.weight])
         if not math.isfinite(self.total):
-            ranks = enumerate(distributed.gather(self.bad))
-            self.bad = min((i * distributed.size() + rank for rank, i in ranks if i is not None), default=None)
+            found = enumerate(ranks.gather(self.bad))
+            self.bad = min((i * ranks.size() + rank for rank, i in found if i is not None), default=None)
 
     def _fold(self) -> None:
         wide = torch.float32 if self._totals[0].device.type == "mps" else torch.float64
@@ -121,7 +121,7 @@ class Metrics:
                 raise ValueError(f"metrics can't be named {name!r}: val/{name} is taken by the validation loss")
             if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
                 self._objects[name] = metric
-                if distributed.size() > 1:
+                if ranks.size() > 1:
                     _show_all(metric)
             elif callable(metric):
                 self._functions[name] = metric

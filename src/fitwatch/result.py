@@ -2,7 +2,7 @@
 
 from attrs import frozen
 
-from fitwatch.baseline import Baseline
+from fitwatch.losses.baseline import Baseline
 from fitwatch.rules.overfitting import Verdict
 from fitwatch.state import State
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from fitwatch import loading
-from fitwatch._options import check_counts
 from fitwatch.callback import Callbacks
-from fitwatch.checkpoint import unwrap
-from fitwatch.gradients import parameters
-from fitwatch.sharding import gives_part
+from fitwatch.data import batches
+from fitwatch.data.sharding import gives_part
+from fitwatch.options import check_counts
+from fitwatch.saving import unwrap
+from fitwatch.step import parameters
 
 
 def describe(trainer: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def shared_facts(trainer: Any, train_loader: Any, val_loader: Any) -> dict[str, 
 def _shape(loader: Any) -> str:
     """Of a loader, as far as it has to be the same on all ranks."""
     kind = "none" if loader is None else type(loader).__name__
-    return kind if gives_part(loader) else f"{kind} of {loading.length(loader)} batches"
+    return kind if gives_part(loader) else f"{kind} of {batches.length(loader)} batches"
 
 
 def check_fit(
@@ -58,6 +58,6 @@ def check_fit(
         raise TypeError(f'resume must be a path or "auto", got {resume!r}')
     if validate_every is not None and val_loader is None:
         raise ValueError("validate_every needs a val_loader")
-    loading.check_loader("train_loader", train_loader)
+    batches.check_loader("train_loader", train_loader)
     if val_loader is not None:
-        loading.check_loader("val_loader", val_loader)
+        batches.check_loader("val_loader", val_loader)

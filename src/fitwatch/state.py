@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from fitwatch import distributed
-from fitwatch.baseline import Baseline
+from fitwatch import ranks
+from fitwatch.losses.baseline import Baseline
 from fitwatch.metrics import WeightedMean
 from fitwatch.records import Histogram, Image, Marker, Name, Receiver, Record, Reduction, Window
 
@@ -156,12 +156,12 @@ class State:
         Several ranks agree when they flush: one that stopped alone would leave the others waiting.
         """
         self._request = self._request or reason
-        if distributed.size() == 1:
+        if ranks.size() == 1:
             self.agree()
 
     def agree(self) -> None:
         """Stop if any rank has asked for it; all ranks call it."""
-        self.stop_reason = self.stop_reason or distributed.agree(self._request)
+        self.stop_reason = self.stop_reason or ranks.agree(self._request)
 
     def watch(self, monitor: str, mode: str | None, *, by: str) -> None:
         """Say that ``by`` depends on the metric ``monitor``; the first to do so defines what is best.
@@ -233,7 +233,7 @@ class State:
         for place, module in self.model.named_modules():
             if isinstance(module, _NormBase):
                 named += [(f"{place}.{name}".lstrip("."), b) for name, b in module.named_buffers(recurse=False)]
-        return distributed.agree(next((name for name, values in named if _odd(values)), None))
+        return ranks.agree(next((name for name, values in named if _odd(values)), None))
 
     def gives_up(self) -> bool:
         """Ask for a stop if the weights are no numbers, before they are measured; all ranks call it."""
@@ -273,7 +273,7 @@ class State:
         """Move what was logged since the last flush to the host and into ``records``; all ranks call it."""
         self.pull_loss()
         step = self.progress.step
-        total, weight, seen, asked = distributed.sums([*self._window_loss, self._seen, self._request is not None])
+        total, weight, seen, asked = ranks.sums([*self._window_loss, self._seen, self._request is not None])
         if asked:
             self.agree()
         if not math.isfinite(total):  # on all ranks

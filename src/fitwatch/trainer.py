@@ -10,18 +10,19 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fitwatch import checkpoint, distributed, loading
-from fitwatch._options import instance, integer, number, one_of
+from fitwatch import ranks, rng, saving
 from fitwatch.callback import Callback, Callbacks
-from fitwatch.evaluation import NO_BASELINE, Evaluation, expected_baseline
-from fitwatch.gradients import StepGradient, parameters, zero_grad
+from fitwatch.data import batches
+from fitwatch.data.sharding import ABSENT, Rounds, set_epoch
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.metrics import Metrics
+from fitwatch.options import instance, integer, number, one_of
 from fitwatch.result import Result
 from fitwatch.schedule import Schedule
 from fitwatch.settings import check_fit, describe, shared_facts
-from fitwatch.sharding import ABSENT, Rounds, set_epoch
 from fitwatch.state import Progress, State
+from fitwatch.step import StepGradient, parameters, zero_grad
+from fitwatch.validation import NO_BASELINE, Evaluation, expected_baseline
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,7 +74,7 @@ class Trainer:
     clip_norm: float | None = field(default=None, kw_only=True, validator=number(above=0, or_none=True))
     precision: str = field(default="fp32", kw_only=True, validator=one_of(*_AUTOCAST))
     metrics: Mapping[str, Any] | None = field(default=None, kw_only=True, validator=instance(Mapping, or_none=True))
-    device: torch.device = field(default="auto", kw_only=True, converter=loading.as_device)  # type: ignore[assignment] # before conversion
+    device: torch.device = field(default="auto", kw_only=True, converter=batches.as_device)  # type: ignore[assignment] # before conversion
     log_every: int = field(default=50, kw_only=True, validator=integer(1))
     seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
 
@@ -96,7 +97,7 @@ class Trainer:
         Returns:
             A `LossSum`, or a scalar tensor, which counts as the mean over the batch's examples.
         """
-        input, target, *weight = loading.parts(batch)
+        input, target, *weight = batches.parts(batch)
         return self.compute_loss(self.model(input), target, *weight)
 
     def validation_step(self, batch: Any) -> LossSum | Tensor:
@@ -107,7 +108,7 @@ class Trainer:
         Returns:
             As for `training_step`.
         """
-        input, target, *weight = loading.parts(batch)
+        input, target, *weight = batches.parts(batch)
         output = self.model(input)
         loss = self.compute_loss(output, target, *weight)  # first, since its errors are the clearest
         self.update_metrics(output, target, *weight)
@@ -115,7 +116,7 @@ class Trainer:
 
     def batch_size(self, batch: Any) -> int:
         """Examples in a batch, for scalar losses and for the speed; override it for own batch formats."""
-        return loading.batch_size(batch)
+        return batches.batch_size(batch)
 
     # -- to call -------------------------------------------------------------------------------------------------
 
@@ -169,9 +170,9 @@ class Trainer:
         """
         options = {"epochs": epochs, "max_steps": max_steps, "validate_every": validate_every, "resume": resume}
         check_fit(train_loader, val_loader, **options)
-        distributed.start(self.device)
+        ranks.start(self.device)
         self._hooks = Callbacks(self.callbacks)
-        distributed.refuse_differences({**options, **shared_facts(self, train_loader, val_loader)})
+        ranks.refuse_differences({**options, **shared_facts(self, train_loader, val_loader)})
         state = self.state = self._new_state(
             progress=self.state.progress,
             scaler=self.state.scaler,
@@ -182,14 +183,14 @@ class Trainer:
         )
         self._prepare(resume)
         try:
-            with distributed.failing_together():
+            with ranks.failing_together():
                 self._hooks.on_fit_start(state)
             state.agree()
             self._to_device()  # a callback may have put another loss in
             self._check_metrics()
-            with distributed.unsynchronised(self.model):
+            with ranks.unsynchronised(self.model):
                 self._loop(validate_every)
-            distributed.align([self.model], buffers_only=True)
+            ranks.align([self.model], buffers_only=True)
         except BaseException as error:
             state.error = error
             try:
@@ -208,10 +209,10 @@ class Trainer:
         Raises:
             ValueError: The loader gives no batch.
         """
-        distributed.start(self.device)
+        ranks.start(self.device)
         self._to_device()
         state = self.state
-        distributed.align([self.model], buffers_only=state.progress.step > 0)  # a fit has aligned the rest
+        ranks.align([self.model], buffers_only=state.progress.step > 0)  # a fit has aligned the rest
         own = loader is state.val_loader
         known = (state.baseline or NO_BASELINE) if own and state.baseline_measured else None
         evaluation = Evaluation(self._eval_loss, state.val_metrics, known, state.observers if own else ())
@@ -247,7 +248,7 @@ class Trainer:
         """One pass over the training batches; whether it reached the end."""
         state, progress = self.state, self.state.progress
         gradient, complete = StepGradient(self.optimizer, self.accumulate, state.scaler), True
-        rounds = Rounds(state.train_loader, together=distributed.in_step(self.model))
+        rounds = Rounds(state.train_loader, together=ranks.in_step(self.model))
         for batch in rounds:
             if batch is ABSENT:
                 gradient.skip()
@@ -364,13 +365,13 @@ class Trainer:
         progress.first_epoch, progress.first_step = progress.epoch, progress.step
         if not {id(p) for p in parameters(self.optimizer)} & {id(p) for p in self.model.parameters()}:
             raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
-        path = distributed.from_main(checkpoint.find(self._hooks.callbacks)) if resume == "auto" else resume
+        path = ranks.from_main(saving.find(self._hooks.callbacks)) if resume == "auto" else resume
         if path is not None:
-            with distributed.failing_together():
-                checkpoint.load(Path(path), state)
+            with ranks.failing_together():
+                saving.load(Path(path), state)
         elif self.seed is not None and progress.step == 0:
-            checkpoint.seed_all(self.seed + distributed.rank())  # rank 0 alone draws the order of the batches
-        distributed.align([self.model, state.loss], parameters(self.optimizer))
+            rng.seed_all(self.seed + ranks.rank())  # rank 0 alone draws the order of the batches
+        ranks.align([self.model, state.loss], parameters(self.optimizer))
         zero_grad(self.optimizer)
 
     def _check_metrics(self) -> None:
@@ -390,7 +391,7 @@ class Trainer:
                 loss.to(self.device)
 
     def _move(self, batch: Any) -> Any:
-        return batch if self.device.type == "cpu" else loading.to_device(batch, self.device)
+        return batch if self.device.type == "cpu" else batches.to_device(batch, self.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = _AUTOCAST[self.precision]

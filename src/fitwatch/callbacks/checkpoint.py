@@ -6,9 +6,9 @@ from typing import Any
 
 from attrs import define, field
 
-from fitwatch import checkpoint, distributed
-from fitwatch._options import instance, integer
+from fitwatch import ranks, saving
 from fitwatch.callback import Callback
+from fitwatch.options import instance, integer
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
@@ -62,7 +62,7 @@ class Checkpoint(Callback):
         """
         if state.progress.step == 0:
             self._best = None
-        if distributed.rank():
+        if ranks.rank():
             return
         if state.progress.step == 0 and (old := [*self._files("epoch"), *self._files("step")]):
             raise FileExistsError(
@@ -117,7 +117,7 @@ class Checkpoint(Callback):
         known = self._best
         if known is None or known[0] != state.monitor or sign * value < sign * known[1]:
             self._best = state.monitor, value
-            checkpoint.save(self.dir / "best.pt", state)
+            saving.save(self.dir / "best.pt", state)
 
     def state_dict(self) -> dict[str, Any]:
         """What ``best.pt`` is."""
@@ -132,11 +132,11 @@ class Checkpoint(Callback):
         path = self.dir / f"{kind}-{count}.pt"
         if self._lost(state):
             return
-        checkpoint.save(path, state)
-        if distributed.rank():
+        saving.save(path, state)
+        if ranks.rank():
             return
         if not self._readable:  # a state_dict with more than data in it is to fail now, not when it is needed
-            checkpoint.read(path)
+            saving.read(path)
             self._readable = True
         for old in self._files(kind)[: -self.keep]:
             old.unlink()
@@ -157,7 +157,7 @@ class Checkpoint(Callback):
 def _step_of(file: Path) -> int:
     """The step at which a checkpoint was saved; 0 if it can't be read."""
     try:
-        return int(checkpoint.read(file)["progress"]["step"])
+        return int(saving.read(file)["progress"]["step"])
     except ValueError:
         return 0
 

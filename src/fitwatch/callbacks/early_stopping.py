@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from attrs import define, field, fields
 
-from fitwatch._options import instance, integer, one_of
 from fitwatch.callback import Callback
-from fitwatch.callbacks._best_weights import BestWeights
-from fitwatch.callbacks._example_losses import ExampleLosses
+from fitwatch.callbacks.best_weights import BestWeights
+from fitwatch.callbacks.example_losses import ExampleLosses
 from fitwatch.losses import Loss
+from fitwatch.options import instance, integer, one_of
 from fitwatch.rules.stopping import Patience, StoppingRule, StopReason
 from fitwatch.state import State
 

@@ -6,7 +6,7 @@ from attrs import define
 from tqdm.auto import tqdm
 
 from fitwatch.callback import Callback
-from fitwatch.sharding import split_length
+from fitwatch.data.sharding import split_length
 from fitwatch.state import State
 
 _SHOWN = {"train/optim/loss": "loss", "train/loss": "train", "val/loss": "val"}

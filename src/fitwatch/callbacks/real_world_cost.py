@@ -7,15 +7,15 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from fitwatch._confusion_image import confusion_image
 from fitwatch.callback import Callback
-from fitwatch.decisions import (
+from fitwatch.losses.costs import (
     CostMatrix,
     as_cost_matrix,
     decide,
     probabilities_of,
 )
 from fitwatch.state import State
+from fitwatch.tensorboard.confusion import confusion_image
 
 
 @define(eq=False, slots=False)

@@ -9,13 +9,13 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.utils.data import WeightedRandomSampler
 
-from fitwatch._options import instance, integer, one_of
 from fitwatch.callback import Callback
-from fitwatch.counting import count_over_ranks
+from fitwatch.data.counting import count_over_ranks
+from fitwatch.data.sharding import sampler_of
 from fitwatch.losses import BinaryCrossEntropy, Loss
-from fitwatch.sharding import sampler_of
+from fitwatch.losses.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
+from fitwatch.options import instance, integer, one_of
 from fitwatch.state import State
-from fitwatch.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
 
 logger = logging.getLogger("fitwatch")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from attrs import define, evolve, field, frozen
 
-from fitwatch._options import integer, number
-from fitwatch.rules._clipping import ClipAdvice
-from fitwatch.rules._layer_memory import LayerMemory
+from fitwatch.options import integer, number
+from fitwatch.rules.clipping import ClipAdvice
+from fitwatch.rules.layer_memory import LayerMemory
 from fitwatch.rules.quantiles import LogHistogram
 
 _ENOUGH = 10  # norms that make a median to compare with

@@ -7,10 +7,10 @@ from typing import Any, Literal, SupportsFloat
 
 from attrs import astuple, define, evolve, field, fields
 
-from fitwatch._options import integer, number
-from fitwatch.rules._paired import PairedRise
-from fitwatch.rules._unrest import MIN_DIFFERENCES, Trend, falls, unrest
-from fitwatch.rules._verdict import Curves, Status, Verdict, evidence
+from fitwatch.options import integer, number
+from fitwatch.rules.evidence import Curves, Status, Verdict, evidence
+from fitwatch.rules.noise import MIN_DIFFERENCES, Trend, falls, unrest
+from fitwatch.rules.paired import PairedRise
 
 __all__ = ["OverfittingRule", "Verdict", "diagnose"]
 

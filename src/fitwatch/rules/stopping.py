@@ -11,8 +11,8 @@ import torch
 from attrs import define, field, fields, frozen
 from torch import Tensor
 
-from fitwatch._options import instance, integer, number, one_of
-from fitwatch.rules._paired import influences, standard_error
+from fitwatch.options import instance, integer, number, one_of
+from fitwatch.rules.paired import influences, standard_error
 
 _STANDARD_ERRORS = re.compile(r"(\d+\.?\d*|\.\d+)se")
 

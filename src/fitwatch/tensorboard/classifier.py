@@ -6,8 +6,8 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from fitwatch._loss import ClassLoss
 from fitwatch.losses import BinaryCrossEntropy, ExpectedCost, RealWorldCrossEntropy
+from fitwatch.losses.base import ClassLoss
 from fitwatch.state import State
 
 STEPS = 128

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fitwatch._cross_entropy import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, NegativeLogLikelihood
-from fitwatch._imbalanced import LDAM, ExpectedCost, Focal, LogitAdjusted
-from fitwatch._loss import Loss, LossSum
-from fitwatch._real_world import RealWorldCrossEntropy
+from fitwatch.losses.base import Loss, LossSum
+from fitwatch.losses.cross_entropy import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, NegativeLogLikelihood
+from fitwatch.losses.imbalanced import LDAM, ExpectedCost, Focal, LogitAdjusted
+from fitwatch.losses.real_world import RealWorldCrossEntropy
 
 __all__ = [
     "LDAM",

@@ -10,10 +10,10 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from fitwatch._cross_entropy import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, NegativeLogLikelihood
-from fitwatch._imbalanced import ExpectedCost
-from fitwatch._loss import ClassLoss, as_sample_weight, without_masked
-from fitwatch._real_world import RealWorldCrossEntropy
+from fitwatch.losses.base import ClassLoss, as_sample_weight, without_masked
+from fitwatch.losses.cross_entropy import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, NegativeLogLikelihood
+from fitwatch.losses.imbalanced import ExpectedCost
+from fitwatch.losses.real_world import RealWorldCrossEntropy
 
 MOST_CLASSES = 300
 """With more classes there is no baseline: the search for the best constant takes C^2 numbers a step."""

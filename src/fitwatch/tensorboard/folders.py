@@ -56,14 +56,14 @@ def go_back(run_dir: Path, step: int) -> None:
 
 
 def _go_back(run_dir: Path, step: int) -> None:
-    from fitwatch.callbacks import _events  # noqa: PLC0415 - a third of a second that only users of this pay
+    from fitwatch.tensorboard import events  # noqa: PLC0415 - a third of a second that only users of this pay
 
     shutil.rmtree(run_dir / "best", ignore_errors=True)  # of a fit that ended
     for folder in run_dir.iterdir():
         files = sorted(folder.glob("events.out.tfevents.*"))
         if folder.name in RUNS:
             for file in files:
-                _events.cut(file, step)
+                events.cut(file, step)
         elif any(when > step for when in map(_decided, files)):
             shutil.rmtree(folder)
 

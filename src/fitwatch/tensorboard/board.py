@@ -13,14 +13,14 @@ from typing import Any
 
 from attrs import asdict, define, field
 
-from fitwatch._confusion_image import confusion_image
-from fitwatch._options import instance
 from fitwatch.callback import Callback
-from fitwatch.callbacks import _class_counts, _folders, _page, _reports, _shortening, _thinning
-from fitwatch.callbacks._clock import Clock
-from fitwatch.callbacks._level import Level
+from fitwatch.options import instance
 from fitwatch.records import Histogram, Image, Marker, Record
 from fitwatch.state import State
+from fitwatch.tensorboard import classifier, folders, page, reports, shortening, thinning
+from fitwatch.tensorboard.clock import Clock
+from fitwatch.tensorboard.confusion import confusion_image
+from fitwatch.tensorboard.level import Level
 
 logger = logging.getLogger("fitwatch")
 
@@ -74,8 +74,8 @@ class TensorBoard(Callback):
         self.run_dir: Path | None = None  # known once fitting has started
         self._files: dict[str, Any] = {}
         self._metrics: list[str] = []
-        self._curves = _thinning.Thinner()
-        self._best_counts: _class_counts.Counts | None = None
+        self._curves = thinning.Thinner()
+        self._best_counts: classifier.Counts | None = None
         self._running = False
 
     def on_fit_start(self, state: State) -> None:
@@ -88,14 +88,14 @@ class TensorBoard(Callback):
         self._failure: OSError | None = None
         self._first_step = state.progress.step
         if self.run_dir is None or self._first_step == 0:
-            self.run_dir = _folders.new_folder(self.dir, self.name)
-            self._curves = _thinning.Thinner()
+            self.run_dir = folders.new_folder(self.dir, self.name)
+            self._curves = thinning.Thinner()
         elif state.resumed:  # what lies beyond the point of resumption did not happen
-            _folders.go_back(self.run_dir, self._first_step)
+            folders.go_back(self.run_dir, self._first_step)
         if not state.resumed:
             self._best_counts = None
         if crowded := self._curves.crowded():
-            self._curves.shortened(_shortening.shorten(self.run_dir, crowded))
+            self._curves.shortened(shortening.shorten(self.run_dir, crowded))
         self._curves.begin()
         self._running, self._begun = True, False
         self._tags: set[str] = set()
@@ -104,10 +104,10 @@ class TensorBoard(Callback):
         self._not_finite: set[tuple[str, str]] = set()  # sub-run and tag of the curves that had a value that is not
         self._level = Level(self._first_step)
         self._judged: Mapping[str, float] = state.metrics  # the newest evaluation that was seen
-        self._counts = _class_counts.ClassCounts(state)
+        self._counts = classifier.ClassCounts(state)
         state.observers.append(self._counts)
         self._clock = Clock(state.examples)
-        self._metrics = _page.metrics(state)
+        self._metrics = page.metrics(state)
         self._show_link()
 
     def on_epoch_start(self, state: State) -> None:
@@ -128,7 +128,7 @@ class TensorBoard(Callback):
 
     def on_log(self, state: State) -> None:
         """Write the records: one event for each sub-run and step."""
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - a third of a second that only users of this pay
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - a third of a second that only users of this pay
 
         self._begin(state)  # a loop of one's own may have no epochs
         now = state.progress.step
@@ -138,14 +138,14 @@ class TensorBoard(Callback):
         rate = self._clock.rate(state.examples)
         if rate is not None:
             numbers.setdefault("train", {})["speed/examples_per_second"] = rate, "mean"
-        horizon = _thinning.horizon(state)
+        horizon = thinning.horizon(state)
         for run, tags in numbers.items():
             others.setdefault((run, now), []).extend(self._points(run, now, tags, horizon))
         for (run, step, tag), text in texts.items():
-            others.setdefault((run, step), []).append(_events.text(tag, text))
+            others.setdefault((run, step), []).append(events.text(tag, text))
         if "loss" in numbers.get("train", ()) and len(self._tags) > self._charted:
             self._charted = len(self._tags)  # once at the first evaluation, and again where a chart is new
-            others["train", now].append(_events.layout(_page.charts(self._tags)))
+            others["train", now].append(events.layout(page.charts(self._tags)))
         for run, step in sorted(others):  # a text or a picture may be older than the window's end
             self._write(run, step, others[run, step])
         self._evaluated(state)
@@ -157,7 +157,7 @@ class TensorBoard(Callback):
         if state.progress.epoch_batch == 0:  # not cut short
             tags = {"speed/epoch_seconds": (seconds, "mean")}
             step = state.progress.step
-            self._write("train", step, self._points("train", step, tags, _thinning.horizon(state)))
+            self._write("train", step, self._points("train", step, tags, thinning.horizon(state)))
 
     def on_fit_end(self, state: State) -> None:
         """Write the dot at the best evaluation and the end report, and close the files.
@@ -197,7 +197,7 @@ class TensorBoard(Callback):
                 this run alone.
         """
         name = self.run_dir.name if self.run_dir is not None else self.name
-        return _page.compare_link(port, self._metrics) if compare else _page.link(port, name, self._metrics)
+        return page.compare_link(port, self._metrics) if compare else page.link(port, name, self._metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """The run's folder, where the curves stand, and the counts of the best evaluation."""
@@ -212,49 +212,49 @@ class TensorBoard(Callback):
         folder, counts = state_dict["run_dir"], state_dict["best_counts"]
         self.run_dir = Path(folder) if folder is not None and Path(folder).is_dir() else None
         self._curves.load_state_dict(state_dict["curves"])
-        self._best_counts = None if counts is None else _class_counts.Counts(**counts)
+        self._best_counts = None if counts is None else classifier.Counts(**counts)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _begin(self, state: State) -> None:
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
         if not self._begun:
-            self._metrics = _page.metrics(state)  # those of callbacks later in the list are known too
-            self._write("train", self._first_step, [_events.text("report/start", _reports.start(state))])
+            self._metrics = page.metrics(state)  # those of callbacks later in the list are known too
+            self._write("train", self._first_step, [events.text("report/start", reports.start(state))])
             if self._failure is not None:  # nothing is trained yet
                 raise self._failure
             self._begun = True
 
     def _points(self, run: str, step: int, tags: Mapping[str, tuple[float, str]], horizon: int) -> list[Any]:
         """The points to write now; the others wait to be merged."""
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
         self._tags.update(tags)
         points = []
         for tag, (value, merge) in tags.items():
             point = self._curves.add(f"{run}/{tag}", step, value, merge, horizon)
             if point is not None:
-                points.append(_events.scalar(tag, point[1]))
+                points.append(events.scalar(tag, point[1]))
         return points
 
     def _sorted(self, records: Iterable[Record], now: int) -> tuple[_Numbers, _Texts, _Others]:
         """Draw the bars among the records, and sort the others by their place."""
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
         numbers: _Numbers = {}
         texts: _Texts = {}
         others: _Others = {}
         for record in records:
-            run, tag = _page.run_and_tag(record.name)
+            run, tag = page.run_and_tag(record.name)
             if isinstance(record.value, Marker):
                 self._mark(record.name, record.step, record.value, now)
             elif isinstance(record.value, str):
                 self._tell(texts, (run, record.step, tag), record.value)
             elif isinstance(record.value, (Image, Histogram)):
-                others.setdefault((run, record.step), []).append(_events.picture(tag, record.value))
+                others.setdefault((run, record.step), []).append(events.picture(tag, record.value))
             else:
-                numbers.setdefault(run, {})[_page.curve(tag)] = record.value, record.merge
+                numbers.setdefault(run, {})[page.curve(tag)] = record.value, record.merge
         return numbers, texts, others
 
     def _tell(self, texts: _Texts, place: tuple[str, int, str], text: str) -> None:
@@ -279,19 +279,19 @@ class TensorBoard(Callback):
 
     def _write_rest(self) -> None:
         """Write the points that wait to be merged with more."""
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
-        events: dict[tuple[str, int], list[Any]] = {}
+        waiting: dict[tuple[str, int], list[Any]] = {}
         for curve, (step, value) in self._curves.rest():
             run, _, tag = curve.partition("/")
-            events.setdefault((run, step), []).append(_events.scalar(tag, value))
-        for run, step in sorted(events):
-            self._write(run, step, events[run, step])
+            waiting.setdefault((run, step), []).append(events.scalar(tag, value))
+        for run, step in sorted(waiting):
+            self._write(run, step, waiting[run, step])
         for step, value in self._level.rest():
-            self._write("baseline", step, [_events.scalar("loss", value)])
+            self._write("baseline", step, [events.scalar("loss", value)])
 
     def _write(self, run: str, step: int, values: list[Any], *, decided: int | None = None) -> None:
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
         if not values or self._failure is not None:
             return
@@ -300,8 +300,8 @@ class TensorBoard(Callback):
         try:
             if run not in self._files:
                 # A bar may be decided long after its place: its points are not to be taken for old ones.
-                how = (self._first_step, "") if decided is None else (0, _folders.decided(decided))
-                self._files[run] = _events.EventFile(self.run_dir / run, *how)
+                how = (self._first_step, "") if decided is None else (0, folders.decided(decided))
+                self._files[run] = events.EventFile(self.run_dir / run, *how)
             self._files[run].add(step, values)
             self._files[run].flush()
         except OSError as error:
@@ -310,7 +310,7 @@ class TensorBoard(Callback):
             logger.error("%s; nothing more is written, and the fit ends after this epoch", self._failure)  # noqa: TRY400 - the cause is named
 
     def _mark(self, name: str, step: int, marker: Marker, now: int) -> None:
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
         assert self.run_dir is not None
         first, number = name, 1
@@ -318,12 +318,12 @@ class TensorBoard(Callback):
             number += 1
             name = f"{first} {number}"
         # A line needs two points, and of two points at one step the server keeps one.
-        self._write(name, step, [_events.scalar("loss", marker.low)], decided=now)
-        self._write(name, step + 1, [_events.scalar("loss", marker.high)], decided=now)
+        self._write(name, step, [events.scalar("loss", marker.low)], decided=now)
+        self._write(name, step + 1, [events.scalar("loss", marker.high)], decided=now)
 
     def _evaluated(self, state: State) -> None:
         """Take note of a new evaluation: how far the baseline reaches, and what the best outputs were."""
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
         if state.metrics is self._judged:
             return
@@ -333,22 +333,22 @@ class TensorBoard(Callback):
         if state.baseline is not None and "val/loss" in state.metrics:
             level, loss = state.baseline.constant, state.metrics["val/loss"]
             for step, value in self._level.points(state.progress.step, level, loss):
-                self._write("baseline", step, [_events.scalar("loss", value)])
+                self._write("baseline", step, [events.scalar("loss", value)])
 
     def _best_outputs(self, best: Mapping[str, float]) -> list[Any]:
         """The confusion matrix and the precision-recall curves of the best evaluation, where they are known."""
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
         values, counts = [], self._best_counts
         if counts is not None and counts.matrix is not None:
             names = [str(k) for k in range(len(counts.matrix))]
             picture = confusion_image(counts.matrix, names, title=f"best epoch: {best['epoch']:g}")
-            values.append(_events.image("report/confusion", picture))
+            values.append(events.image("report/confusion", picture))
         if counts is not None and counts.scores is not None:
             scores = counts.scores.cpu()
             first = 1 if len(scores) == 1 else 0  # of two classes the curve is that of class 1
             values += [
-                _events.pr_curve(f"pr_curve/{k}", _class_counts.curve(scores[k - first]))
+                events.pr_curve(f"pr_curve/{k}", classifier.curve(scores[k - first]))
                 for k in range(first, first + len(scores))
             ]
         return values
@@ -357,31 +357,31 @@ class TensorBoard(Callback):
         if self.show_link and self.run_dir is not None:
             folder = shlex.quote(str(self.run_dir.parent))
             lines = [f"TensorBoard: tensorboard --logdir {folder}", f"  {self.link()}"]
-            if _folders.others(self.run_dir):
+            if folders.others(self.run_dir):
                 lines += ["all runs:", f"  {self.link(compare=True)}"]
             print("\n".join(lines))  # noqa: T201 - asked for
 
     def _end_report(self, state: State) -> list[Any]:
-        from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+        from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
         assert self.run_dir is not None
         settings = {name: value for name, value in state.settings.items() if name != "device"}
         group = self.run_dir.name if self.group is None else self.group
         if self.group is not None:
             settings["seed"] = "any"  # a row has one value of each setting, and this is what trials differ in
-        row = _events.hparams(settings, group, self._started, succeeded=state.error is None)
+        row = events.hparams(settings, group, self._started, succeeded=state.error is None)
         seconds = time.time() - self._started
-        report = _events.text("report/end", _reports.end(state, self.run_dir.name, seconds))
-        return [_events.scalar("report/seconds", seconds), report, *row]
+        report = events.text("report/end", reports.end(state, self.run_dir.name, seconds))
+        return [events.scalar("report/seconds", seconds), report, *row]
 
 
 def _best(best: Mapping[str, float]) -> list[Any]:
-    from fitwatch.callbacks import _events  # noqa: PLC0415 - as above
+    from fitwatch.tensorboard import events  # noqa: PLC0415 - as above
 
     dots = {name: v for name, v in best.items() if name.startswith("val/") and math.isfinite(v)}
     dots = dots or {"train/loss": best["train/loss"]}
-    values = [_events.scalar(_page.curve(_page.run_and_tag(name)[1]), v) for name, v in dots.items()]
-    values.append(_events.scalar("report/best_epoch", best["epoch"]))
+    values = [events.scalar(page.curve(page.run_and_tag(name)[1]), v) for name, v in dots.items()]
+    values.append(events.scalar("report/best_epoch", best["epoch"]))
     if "val/loss" in best:
-        values.append(_events.scalar("report/gap_at_best", best["val/loss"] - best["train/loss"]))
+        values.append(events.scalar("report/gap_at_best", best["val/loss"] - best["train/loss"]))
     return values

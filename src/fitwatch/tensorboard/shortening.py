@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fitwatch.callbacks import _thinning
+from fitwatch.tensorboard import thinning
 
 
 def shorten(run_dir: Path, curves: Mapping[str, tuple[str, float]]) -> dict[str, int]:
-    """Merge points of some curves, until each has `_thinning.FULL` at most. No file of the folder may be open.
+    """Merge points of some curves, until each has `thinning.FULL` at most. No file of the folder may be open.
 
     Args:
         run_dir: The folder of the run.
@@ -35,9 +35,9 @@ def shorten(run_dir: Path, curves: Mapping[str, tuple[str, float]]) -> dict[str,
 
 
 def _shorten(files: Sequence[Path], tags: Mapping[str, tuple[str, float]]) -> dict[str, int]:
-    from fitwatch.callbacks import _events  # noqa: PLC0415 - a third of a second that only users of this pay
+    from fitwatch.tensorboard import events  # noqa: PLC0415 - a third of a second that only users of this pay
 
-    contents = [[event for _, event in _events.events(file)] for file in files]
+    contents = [[event for _, event in events.events(file)] for file in files]
     points: dict[str, list[tuple[int, Any]]] = {tag: [] for tag in tags}  # step, and the value in its event
     for content in contents:
         for event in content:
@@ -46,7 +46,7 @@ def _shorten(files: Sequence[Path], tags: Mapping[str, tuple[str, float]]) -> di
                     points[value.tag].append((event.step, value))
     left = dict.fromkeys(tags, 0)
     for tag, curve in points.items():
-        new = _thinning.merged([(step, value.simple_value) for step, value in curve], *tags[tag])
+        new = thinning.merged([(step, value.simple_value) for step, value in curve], *tags[tag])
         for (_, value), number in zip(curve, new, strict=True):
             if number is None:
                 value.Clear()  # no value is without a tag but these
@@ -54,7 +54,7 @@ def _shorten(files: Sequence[Path], tags: Mapping[str, tuple[str, float]]) -> di
                 value.simple_value = number
                 left[tag] += 1
     for file, content in zip(files, contents, strict=True):
-        _events.rewrite(file, [event.SerializeToString() for event in content if _tidy(event)])
+        events.rewrite(file, [event.SerializeToString() for event in content if _tidy(event)])
     return left
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import asdict, define
 
-from fitwatch.sharding import split_length
+from fitwatch.data.sharding import split_length
 from fitwatch.state import State
 
 FULL = 500

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitwatch._cross_entropy import CrossEntropy
-from fitwatch._loss import ClassLoss, Loss, LossSum, as_classes, as_two_classes
-from fitwatch.decisions import CostMatrix, as_cost_matrix
+from fitwatch.losses.base import ClassLoss, Loss, LossSum, as_classes, as_two_classes
+from fitwatch.losses.costs import CostMatrix, as_cost_matrix
+from fitwatch.losses.cross_entropy import CrossEntropy
 
 
 class Focal(ClassLoss):

@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import frozen
 
-from fitwatch._curves import LogError, Logged, Pair, Points, Series, find, guess, listed
+from fitwatch.logs.curves import LogError, Logged, Pair, Points, Series, find, guess, listed
 from fitwatch.rules.overfitting import Verdict, diagnose
 
 

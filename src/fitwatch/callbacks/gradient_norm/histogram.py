@@ -1,6 +1,4 @@
-"""Histograms: counted, and written as TensorBoard reads them."""
-
-from typing import Any
+"""Histograms of the values of a tensor."""
 
 import torch
 from torch import Tensor
@@ -23,18 +21,3 @@ def count(values: Tensor) -> Histogram | None:
     index = torch.bucketize(values, edges[1:-1], right=True)
     counts = torch.bincount(index, minlength=BUCKETS)
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()), values.sum().item(), values.square().sum().item())
-
-
-def proto(histogram: Histogram) -> Any:
-    """As TensorBoard's ``HistogramProto``, which has the upper limit of each bucket, and the lowest value apart."""
-    from tensorboard.compat.proto.histogram_pb2 import HistogramProto  # noqa: PLC0415 - only users of it pay
-
-    return HistogramProto(
-        min=histogram.edges[0],
-        max=histogram.edges[-1],
-        num=sum(histogram.counts),
-        sum=histogram.sum,
-        sum_squares=histogram.sum_squares,
-        bucket_limit=histogram.edges[1:],
-        bucket=histogram.counts,
-    )

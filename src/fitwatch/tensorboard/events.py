@@ -9,6 +9,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.histogram_pb2 import HistogramProto
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -19,7 +20,6 @@ from tensorboard.plugins.pr_curve import metadata as pr_curve_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from fitwatch.callbacks._histogram import proto
 from fitwatch.records import Histogram, Image
 
 # title -> "lines" and tags as regular expressions, or "margin" and three plain tags: value, lower, upper
@@ -111,7 +111,7 @@ def image(tag: str, picture: Image) -> Any:
 
 def histogram(tag: str, values: Histogram) -> Any:
     """A histogram."""
-    return Summary.Value(tag=tag, histo=proto(values))
+    return Summary.Value(tag=tag, histo=_histogram_proto(values))
 
 
 def picture(tag: str, value: Image | Histogram) -> Any:
@@ -173,3 +173,16 @@ def hparams(values: Mapping[str, Any], group: str, started: float, *, succeeded:
 def _string(tag: str, metadata: Any, content: bytes, shape: Any) -> Any:
     tensor = TensorProto(dtype="DT_STRING", string_val=[content], tensor_shape=shape)
     return Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+
+
+def _histogram_proto(histogram: Histogram) -> Any:
+    """As TensorBoard's ``HistogramProto``, which has the upper limit of each bucket, and the lowest value apart."""
+    return HistogramProto(
+        min=histogram.edges[0],
+        max=histogram.edges[-1],
+        num=sum(histogram.counts),
+        sum=histogram.sum,
+        sum_squares=histogram.sum_squares,
+        bucket_limit=histogram.edges[1:],
+        bucket=histogram.counts,
+    )

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from attrs import asdict, define, evolve, field
 
-from fitwatch._options import instance, integer, one_of
 from fitwatch.callback import Callback
-from fitwatch.callbacks._best_weights import BestWeights
-from fitwatch.callbacks._example_losses import ExampleLosses
-from fitwatch.callbacks._probe import TrainProbe
-from fitwatch.callbacks._remedies import card
+from fitwatch.callbacks.best_weights import BestWeights
+from fitwatch.callbacks.example_losses import ExampleLosses
+from fitwatch.callbacks.overfitting_detector.probe import TrainProbe
+from fitwatch.callbacks.overfitting_detector.remedies import card
+from fitwatch.options import instance, integer, one_of
 from fitwatch.rules.overfitting import OverfittingRule, Verdict
 from fitwatch.state import State
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate, default_convert
 
-from fitwatch import distributed, loading
-from fitwatch._loss import FAILURES, ClassLoss, Loss
-from fitwatch.baseline import Baseline, TargetSums
-from fitwatch.counting import exposed_targets
+from fitwatch import ranks
+from fitwatch.data import batches
+from fitwatch.data.counting import exposed_targets
+from fitwatch.data.sharding import split
 from fitwatch.losses import BinaryCrossEntropy, LossSum, MeanSquaredError, apply
+from fitwatch.losses.base import FAILURES, ClassLoss, Loss
+from fitwatch.losses.baseline import Baseline, TargetSums
 from fitwatch.metrics import Metrics, WeightedMean, evaluating
-from fitwatch.sharding import split
 
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
 """Stands for none, and that there is none to look for."""
@@ -51,13 +52,13 @@ class Evaluation:
         for observer in observers:
             observer.reset()
         # On some rank: what observes may be on one only.
-        self._watched = distributed.size() > 1 and any(distributed.gather(bool(metrics or observers)))
+        self._watched = ranks.size() > 1 and any(ranks.gather(bool(metrics or observers)))
         counted = self._targets is not None and self._targets.known
-        self._shared = distributed.size() > 1 and (self._watched or counted)
+        self._shared = ranks.size() > 1 and (self._watched or counted)
 
     def run(self, model: nn.Module, batches: Iterable[Any], step: Callable[[Any], LossSum]) -> dict[str, float]:
         """Evaluate a model: `add` what ``step`` gives for each batch, in eval mode without gradients, then `values`."""
-        with evaluating(model), distributed.unsynchronised(model):
+        with evaluating(model), ranks.unsynchronised(model):
             for number, batch in enumerate(split(batches)):
                 try:
                     self.add(*step(batch))
@@ -66,9 +67,9 @@ class Evaluation:
                 except Exception as error:
                     error.add_note(f"in an evaluation (validation, or the probe of the training set), batch {number}")
                     raise
-            if distributed.size() > 1:
+            if ranks.size() > 1:
                 self._share(next((p.device for p in model.parameters()), torch.device("cpu")))
-        return distributed.from_main(self.values())
+        return ranks.from_main(self.values())
 
     def apply(self, output: Any, target: Any, sample_weight: Any = None) -> LossSum | Tensor:
         """The loss that is measured."""
@@ -104,13 +105,13 @@ class Evaluation:
         means = [self._mean] if self._unweighted is None else [self._mean, self._unweighted[1]]
         for mean in means:
             mean.share()
-        self._batches = int(distributed.sums([self._batches])[0])
+        self._batches = int(ranks.sums([self._batches])[0])
         if self._shared:
             kept = [tuple(_copied(part) for part in seen) for seen in self._kept]
-            for together in zip_longest(*distributed.gather(kept)):
+            for together in zip_longest(*ranks.gather(kept)):
                 for seen in together:
                     if seen is not None:
-                        self._see(*(part if _is_meta(part) else loading.to_device(part, device) for part in seen))
+                        self._see(*(part if _is_meta(part) else batches.to_device(part, device) for part in seen))
         self._kept = []
 
     @property

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
-from fitwatch import distributed
-from fitwatch.loading import length
+from fitwatch import ranks
+from fitwatch.data.batches import length
 
 ABSENT: Final = object()
 """In place of a batch, on a rank that has none where others still have."""
@@ -35,9 +35,9 @@ class Rounds:
     def __init__(self, loader: Iterable[Any], *, together: bool = False) -> None:
         self._batches = split(loader)
         self.total = length(self._batches)
-        if distributed.size() > 1:
+        if ranks.size() > 1:
             counted = isinstance(self._batches, Sequence) or _is_indexed(self._batches)  # else it may be wrong
-            lengths = distributed.gather(self.total if counted else None)
+            lengths = ranks.gather(self.total if counted else None)
             if together and (None in lengths or len(set(lengths)) > 1):
                 raise ValueError(
                     "SyncBatchNorm waits for all ranks in every batch, so they need the same number of batches, got "
@@ -46,14 +46,14 @@ class Rounds:
             self.total = None if None in lengths else max(n for n in lengths if n is not None)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches) if distributed.size() == 1 else self._together()
+        return iter(self._batches) if ranks.size() == 1 else self._together()
 
     def _together(self) -> Iterator[Any]:
         done = 0
         batches = iter(self._batches)
         while self.total is None or done < self.total:
             batch = next(batches, ABSENT)
-            if self.total is None and not distributed.sums([float(batch is not ABSENT)])[0]:
+            if self.total is None and not ranks.sums([float(batch is not ABSENT)])[0]:
                 return
             yield batch
             done += 1
@@ -67,10 +67,10 @@ def split(loader: Iterable[Any]) -> Iterable[Any]:
     is taken, without the examples that it repeats to make all parts equal; that of another sampler with
     ``num_replicas`` as it is. Any other iterable, and a loader without a length, is to give each rank its own part.
     """
-    if distributed.size() == 1:
+    if ranks.size() == 1:
         return loader
     if isinstance(loader, Sequence):
-        return loader[distributed.rank() :: distributed.size()]
+        return loader[ranks.rank() :: ranks.size()]
     if not isinstance(loader, DataLoader) or not _is_indexed(loader):
         return loader
     if loader not in _known:
@@ -83,12 +83,12 @@ def split_length(loader: Iterable[Any]) -> int | None:
     batches = length(loader)
     if batches is None or gives_part(loader):
         return batches
-    return -(-batches // distributed.size())
+    return -(-batches // ranks.size())
 
 
 def gives_part(loader: Any) -> bool:
     """Whether ``loader`` gives this rank a part by itself, and would not give the whole."""
-    if distributed.size() == 1 or isinstance(loader, Sequence):
+    if ranks.size() == 1 or isinstance(loader, Sequence):
         return False
     return not _is_indexed(loader) or _deals_out(loader)
 
@@ -144,12 +144,12 @@ class _EveryNth(Sampler[Any]):
         self._source = source
 
     def __iter__(self) -> Iterator[Any]:
-        order = distributed.from_main(None if distributed.rank() else list(self._source))
+        order = ranks.from_main(None if ranks.rank() else list(self._source))
         assert order is not None
-        yield from order[distributed.rank() :: distributed.size()]
+        yield from order[ranks.rank() :: ranks.size()]
 
     def __len__(self) -> int:
-        return len(range(distributed.rank(), len(self._source), distributed.size()))
+        return len(range(ranks.rank(), len(self._source), ranks.size()))
 
 
 class _WithoutPadding(Sampler[Any]):

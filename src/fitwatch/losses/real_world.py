@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitwatch._explain import refuse_logits
-from fitwatch._loss import FAILURES, PRECISE, Loss, LossSum, as_classes, precise
-from fitwatch._real_world_kernel import real_world_losses
-from fitwatch.decisions import CostMatrix, Costs, as_cost_matrix, check_costs
+from fitwatch.losses.base import FAILURES, PRECISE, Loss, LossSum, as_classes, precise
+from fitwatch.losses.costs import CostMatrix, Costs, as_cost_matrix, check_costs
+from fitwatch.losses.errors import refuse_logits
+from fitwatch.losses.real_world_kernel import real_world_losses
 
 
 class RealWorldCrossEntropy(Loss):

@@ -22,11 +22,11 @@ from torch.utils.data import (
 )
 from tqdm.auto import tqdm
 
-from fitwatch import distributed
-from fitwatch._loss import as_sample_weight, without_masked
-from fitwatch.checkpoint import rng_state, set_rng_state
-from fitwatch.loading import generators_of, length, parts
-from fitwatch.sharding import gives_part, split
+from fitwatch import ranks
+from fitwatch.data.batches import generators_of, length, parts
+from fitwatch.data.sharding import gives_part, split
+from fitwatch.losses.base import as_sample_weight, without_masked
+from fitwatch.rng import rng_state, set_rng_state
 
 _Known = tuple[Tensor, Tensor | None]  # all targets, and the weights of the examples where there are some
 
@@ -104,7 +104,7 @@ def count_over_ranks(loader: Any, **options: Any) -> Tensor:
     """
     if not gives_part(loader) or exposed_targets(loader) is not None:
         return count_classes(loader, **options)
-    counts, *others = distributed.gather(count_classes(split(loader), **options))
+    counts, *others = ranks.gather(count_classes(split(loader), **options))
     for new in others:
         counts = _added(counts, new)
     return counts

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fitwatch.distributed import local_device
+from fitwatch.ranks import local_device
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

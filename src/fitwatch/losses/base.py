@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from fitwatch._explain import refuse_classes
-from fitwatch.weighting import as_class_weights
+from fitwatch.losses.errors import refuse_classes
+from fitwatch.losses.weighting import as_class_weights
 
 PRECISE = frozenset({torch.float32, torch.float64})
 """The dtypes that losses compute in; outputs in half precision are computed in float32."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from fitwatch import distributed, loading
-from fitwatch.checkpoint import rng_state, set_rng_state
+from fitwatch import ranks
+from fitwatch.data import batches
+from fitwatch.rng import rng_state, set_rng_state
 from fitwatch.state import State
 
 MOST = 2000
@@ -55,7 +56,7 @@ class TrainProbe:
     def collect(self, batch: Any) -> None:
         """Keep a copy of a training batch, until there are enough."""
         try:
-            size = loading.batch_size(batch)
+            size = batches.batch_size(batch)
         except TypeError as error:
             self.collects, self.reason = False, str(error)
             return
@@ -81,13 +82,13 @@ class TrainProbe:
                     self._batches = self._choose(state, wanted)
             except TypeError as error:
                 self.reason = str(error)
-            self.reason = distributed.agree(self.reason)  # all ranks measure, or none
+            self.reason = ranks.agree(self.reason)  # all ranks measure, or none
         if self.reason is not None or state.measure is None:
             return None
-        batches = self._batches or []
+        probe = self._batches or []
         saved = rng_state()  # augmentation draws random numbers, and training is to go on as without a probe
         try:
-            return state.measure(iter(batches) if self._first else batches)  # collected ones are each rank's own
+            return state.measure(iter(probe) if self._first else probe)  # collected ones are each rank's own
         finally:
             set_rng_state(saved)
 
@@ -109,17 +110,17 @@ class TrainProbe:
                 generator=generator,  # its own: an iterator draws a seed for its workers
             )
         if isinstance(loader, Sequence):
-            batches = [loader[i] for i in torch.randperm(len(loader), generator=generator).tolist()]
+            candidates = [loader[i] for i in torch.randperm(len(loader), generator=generator).tolist()]
         else:  # each rank has its own
-            batches, wanted = self._first, max(1, wanted // distributed.size())
+            candidates, wanted = self._first, max(1, wanted // ranks.size())
         kept: list[Any] = []
-        for batch in batches:
-            size = loading.batch_size(batch)
+        for batch in candidates:
+            size = batches.batch_size(batch)
             if kept and self.examples + size > wanted:
                 break
             kept.append(batch)
             self.examples += size
-        if not any(distributed.gather(bool(kept))):
+        if not any(ranks.gather(bool(kept))):
             raise TypeError("no training batch was seen before the first validation")
         return kept
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fitwatch.checkpoint import unwrap
+from fitwatch.saving import unwrap
 
 
 class BestWeights:

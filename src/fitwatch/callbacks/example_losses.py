@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fitwatch.losses import Loss
-from fitwatch.rules._paired import influences, standard_error
+from fitwatch.rules.paired import influences, standard_error
 from fitwatch.state import State
 
 

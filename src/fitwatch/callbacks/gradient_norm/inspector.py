@@ -10,13 +10,13 @@ from typing import Any
 from attrs import define, field
 from torch import Tensor
 
-from fitwatch._options import instance, integer
 from fitwatch.callback import Callback
-from fitwatch.callbacks import _histogram
-from fitwatch.callbacks._gradient_reading import Figures, Place, Reading
-from fitwatch.checkpoint import unwrap
+from fitwatch.callbacks.gradient_norm import histogram
+from fitwatch.callbacks.gradient_norm.reading import Figures, Place, Reading
+from fitwatch.options import instance, integer
 from fitwatch.records import Histogram
 from fitwatch.rules.gradients import GradientRule, LayerGradient
+from fitwatch.saving import unwrap
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
@@ -363,7 +363,7 @@ class GradientNorm(Callback):
         return values
 
     def _count_histograms(self) -> dict[str, Histogram]:
-        counted = {layer: _histogram.count(values) for layer, values in self._values.items()}
+        counted = {layer: histogram.count(values) for layer, values in self._values.items()}
         self._values = {}
         return {f"train/params/gradient/{layer}": h for layer, h in counted.items() if h is not None}
 

@@ -8,8 +8,6 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 """
 
 import os
-import random
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +18,9 @@ from attrs import asdict
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fitwatch import distributed
-from fitwatch.loading import generators_of
+from fitwatch import ranks
+from fitwatch.data.batches import generators_of
+from fitwatch.rng import rng_state, set_rng_state
 from fitwatch.state import Progress, State
 
 FORMAT = 1
@@ -43,10 +42,10 @@ def save(path: Path, state: State) -> None:
         OSError: It could not be written; the message names the path, and what stood there still stands.
     """
     state.pull_loss()
-    train_loss = distributed.sums([state.train_loss.total, state.train_loss.weight])
+    train_loss = ranks.sums([state.train_loss.total, state.train_loss.weight])
     generators = [g.get_state() for g in generators_of(state.train_loader, state.val_loader)]
-    (rng, generators), *others = distributed.gather((rng_state(), generators))
-    if distributed.rank():
+    (rng, generators), *others = ranks.gather((rng_state(), generators))
+    if ranks.rank():
         return
     content = {
         "format": FORMAT,
@@ -139,9 +138,9 @@ def load(path: Path, state: State) -> None:
         state.callbacks.load_state_dict(content["callbacks"])
     state.progress, state.history = progress, content["history"]
     state.metrics = state.history[-1] if state.history else {}
-    if distributed.rank() == 0:  # a sum over the ranks
+    if ranks.rank() == 0:  # a sum over the ranks
         state.train_loss.total, state.train_loss.weight = content["train_loss"]
-    own = [content, *content["other_ranks"]][distributed.rank()]
+    own = [content, *content["other_ranks"]][ranks.rank()]
     for generator, saved in zip(generators, own["generators"], strict=True):
         generator.set_state(saved)
     set_rng_state(own["rng"])
@@ -157,14 +156,6 @@ def find(callbacks: Iterable[Any]) -> Path | None:
     raise ValueError('resume="auto" needs a Checkpoint among the callbacks, to know the folder')
 
 
-def seed_all(seed: int) -> None:
-    """Seed torch, Python and (where it is in use) NumPy."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
 def _refuse(path: Path, content: dict[str, Any], state: State, progress: Progress, generators: int) -> None:
     """Raise ValueError if ``content`` can't be resumed from, before anything of ``state`` is changed."""
     if progress.epoch_batch:
@@ -172,10 +163,10 @@ def _refuse(path: Path, content: dict[str, Any], state: State, progress: Progres
             f"{path} was saved before the end of an epoch (epoch {progress.epoch}, after {progress.epoch_batch} "
             "batches); training resumes at the boundary of an epoch only: use a checkpoint saved by every_epochs"
         )
-    ranks = 1 + len(content["other_ranks"])
-    if ranks != distributed.size():
+    saved_by = 1 + len(content["other_ranks"])
+    if saved_by != ranks.size():
         raise ValueError(
-            f"{path} was saved by {ranks} rank{'s' * (ranks > 1)}, and this fit has {distributed.size()}: a step would "
+            f"{path} was saved by {saved_by} rank{'s' * (saved_by > 1)}, and this fit has {ranks.size()}: a step would "
             "have other examples than it had"
         )
     kind, now = content["settings"].get("optimizer"), type(state.optimizer).__name__
@@ -195,29 +186,3 @@ def _loss_parameters(state: State) -> dict[str, Tensor]:
     """What a loss learns; its class weights are not among it: they are the business of who gave them."""
     loss = state.loss
     return {name: p.detach() for name, p in loss.named_parameters()} if isinstance(loss, nn.Module) else {}
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of torch's, Python's and (where it is in use) NumPy's global generators, as primitives."""
-    kind, python, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [kind, list(python), gauss]}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [name, keys.tolist(), *(float(r) if isinstance(r, float) else int(r) for r in rest)]
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Take back what `rng_state` gave."""
-    torch.set_rng_state(state["torch"])
-    kind, python, gauss = state["python"]
-    random.setstate((kind, tuple(python), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
-    if "numpy" in state:
-        import numpy as np  # noqa: PLC0415 - tensorboard brings it along; not worth an import where unused
-
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - the global one

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fitwatch import distributed
+from fitwatch import ranks
 from fitwatch.state import State
 
 
@@ -25,7 +25,7 @@ class StepGradient:
         self.optimizer, self.accumulate, self.scaler = optimizer, accumulate, scaler
         self.weights: list[Tensor | float] = []  # sum(w) of each micro-batch so far
         self._rates: list[float | Tensor] = []  # of the last step, one for each group of parameters
-        self._single = accumulate == 1 and distributed.size() == 1
+        self._single = accumulate == 1 and ranks.size() == 1
         self._guess: Tensor | float | None = None  # of the weight of a step, where float16 needs one
 
     def backward(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> None:
@@ -54,19 +54,19 @@ class StepGradient:
         """The guess; the first one from the first micro-batch of all ranks, which therefore have to ask together."""
         if self._guess is None:
             held = parameters(self.optimizer)
-            self._guess = _positive(distributed.total([weight], held[0]) * self.accumulate)
+            self._guess = _positive(ranks.total([weight], held[0]) * self.accumulate)
         return self._guess
 
     def finish(self) -> None:
         """Make the gradients those of the fraction, unscaled."""
         weights, self.weights = self.weights, []
         held = [] if self._single else parameters(self.optimizer)
-        distributed.add_gradients(held)
+        ranks.add_gradients(held)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self._single:
             return
-        total = distributed.total(weights, held[0])
+        total = ranks.total(weights, held[0])
         gradients = [p.grad for p in held if p.grad is not None]
         if not gradients:
             return

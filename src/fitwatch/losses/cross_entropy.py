@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitwatch._explain import refuse_logits, refuse_shapes
-from fitwatch._loss import FAILURES, PRECISE, ClassLoss, Loss, LossSum, precise
+from fitwatch.losses.base import FAILURES, PRECISE, ClassLoss, Loss, LossSum, precise
+from fitwatch.losses.errors import refuse_logits, refuse_shapes
 
 # One kernel that gives both the sum and its weight: the exact fraction for the price of the mean.
 _nll_loss = torch.ops.aten.nll_loss_forward.default

@@ -1,0 +1,5 @@
+"""The overfitting detector."""
+
+from fitwatch.callbacks.overfitting_detector.detector import OverfittingDetector
+
+__all__ = ["OverfittingDetector"]

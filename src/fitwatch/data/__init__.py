@@ -1,0 +1,1 @@
+"""Batches and loaders: taking batches apart, sharing them among ranks, counting classes."""

@@ -1,0 +1,41 @@
+"""The global random generators of torch, Python and NumPy."""
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, Python and (where it is in use) NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of torch's, Python's and (where it is in use) NumPy's global generators, as primitives."""
+    kind, python, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [kind, list(python), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [name, keys.tolist(), *(float(r) if isinstance(r, float) else int(r) for r in rest)]
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Take back what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    kind, python, gauss = state["python"]
+    random.setstate((kind, tuple(python), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    if "numpy" in state:
+        import numpy as np  # noqa: PLC0415 - tensorboard brings it along; not worth an import where unused
+
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - the global one
