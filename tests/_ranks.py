@@ -100,7 +100,7 @@ def everything(_):
     train = DataLoader(TensorDataset(x, y), 4, shuffle=True)
     val = DataLoader(TensorDataset(*examples(41, seed=2)), 6)
     model = network()
-    detector = fw.OverfittingDetector(rule=fw.OverfittingRule(min_rise=0.01, errors=0.01, noise=0.1))
+    detector = fw.OverfittingDetector(rule=fw.rules.OverfittingRule(min_rise=0.01, errors=0.01, noise=0.1))
     stopping = fw.EarlyStopping(patience=25, min_delta="1se")
     trainer = fw.Trainer(
         model,
@@ -116,7 +116,7 @@ def everything(_):
         "verdict": asdict(result.verdict),
         "stop_reason": result.stop_reason,
         "weights": [p.detach() for p in model.parameters()],
-        "examples": trainer.state.examples,
+        "examples": trainer.state.train_loss.examples,
     }
 
 
@@ -158,7 +158,11 @@ def streams(_):
     loader = DataLoader(Stream(examples()), 4)
     trainer = fw.Trainer(model, sgd(model, 0.0), callbacks=[fw.WeightedLoss("balanced")])
     result = trainer.fit(loader, loader, epochs=2)
-    return {"history": result.history, "examples": trainer.state.examples, "weight": trainer.state.loss.weight}
+    return {
+        "history": result.history,
+        "examples": trainer.state.train_loss.examples,
+        "weight": trainer.state.loss.weight,
+    }
 
 
 class StopsOne(fw.Callback):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fitwatch as fw
+from fitwatch.expected_baseline import expected_baseline
 from fitwatch.losses.baseline import Baseline, TargetSums
-from fitwatch.validation import expected_baseline
 from tests._losses import labels, logits
 
 Y = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
@@ -179,7 +179,7 @@ def test_absent_classes_and_a_single_one():
 def test_there_is_none_for_a_loss_of_ones_own_or_too_many_classes():
     """Functions, own losses, 301 classes and no targets at all have no baseline."""
 
-    class Mine(fw.Loss):
+    class Mine(fw.losses.Loss):
         def unreduced(self, output, target):
             return (output.argmax(1) != target).double(), 1.0
 

@@ -3,6 +3,7 @@
 import math
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import fitwatch as fw
-from fitwatch import saving
+from fitwatch import health, saving
 
 
 class Noisy(fw.Trainer):
@@ -132,11 +133,32 @@ def test_what_does_not_fit_is_refused(tmp_path, data):
         trainer.fit(train, val, epochs=2, resume=tmp_path / "nowhere.pt")
     content = saving.read(path)
     torch.save({**content, "format": 99}, tmp_path / "new.pt")
-    with pytest.raises(ValueError, match="new.pt has checkpoint format 99.*reads format 1"):
+    with pytest.raises(ValueError, match=r"new.pt was written by .*\(checkpoint format 99\).*reads format 2 only"):
         trainer.fit(train, val, epochs=2, resume=tmp_path / "new.pt")
     (tmp_path / "part.pt").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="part.pt can't be read"):
         trainer.fit(train, val, epochs=2, resume=tmp_path / "part.pt")
+
+
+def test_a_checkpoint_of_format_1_is_refused_with_both_versions(tmp_path, data):
+    """A file of fitwatch 0.1, which named no version, is refused by a sentence that names 0.1 and this version."""
+    trainer, train, val = make(tmp_path, data)
+    trainer.fit(train, val, epochs=1)
+    content = saving.read(tmp_path / "epoch-1.pt")
+    assert (content["format"], content.pop("version")) == (2, fw.__version__)
+    old = tmp_path / "old.pt"
+    saving.write(old, {**content, "format": 1})
+    again, train, val = make(tmp_path / "again", data)
+    sentence = (
+        f"{old} was written by fitwatch 0.1 (checkpoint format 1), and this is fitwatch {fw.__version__}, which reads "
+        "format 2 only: finish that training with the version that started it, or load the weights alone: "
+        "torch.load(path)['model']"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        again.fit(train, val, epochs=2, resume=old)
+    assert again.state.progress.step == 0
+    weights = torch.load(old)["model"]
+    assert all(torch.equal(weights[name], value) for name, value in content["model"].items())
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path, data):
@@ -146,7 +168,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, data):
         def __reduce__(self):
             return (open, (str(tmp_path / "owned"), "w"))
 
-    torch.save({"format": 1, "model": Payload()}, tmp_path / "epoch-9.pt")
+    torch.save({"format": saving.FORMAT, "model": Payload()}, tmp_path / "epoch-9.pt")
     with (tmp_path / "epoch-10.pt").open("wb") as file:
         pickle.dump(Payload(), file)
     for name in ("epoch-9.pt", "epoch-10.pt"):
@@ -167,10 +189,10 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_step_1(tmp_path, data):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     """When a write fails, the error names the path, the old file still reads, and nothing is left behind."""
     path = tmp_path / "a.pt"
-    saving.write(path, {"format": 1, "value": 1})
+    saving.write(path, {"format": saving.FORMAT, "value": 1})
 
     with pytest.raises((OSError, AttributeError, pickle.PicklingError)):
-        saving.write(path, {"format": 1, "value": lambda: None})
+        saving.write(path, {"format": saving.FORMAT, "value": lambda: None})
     assert saving.read(path)["value"] == 1
     assert [path] == list(tmp_path.iterdir())
 
@@ -182,9 +204,10 @@ def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path):
         """
         import sys, torch
         from pathlib import Path
-        from fitwatch import saving
+        from fitwatch import health, saving
         for i in range(10**9):
-            saving.write(Path(sys.argv[1]), {"format": 1, "a": torch.full((500_000,), i), "b": torch.full((500_000,), i)})
+            content = {"format": saving.FORMAT, "a": torch.full((500_000,), i), "b": torch.full((500_000,), i)}
+            saving.write(Path(sys.argv[1]), content)
             print(i, flush=True)
         """
     )
@@ -351,7 +374,7 @@ def test_what_a_loss_learns_is_resumed(tmp_path, data):
 
 
 @pytest.mark.parametrize("every_steps", [None, 1])
-def test_weights_that_are_no_numbers_replace_no_good_file(tmp_path, every_steps):
+def test_non_finite_weights_replace_no_good_file(tmp_path, every_steps):
     """When the inputs turn NaN in the third epoch, the files of the second stay, and no NaN is best by a finite metric."""
     torch.manual_seed(0)
     x, y = torch.randn(40, 4), torch.cat([torch.zeros(36), torch.ones(4)]).long()
@@ -378,9 +401,9 @@ def test_weights_that_are_no_numbers_replace_no_good_file(tmp_path, every_steps)
         device="cpu",
     )
     result = trainer.fit([(x.clone(), y)] * 2, [(x, y)], epochs=9)
-    assert "no numbers any more" in result.stop_reason
+    assert "non-finite weights at step 6 (weight is the first)" in result.stop_reason
     assert len(result.history) == 2
-    assert trainer.state.not_finite is None  # restored
+    assert health.not_finite(trainer.model) is None  # restored
     files = {file.name for file in tmp_path.iterdir()}
     assert files == {"epoch-2.pt", "best.pt"} | ({"step-4.pt"} if every_steps else set())
     for name in files:

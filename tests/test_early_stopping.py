@@ -85,9 +85,8 @@ def test_the_strictly_best_is_restored_whatever_min_delta_is():
 
 def test_relative_min_delta_and_max_mode():
     """In max mode with a relative min_delta of 10 %, 1.05 after 1.0 is no improvement, 1.2 is."""
-    trainer = Scripted(
-        [1.0, 1.05, 1.2, 1.21, 1.22], fw.EarlyStopping(mode="max", patience=2, min_delta=0.1, relative=True)
-    )
+    rule = fw.rules.Patience(mode="max", patience=2, min_delta=0.1, relative=True)
+    trainer = Scripted([1.0, 1.05, 1.2, 1.21, 1.22], fw.EarlyStopping(rule=rule))
     result = trainer.go()
     assert len(result.history) == 5
     assert trainer.weight == 5.0  # 1.22 is the highest
@@ -150,7 +149,7 @@ def test_a_metric_whose_direction_is_unknown_needs_a_mode():
     """val/accuracy without mode is refused before step 1: "min" would restore the worst weights."""
     metrics = {"accuracy": lambda o, t: 0.0}
     trainer = Scripted([1, 2], fw.EarlyStopping("val/accuracy"), metrics=metrics)
-    with pytest.raises(ValueError, match='EarlyStopping needs mode="min" or mode="max" for .val/accuracy'):
+    with pytest.raises(ValueError, match='EarlyStopping monitors .val/accuracy.: give mode="min" or mode="max"'):
         trainer.go()
     assert trainer.weight == 0.0
 
@@ -177,8 +176,10 @@ def test_the_detector_says_since_when(caplog):
     assert len(caplog.records) == 1
     assert verdict.gap == pytest.approx(OVERFIT[-1] - FALLING[-1])
     entry = result.history[verdict.onset]
-    bars = [r for r in records if isinstance(r.value, fw.Marker)]
-    assert [fw.Record("overfitting", entry["step"], fw.Marker(entry["train/loss"], entry["val/loss"]))] == bars
+    bars = [r for r in records if isinstance(r.value, fw.records.Marker)]
+    assert [
+        fw.records.Record("overfitting", entry["step"], fw.records.Marker(entry["train/loss"], entry["val/loss"]))
+    ] == bars
     assert [pytest.approx(v - t, abs=1e-6) for v, t in zip(OVERFIT, FALLING, strict=True)] == [
         r.value for r in records if r.name == "val/overfit/gap"
     ]

@@ -20,6 +20,14 @@ class ByValidation(Scripted):
         return torch.tensor(float(self.losses[len(self.state.history)]))
 
 
+class Seen(Scripted):
+    """Shows its validation batches to the metrics."""
+
+    def validation_step(self, batch):
+        self.update_metrics(batch, batch)
+        return super().validation_step(batch)
+
+
 class Errors(fw.Callback):
     """Announces a standard error of the validation loss, and puts it among the metrics."""
 
@@ -27,7 +35,7 @@ class Errors(fw.Callback):
         self.errors = errors
 
     def on_fit_start(self, state):
-        state.names.add("val/loss_se")
+        state.history.names.add("val/loss_se")
 
     def on_validation_end(self, state):
         state.metrics["val/loss_se"] = self.errors[len(state.history) - 1]
@@ -67,9 +75,9 @@ def test_relative_min_delta_points_the_right_way_for_negative_scores(mode):
     """The bound best * (1 - delta) lies on the wrong side of a negative best: gains of 5 % would count, or losses of 5 %."""
     sign = 1 if mode == "max" else -1
     gains = [-100.0 + 5 * i * sign for i in range(6)]  # 5 % of the first each: every third is an improvement of 10 %
-    stop = fw.EarlyStopping(mode=mode, patience=2, min_delta=0.12, relative=True)
+    stop = fw.EarlyStopping(rule=fw.rules.Patience(mode=mode, patience=2, min_delta=0.12, relative=True))
     assert len(Scripted(gains, stop).go().history) == 3
-    stop = fw.EarlyStopping(mode=mode, patience=2, min_delta=0.08, relative=True)
+    stop = fw.EarlyStopping(rule=fw.rules.Patience(mode=mode, patience=2, min_delta=0.08, relative=True))
     assert Scripted(gains, stop).go().stop_reason is None
 
 
@@ -130,7 +138,7 @@ class Names(fw.Callback):
         self.name = name
 
     def on_fit_start(self, state):
-        state.names.add(self.name)
+        state.history.names.add(self.name)
 
 
 def test_a_metric_that_was_announced_and_does_not_come_is_an_error_that_lists_the_others():
@@ -181,20 +189,22 @@ def test_the_best_is_restored_at_the_end_of_training(limit):
 @pytest.mark.parametrize(
     ("losses", "options", "reason", "sentence", "best"),
     [
-        ([5, 4, 4, 4], {"patience": 2}, fw.StopReason.PATIENCE, "no improvement over 4 in 2 evaluations", 2),
-        ([5, 4, 1, 1], {"stopping_threshold": 2.0}, fw.StopReason.THRESHOLD, "1 has reached the threshold 2", 3),
-        ([5, 4, 9, 1], {"divergence_threshold": 6.0}, fw.StopReason.DIVERGED,
-         "9 is worse than the divergence threshold 6", 2),
-        ([5, 4, NAN, 1], {"check_finite": True}, fw.StopReason.NOT_FINITE, "it is nan at evaluation 3", 2),
-        ([5, 4, 5, 1], {"rule": fw.GL(20)}, fw.StopReason.RISEN,
+        ([5, 4, 4, 4], {"patience": 2}, fw.rules.StopReason.PATIENCE, "no improvement over 4 in 2 evaluations", 2),
+        ([5, 4, 1, 1], {"rule": fw.rules.Patience(patience=10, stopping_threshold=2.0)},
+         fw.rules.StopReason.THRESHOLD, "1 has reached the threshold 2", 3),
+        ([5, 4, 9, 1], {"rule": fw.rules.Patience(patience=10, divergence_threshold=6.0)},
+         fw.rules.StopReason.DIVERGED, "9 is worse than the divergence threshold 6", 2),
+        ([5, 4, NAN, 1], {"rule": fw.rules.Patience(patience=10, check_finite=True)},
+         fw.rules.StopReason.NOT_FINITE, "it is nan at evaluation 3", 2),
+        ([5, 4, 5, 1], {"rule": fw.rules.GL(20)}, fw.rules.StopReason.RISEN,
          "25 % above the minimum 4, where 20 % is allowed", 2),
-        ([5, 4, 4, 4], {"rule": fw.Patience(patience=2)}, fw.StopReason.PATIENCE,
+        ([5, 4, 4, 4], {"rule": fw.rules.Patience(patience=2)}, fw.rules.StopReason.PATIENCE,
          "no improvement over 4 in 2 evaluations", 2),
-        ([5, 4, 3, 4], {"patience": 2, "baseline": 2.0}, fw.StopReason.PATIENCE,
+        ([5, 4, 3, 4], {"rule": fw.rules.Patience(patience=2, baseline=2.0)}, fw.rules.StopReason.PATIENCE,
          "no improvement over 2 in 2 evaluations", 2),
-        ([5, 4, 3.9, 4], {"patience": 1, "min_delta": 0.5, "cumulative": False}, fw.StopReason.PATIENCE,
-         "no improvement of more than 0.5 at once over 3.9 in 1 evaluation", 3),
-        ([4, 1, 8, 8], {"patience": 1, "window": 2}, fw.StopReason.PATIENCE,
+        ([5, 4, 3.9, 4], {"rule": fw.rules.Patience(patience=1, min_delta=0.5, cumulative=False)},
+         fw.rules.StopReason.PATIENCE, "no improvement of more than 0.5 at once over 3.9 in 1 evaluation", 3),
+        ([4, 1, 8, 8], {"rule": fw.rules.Patience(patience=1, window=2)}, fw.rules.StopReason.PATIENCE,
          "no improvement in the mean of 2 over 2.5 in 1 evaluation", 2),  # the single best, not that of the mean
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -210,21 +220,21 @@ def test_the_reason_is_an_enum_and_the_result_has_the_sentence(losses, options, 
 
 def test_a_second_fit_forgets_the_reason():
     """The reason is that of the newest fit: none, where the second one runs its course."""
-    stop = fw.EarlyStopping(stopping_threshold=2.0)
+    stop = fw.EarlyStopping(rule=fw.rules.Patience(patience=10, stopping_threshold=2.0))
     trainer = Scripted([3, 1, 5, 5], stop)
     trainer.go()
-    assert stop.reason is fw.StopReason.THRESHOLD
+    assert stop.reason is fw.rules.StopReason.THRESHOLD
     assert trainer.fit([torch.zeros(1, 1)], [torch.zeros(1, 1)], epochs=1).stop_reason is None
     assert stop.reason is None
 
 
 def test_nothing_stops_before_start_epoch_and_the_best_of_it_is_kept():
     """Thresholds and NaN stop no warm-up, while the best weights may come from it."""
-    options = {"stopping_threshold": 0.5, "divergence_threshold": 8.0, "check_finite": True, "patience": 2}
-    stop = fw.EarlyStopping(start_epoch=4, **options)
+    rule = fw.rules.Patience(patience=2, stopping_threshold=0.5, divergence_threshold=8.0, check_finite=True)
+    stop = fw.EarlyStopping(start_epoch=4, rule=rule)
     trainer = Scripted([9, 0.1, NAN, 9, 2, 2, 2], stop)
     assert len(trainer.go().history) == 6
-    assert (stop.reason, trainer.weight) == (fw.StopReason.PATIENCE, 2.0)
+    assert (stop.reason, trainer.weight) == (fw.rules.StopReason.PATIENCE, 2.0)
 
 
 def test_one_standard_error():
@@ -236,7 +246,7 @@ def test_one_standard_error():
         assert trainer.weight == validations  # the lowest, whatever counts as improvement
 
 
-@pytest.mark.parametrize("rule", [fw.GL(4), fw.PQ(0.05, k=2), fw.UP(2, k=2)], ids=repr)
+@pytest.mark.parametrize("rule", [fw.rules.GL(4), fw.rules.PQ(0.05, k=2), fw.rules.UP(2, k=2)], ids=repr)
 def test_a_rule_of_prechelt_in_a_fit(rule):
     """A fit ends at the evaluation at which the rule alone, given the two curves, says stop; the best is restored."""
     val = [2.0 - 0.1 * i for i in range(10)] + [1.11 + 0.02 * i for i in range(20)]
@@ -252,13 +262,13 @@ def test_a_rule_of_prechelt_in_a_fit(rule):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": fw.PQ(1.0), "patience": 3, "window": 2},
-         r"patience, window can't be given beside PQ\(alpha=1.0, k=5\): a rule has its own options"),
-        ({"rule": fw.GL(5), "mode": "max"}, "mode must be that of the rule, 'min', got 'max'"),
-        ({"rule": fw.Patience(patience=3, mode="max")}, "mode must be that of the rule, 'max', got None"),
-        ({"stopping_threshold": 2, "divergence_threshold": 1}, "stopping_threshold must be better"),
+        ({"rule": fw.rules.PQ(1.0), "patience": 3},
+         r"give patience and min_delta to the rule, not beside it: got rule=PQ\(alpha=1.0, k=5\)"),
+        ({"rule": fw.rules.Patience(patience=3), "min_delta": 0.5},
+         r"give patience and min_delta to the rule, not beside it: got rule=Patience\(mode='min', patience=3"),
+        ({"rule": fw.rules.GL(5), "mode": "max"}, "mode must be the rule's, 'min', got 'max'"),
+        ({"rule": fw.rules.Patience(patience=3, mode="max"), "mode": "min"}, "mode must be the rule's, 'max', got 'min'"),
         ({"min_delta": "one"}, "min_delta"),
-        ({"window": 0}, "window"),
     ],
     ids=str,
 )  # fmt: skip
@@ -267,7 +277,23 @@ def test_options_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         fw.EarlyStopping(**options)
     with pytest.raises(TypeError, match="rule must be of type StoppingRule"):
-        fw.EarlyStopping(rule=fw.GL)
+        fw.EarlyStopping(rule=fw.rules.GL)
+    with pytest.raises(ValueError, match="stopping_threshold must be better"):
+        fw.EarlyStopping(rule=fw.rules.Patience(patience=10, stopping_threshold=2, divergence_threshold=1))
+    with pytest.raises(ValueError, match="window"):
+        fw.EarlyStopping(rule=fw.rules.Patience(patience=10, window=0))
+
+
+@pytest.mark.parametrize("mode", [None, "max"])
+def test_the_mode_of_a_rule_is_that_of_the_metric(mode):
+    """With a rule that looks for the highest value, mode may be left out; the best evaluation is the highest too."""
+    stop = fw.EarlyStopping("val/accuracy", mode=mode, rule=fw.rules.Patience(mode="max", patience=2))
+    assert stop.mode == "max"
+    values = [0.3, 0.9, 0.5, 0.4, 0.8]
+    trainer = Seen([1] * 5, stop, metrics={"accuracy": lambda o, t: values[trainer.state.progress.epoch]})
+    result = trainer.go()
+    assert (len(result.history), result.best.epoch, trainer.weight) == (4, 1, 2.0)
+    assert (trainer.state.history.monitor, trainer.state.history.mode) == ("val/accuracy", "max")
 
 
 # -- resume ------------------------------------------------------------------------------------------------------------
@@ -285,17 +311,17 @@ def resumable(folder, stop, val=VAL):
     [
         (lambda: fw.EarlyStopping(patience=4), 9),
         (lambda: fw.EarlyStopping(patience=3, min_delta=0.5, start_epoch=4), 7),
-        (lambda: fw.EarlyStopping(patience=3, window=3, cumulative=False), 10),
-        (lambda: fw.EarlyStopping(rule=fw.Patience(patience=5)), 10),
-        (lambda: fw.EarlyStopping(rule=fw.PQ(0.04, k=3)), 9),
-        (lambda: fw.EarlyStopping(rule=fw.UP(2, k=2)), 10),
+        (lambda: fw.EarlyStopping(rule=fw.rules.Patience(patience=3, window=3, cumulative=False)), 10),
+        (lambda: fw.EarlyStopping(rule=fw.rules.Patience(patience=5)), 10),
+        (lambda: fw.EarlyStopping(rule=fw.rules.PQ(0.04, k=3)), 9),
+        (lambda: fw.EarlyStopping(rule=fw.rules.UP(2, k=2)), 10),
     ],
 )
 @pytest.mark.parametrize("cut", [1, 3, 4, 6])
 def test_the_counter_survives_a_resume(tmp_path, make, length, cut):
     """Interrupted after any epoch, the resumed training stops at the same one, for the same reason, with the same best."""
     stop, loader = make(), [torch.zeros(1, 1)]
-    val = VAL if isinstance(stop.rule, fw.Patience) else [3.99 if math.isnan(v) else v for v in VAL]
+    val = VAL if isinstance(stop.rule, fw.rules.Patience) else [3.99 if math.isnan(v) else v for v in VAL]
     whole = Scripted(val, make(), train_losses=TRAIN)
     expected = whole.go()
     assert len(expected.history) == length
@@ -310,12 +336,12 @@ def test_the_counter_survives_a_resume(tmp_path, make, length, cut):
 
 def test_a_stopped_training_stays_stopped_for_the_same_reason(tmp_path):
     """Resumed after it had stopped, it makes no step and gives the reason again, the enum and the sentence."""
-    first = resumable(tmp_path, fw.EarlyStopping(stopping_threshold=4.0)).go()
-    stop = fw.EarlyStopping(stopping_threshold=4.0)
+    first, stop = (fw.EarlyStopping(rule=fw.rules.Patience(patience=10, stopping_threshold=4.0)) for _ in range(2))
+    first = resumable(tmp_path, first).go()
     trainer = resumable(tmp_path, stop)
     again = trainer.go(resume="auto")
     assert first.stop_reason == again.stop_reason == "early stopping on val/loss: 4 has reached the threshold 4"
-    assert (stop.reason, trainer.state.progress.step, trainer.weight) == (fw.StopReason.THRESHOLD, 2, 2.0)
+    assert (stop.reason, trainer.state.progress.step, trainer.weight) == (fw.rules.StopReason.THRESHOLD, 2, 2.0)
 
 
 def test_with_more_patience_a_stopped_training_goes_on(tmp_path, caplog):
@@ -334,7 +360,7 @@ def test_with_more_patience_a_stopped_training_goes_on(tmp_path, caplog):
     [
         (lambda: fw.EarlyStopping("train/loss"), "its monitor is 'train/loss', and the checkpoint's was 'val/loss'"),
         (lambda: fw.EarlyStopping(mode="max"), "its mode is 'max', and the checkpoint's was 'min'"),
-        (lambda: fw.EarlyStopping(rule=fw.GL(50)), "its rule is GL, and the checkpoint's was Patience"),
+        (lambda: fw.EarlyStopping(rule=fw.rules.GL(50)), "its rule is GL, and the checkpoint's was Patience"),
         (lambda: fw.EarlyStopping(patience=9), "restore_best=True: the checkpoint was saved with restore_best=False"),
     ],
 )
@@ -368,7 +394,7 @@ def test_one_that_is_new_at_a_resume_says_what_it_does_not_know(tmp_path, caplog
         resumable(tmp_path, fw.EarlyStopping(patience=9)).fit(loader, loader, epochs=3, resume="auto")
     said = [r.getMessage() for r in caplog.records if "is new in this training" in r.getMessage()]
     assert len(said) == 1
-    assert "the 2 evaluations before" in said[0]
+    assert "the 2 evaluations so far" in said[0]
 
 
 def test_ctrl_c_within_the_end_of_a_fit_still_restores():

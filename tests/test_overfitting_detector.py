@@ -71,7 +71,7 @@ class Watch(fw.Callback):
 
     def on_log(self, state):
         for record in state.records:
-            if isinstance(record.value, fw.Marker):
+            if isinstance(record.value, fw.records.Marker):
                 self.bars.append(record)
             elif isinstance(record.value, str):
                 self.texts.append(record)
@@ -82,9 +82,9 @@ class Watch(fw.Callback):
         self.verdicts.append(state.verdict)
 
 
-def chosen(probe_of, wanted, seed=0):
-    """The indices that a probe has drawn: a permutation of the eligible ones by its own seed."""
-    order = torch.randperm(len(probe_of), generator=torch.Generator().manual_seed(seed))
+def chosen(probe_of, wanted):
+    """The indices that a probe has drawn: a permutation of the eligible ones by its own, constant seed."""
+    order = torch.randperm(len(probe_of), generator=torch.Generator().manual_seed(0))
     return torch.as_tensor(probe_of)[order[:wanted]]
 
 
@@ -119,13 +119,14 @@ def test_the_probe_is_the_loss_of_fixed_training_examples_in_eval_mode(loader, w
 
 
 @pytest.mark.parametrize(("options", "size"), [({}, 20), ({"probe_examples": 7}, 7), ({"probe_examples": 1000}, 64)])
-def test_size_and_seed_of_the_probe(options, size):
-    """As many as the validation set by default, else as many as asked for, as far as there are some; drawn by seed."""
-    for seed in (0, 5):
+def test_size_and_choice_of_the_probe(options, size):
+    """As many as the validation set by default, else as many as asked for, as far as there are some; always the same."""
+    rows = chosen(range(64), size)
+    for seed in (0, 5):  # of the global generator, which the choice does not depend on
         watch = Watch()
-        detector = fw.OverfittingDetector(probe_seed=seed, **options)
-        make(watch, detector).fit(LOADERS["data set"][0](), [(VX, VY)], epochs=2)
-        rows = chosen(range(64), size, seed)
+        trainer, loader = make(watch, fw.OverfittingDetector(**options)), LOADERS["data set"][0]()
+        torch.manual_seed(seed)
+        trainer.fit(loader, [(VX, VY)], epochs=2)
         expected = [reference(m, X[rows], Y[rows]) for m in watch.weights]
         assert watch.logged["val/overfit/train_loss"] == pytest.approx(expected, rel=1e-6)
 
@@ -337,7 +338,7 @@ def test_a_change_is_told_once_with_remedies_that_fit_the_run(caplog):
     assert len([r for r in caplog.records if r.message.startswith("overfitting: ")]) == 1
     onset = result.history[verdict.onset]
     assert [(b.name, b.step, b.value) for b in watch.bars] == [
-        ("overfitting", onset["step"], fw.Marker(onset["train/loss"], onset["val/loss"]))
+        ("overfitting", onset["step"], fw.records.Marker(onset["train/loss"], onset["val/loss"]))
     ]
     (text,) = [t for t in watch.texts if t.name == "val/report/verdict"]
     assert text.step == result.history[verdict.detected]["step"]
@@ -433,28 +434,69 @@ def test_a_loss_without_examples_has_no_standard_error():
     assert trainer.state.progress.step == 0
 
 
-def test_a_hand_written_loop_has_no_probe():
-    """Without `State.measure` the running loss is compared, and the verdict says why."""
-    model = network()
-    state = fw.State(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), 0.1),
-        loss=fw.CrossEntropy(),
-        train_loader=[(X, Y)],
-        val_loader=[(VX, VY)],
+class CannotMeasure(fw.Callback):
+    """Stands before the detector, and takes away what measures other batches."""
+
+    def on_fit_start(self, state):
+        state.validation.measure = None
+
+
+def loop_of_ones_own(loader, *callbacks, through_watch):
+    """Two epochs by hand; the watch, and the loss of all batches of the second in train mode."""
+    model, losses = network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with fw.Watch(model, optimizer, callbacks, train_loader=loader, val_loader=[(VX, VY)]) as watch:
+        for _ in watch.epochs(2):
+            losses.append([])
+            for x, y in watch.train() if through_watch else loader:
+                loss = watch.loss(model(x), y)
+                losses[-1].append(loss.item() * len(y))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            with watch.validating():
+                watch.loss(model(VX), VY)
+    return watch, sum(losses[-1]) / len(Y)
+
+
+@pytest.mark.parametrize(
+    ("loader", "through_watch", "before", "reason"),
+    [
+        ("iterable", False, (), "the loop does not take its batches from watch.train()"),
+        ("stream", False, (), "the loop does not take its batches from watch.train()"),
+        ("iterable", True, (CannotMeasure(),), "this loop can't measure other batches"),
+        ("data set", True, (CannotMeasure(),), "this loop can't measure other batches"),
+    ],
+)
+def test_a_hand_written_loop_that_gives_no_examples_has_no_probe(loader, through_watch, before, reason):
+    """Where a loop can't give training examples or measure them, the running loss is compared, and the verdict says why."""
+    watch, running = loop_of_ones_own(
+        LOADERS[loader][0](), *before, fw.OverfittingDetector(), through_watch=through_watch
     )
-    detector = fw.OverfittingDetector()
-    detector.on_fit_start(state)
-    state.train_loss.add(torch.tensor(1.0), 1.0)
-    state.evaluated({"val/loss": 1.5})
-    detector.on_validation_end(state)
-    assert "this loop can't measure other batches" in state.verdict.evidence
-    assert state.verdict.gap == 0.5
+    newest, verdict = watch.result.history[-1], watch.result.verdict
+    assert f"not like for like: the training loss is the running one, since {reason}." in verdict.evidence
+    assert verdict.gap == newest["val/loss"] - newest["train/loss"]
+    assert newest["train/loss"] == pytest.approx(running, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loader", "through_watch"),
+    [*((name, True) for name in LOADERS), ("data set", False), ("subset", False), ("list", False)],
+)
+def test_a_hand_written_loop_has_the_probe_of_the_trainer(loader, through_watch):
+    """Over watch.train(), or over a loader that can be asked for examples, a loop has the same fixed examples."""
+    build, rows = LOADERS[loader]
+    seen = Watch()
+    watch, _ = loop_of_ones_own(build(), seen, fw.OverfittingDetector(), through_watch=through_watch)
+    expected = [reference(m, X[rows], Y[rows]) for m in seen.weights]
+    actual = [e["val/loss"] - v.gap for e, v in zip(watch.result.history, seen.verdicts, strict=True)]
+    assert actual == pytest.approx(expected, rel=1e-12)
+    assert "like for like" not in watch.result.verdict.evidence
 
 
 def test_the_detector_needs_a_validation_set():
     """Without a val_loader there is nothing to compare: an error before the first step."""
-    with pytest.raises(ValueError, match="fit needs a val_loader"):
+    with pytest.raises(ValueError, match="compares train and validation loss: it needs a val_loader"):
         make(fw.OverfittingDetector()).fit([(X, Y)], epochs=1)
 
 
@@ -464,7 +506,6 @@ def test_the_detector_needs_a_validation_set():
         ({"action": "halt"}, ValueError, "action must be one of 'warn', 'stop', 'restore', got 'halt'"),
         ({"probe_examples": -1}, ValueError, "probe_examples must be 0 or more"),
         ({"probe_examples": 2.0}, TypeError, "probe_examples must be an integer"),
-        ({"probe_seed": -1}, ValueError, "probe_seed must be 0 or more"),
         ({"rule": 3}, TypeError, "rule must be of type OverfittingRule"),
     ],
 )
@@ -476,7 +517,7 @@ def test_options_are_checked(options, error, message):
 
 def test_a_second_fit_is_judged_anew():
     """The rule of a second fit has its options and none of the first one's evaluations."""
-    detector = fw.OverfittingDetector(rule=fw.OverfittingRule(hold=3))
+    detector = fw.OverfittingDetector(rule=fw.rules.OverfittingRule(hold=3))
     trainer = make(detector, dropout=0.0)
     assert trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=40).verdict.overfitting
     again = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=2)
@@ -487,7 +528,7 @@ def test_the_rule_that_was_given_is_the_one_that_judges():
     """The user's object has what the fit showed it, whatever it saw before; its state is that of a rule never used."""
     states = []
     for before in (0, 12):
-        rule = fw.OverfittingRule(hold=3)
+        rule = fw.rules.OverfittingRule(hold=3)
         for i in range(before):
             rule.update(1.0, 1.0 + i, losses=[1.0, 2.0 + i])
         detector = fw.OverfittingDetector(rule=rule)
@@ -541,7 +582,7 @@ def test_weights_that_were_not_kept_can_not_be_restored_after_a_resume(tmp_path)
     """A training that began with action="warn" is not resumed with "restore": its best weights are gone."""
     loader = [(torch.randn(20, 4), torch.arange(20) % 2)]
     resumable(tmp_path, fw.OverfittingDetector()).fit(loader, loader, epochs=4)
-    with pytest.raises(ValueError, match=r'can\'t resume with action="restore".*does not have the best weights'):
+    with pytest.raises(ValueError, match=r'can\'t resume with action="restore".*lacks the best weights'):
         resumable(tmp_path, fw.OverfittingDetector(action="restore")).fit(loader, loader, epochs=9, resume="auto")
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from fitwatch import Patience, StopReason
+from fitwatch.rules import Patience, StopReason
 
 NAN, INF = math.nan, math.inf
 

@@ -199,6 +199,31 @@ def test_metrics_see_the_whole_validation_set(model, data):
     assert values["val/accuracy"] == pytest.approx((predicted == y).double().mean().item())
 
 
+def test_a_metric_is_computed_once_per_validation(model, data):
+    """Three validations of a fit and one after it compute each metric four times, a function and an object."""
+    calls = []
+
+    class Counted:
+        def reset(self):
+            pass
+
+        def update(self, outputs, targets):
+            calls.append("update")
+
+        def compute(self):
+            calls.append("compute")
+            return 0.0
+
+    def function(outputs, targets):
+        calls.append("function")
+        return 0.0
+
+    trainer = trainer_of(model, metrics={"object": Counted(), "function": function})
+    trainer.fit(DataLoader(data, 16), DataLoader(data, 64), epochs=3)
+    trainer.validate(DataLoader(data, 64))
+    assert [calls.count(name) for name in ("update", "compute", "function")] == [4, 4, 4]
+
+
 def test_validation_leaves_modes_as_they_were(data):
     """After a validation in mid-epoch the model trains again, but a layer that the user froze in eval mode stays there."""
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
@@ -251,19 +276,19 @@ def test_the_rate_of_every_window_is_logged(model, data):
 
 @pytest.mark.parametrize("validated", [False, True])
 @pytest.mark.parametrize("log_every", [2, 50])
-def test_training_stops_where_the_weights_are_no_numbers(model, data, caplog, validated, log_every):
+def test_training_stops_at_non_finite_weights(model, data, caplog, validated, log_every):
     """A NaN in the inputs of batch 3 ends training with its window, before a validation, and one warning says so."""
     x, y = data.tensors
     loader = [(x, y)] * 3 + [(x * math.nan, y)] + [(x, y)] * 4
     result = trainer_of(model, log_every=log_every).fit(loader, [(x, y)] if validated else None, epochs=9)
     step = 4 if log_every == 2 else 8
-    assert result.stop_reason == f"at step {step} the weights are no numbers any more (0.weight is the first)"
+    assert result.stop_reason == f"the model has non-finite weights at step {step} (0.weight is the first)"
     assert result.best is None
     said = [r.getMessage() for r in caplog.records if "train/loss" not in r.getMessage()]
     assert said == [f"training stops: {result.stop_reason}"]
 
 
-def test_a_loss_that_is_no_number_ends_nothing_while_the_weights_are_fine(model, data, caplog):
+def test_a_non_finite_loss_ends_nothing_while_the_weights_are_finite(model, data, caplog):
     """A step whose gradients the user drops leaves the weights as they are: one warning, and training goes on."""
     x, y = data.tensors
 
@@ -281,7 +306,7 @@ def test_a_validation_batch_without_a_finite_loss_is_named_once(model, data, cap
     trainer_of(model).fit([(x, y)], [(x, y), (x, y), (spoilt, y[:4]), (spoilt, y[:4])], epochs=4)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "val/loss is nan at step 1: the loss of its batch 2, counted from 0, is the first such one"
+        "val/loss is nan at step 1; batch 2 (counted from 0) is the first with a non-finite loss"
     )
 
 
@@ -430,7 +455,7 @@ def test_empty_and_wrong_loaders_are_refused(model, data):
         trainer_of(model).fit(good, empty, epochs=1)
     with pytest.raises(TypeError, match="train_loader must be an iterable.*Linear"):
         trainer_of(model).fit(nn.Linear(1, 1), epochs=1)
-    with pytest.raises(ValueError, match="validation loader is empty"):
+    with pytest.raises(ValueError, match="no validation batch was measured: the loader is empty"):
         trainer_of(model).validate(iter(()))
 
 
@@ -624,7 +649,7 @@ def test_ruined_statistics_of_a_batch_norm_stop_training_too(tmp_path, data):
 
     trainer = trainer_of(Masked(normalized=True).double(), callbacks=[Guard(), Spoil(), fw.Checkpoint(tmp_path)])
     result = trainer.fit([(x, y), (x, y)], [(x, y)], epochs=9)
-    assert result.stop_reason == "at step 4 the weights are no numbers any more (norm.running_mean is the first)"
+    assert result.stop_reason == "the model has non-finite weights at step 4 (norm.running_mean is the first)"
     assert (tmp_path / "epoch-1.pt").exists()
     assert not (tmp_path / "epoch-2.pt").exists()
 
@@ -658,5 +683,5 @@ def test_weights_that_the_last_step_ruined_are_not_measured(model, data):
             state.model[0].weight.grad[0, 0] = math.nan
 
     result = trainer_of(model, callbacks=Spoil()).fit([(x, y)], [(x, y)], epochs=3)
-    assert "no numbers any more" in result.stop_reason
+    assert result.stop_reason == "the model has non-finite weights at step 1 (0.weight is the first)"
     assert result.history == []

@@ -7,6 +7,9 @@ from typing import Any, ClassVar
 from fitwatch import ranks
 from fitwatch.state import State
 
+StateDict = dict[str, Any]
+"""What a checkpoint can keep: tensors, numbers, strings, and lists and dicts of them."""
+
 HOOKS = (
     "on_fit_start",
     "on_epoch_start",
@@ -108,11 +111,11 @@ class Callback:
     def on_fit_end(self, state: State) -> None:
         """Training ended, for whatever reason: see ``state.stop_reason`` and ``state.error``."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """What a checkpoint has to keep: tensors, numbers, strings, and lists and dicts of them."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Take back what `state_dict` gave."""
 
 
@@ -191,11 +194,11 @@ class Callbacks(Callback):
         if first is not None:
             raise first
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The state of each callback under its class name; the second of a class is ``Name#2``, and so on."""
         return {name: c.state_dict() for name, c in self._named()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Hand each callback its state; one that was not there when it was saved keeps its fresh state."""
         for name, callback in self._named():
             if name in state_dict:

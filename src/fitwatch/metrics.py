@@ -1,15 +1,35 @@
-"""Measuring without waiting for the device: exact weighted means and metrics over a whole data set."""
+"""Exact weighted means and metrics over a whole data set, without waiting for the device."""
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fitwatch import ranks
+
+
+@runtime_checkable
+class MetricObject(Protocol):
+    """A metric that is fed batch by batch, such as those of torchmetrics."""
+
+    def reset(self) -> object:
+        """Forget everything seen."""
+
+    def update(self, outputs: Tensor, targets: Tensor, /) -> object:
+        """Take in a batch; a third parameter named ``sample_weight`` gets the weights of the examples."""
+
+    def compute(self) -> float | Tensor:
+        """Return the value, a single number."""
+
+
+MetricFunction = Callable[..., float | Tensor]
+"""A function of (outputs, targets), and of ``sample_weight`` if it has such a parameter, over the whole data set."""
+
+Metric = MetricFunction | MetricObject
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -101,6 +121,46 @@ class WeightedMean:
         return self.total / self.weight if self.weight else math.nan
 
 
+class RunningLoss:
+    """The training loss since the last evaluation and since the last log window.
+
+    Attributes:
+        since_evaluation: Sum and weight since the last evaluation.
+        examples: Training examples seen in this fit by all ranks, as far as the batches tell; fresh in ``on_log``.
+    """
+
+    def __init__(self) -> None:
+        self.since_evaluation = WeightedMean()
+        self.examples = 0
+        self._window = (0.0, 0.0)
+        self._new_examples = 0
+
+    def add(self, total: Tensor, weight: Tensor | float, examples: int = 0) -> None:
+        """Add one batch: ``total`` = sum(w l), 0-dim, and ``weight`` = sum(w). Costs no synchronization."""
+        self.since_evaluation.add(total, weight)
+        self._new_examples += examples
+
+    def pull(self) -> None:
+        """Copy what is pending to the host; waits for the device."""
+        total, weight = self.since_evaluation.pull()
+        self._window = (self._window[0] + total, self._window[1] + weight)
+
+    def close_window(self) -> list[float]:
+        """Return total, weight and examples of this rank's log window, and start the next one."""
+        self.pull()
+        closed = [*self._window, float(self._new_examples)]
+        self._window, self._new_examples = (0.0, 0.0), 0
+        return closed
+
+    def close_evaluation(self) -> float:
+        """Return the mean over all ranks since the last evaluation, and start again; all ranks call it."""
+        self.pull()
+        self.since_evaluation.share()
+        value = self.since_evaluation.value
+        self.since_evaluation = WeightedMean()
+        return value
+
+
 class Metrics:
     """The metrics of one pass over a data set, each computed once from all of it.
 
@@ -113,13 +173,13 @@ class Metrics:
         metrics: Name -> function of (outputs, targets) giving a number, or such an object.
     """
 
-    def __init__(self, metrics: Mapping[str, Any]) -> None:
-        self._functions: dict[str, Callable[..., Any]] = {}
-        self._objects: dict[str, Any] = {}
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self._functions: dict[str, MetricFunction] = {}
+        self._objects: dict[str, MetricObject] = {}
         for name, metric in metrics.items():
             if name in ("loss", "loss_unweighted", "loss_left"):
                 raise ValueError(f"metrics can't be named {name!r}: val/{name} is taken by the validation loss")
-            if all(hasattr(metric, method) for method in ("update", "compute", "reset")):
+            if _is_object(metric):
                 self._objects[name] = metric
                 if ranks.size() > 1:
                     _show_all(metric)
@@ -130,7 +190,8 @@ class Metrics:
                     f"metrics[{name!r}] must be a function (outputs, targets) -> number or an object with "
                     f"update, compute and reset, got {type(metric).__name__}"
                 )
-        calls = {**self._functions, **{name: metric.update for name, metric in self._objects.items()}}
+        updates = {name: metric.update for name, metric in self._objects.items()}
+        calls: dict[str, Callable[..., object]] = {**self._functions, **updates}
         self._weighted = {name for name, call in calls.items() if _takes_weights(call)}
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
@@ -184,8 +245,12 @@ class Metrics:
             raise TypeError(f"a metric must be a single number, got {values}") from error
 
 
-def _show_all(metric: Any) -> None:
-    """Keep a metric of torchmetrics, and those within it, from adding up the ranks: each sees the whole data set."""
+def _is_object(metric: Metric) -> TypeGuard[MetricObject]:
+    return all(hasattr(metric, method) for method in ("update", "compute", "reset"))
+
+
+def _show_all(metric: MetricObject) -> None:
+    """Stop a torchmetrics metric, and those inside it, from summing over ranks: every rank sees the whole data set."""
     for part in metric.modules() if isinstance(metric, nn.Module) else ():
         for one in (part, getattr(part, "metric_a", None), getattr(part, "metric_b", None)):
             if one is not None and hasattr(one, "distributed_available_fn"):
@@ -196,7 +261,7 @@ def _never() -> bool:
     return False
 
 
-def _takes_weights(function: Callable[..., Any]) -> bool:
+def _takes_weights(function: Callable[..., object]) -> bool:
     try:
         return "sample_weight" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # a built-in has no signature

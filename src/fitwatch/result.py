@@ -38,9 +38,9 @@ class Result:
     @classmethod
     def of(cls, state: State) -> "Result":
         """The result of a fit that ended in ``state``."""
-        best = state.best
+        best = state.history.best
         return cls(
-            history=state.history,
+            history=list(state.history),
             best=None if best is None else Best(epoch=int(best["epoch"]), step=int(best["step"]), metrics=best),
             stop_reason=state.stop_reason,
             verdict=state.verdict,

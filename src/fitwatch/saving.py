@@ -1,14 +1,13 @@
-"""Checkpoints: saved so that a complete one exists at every instant, loaded so that no code in one can run.
+"""The files of a checkpoint: a complete one exists at every instant, and reading one can't run code.
 
-A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (a number),
-``model``, ``loss`` (its parameters), ``optimizer``, ``scheduler``, ``scaler``, ``generators`` (of the loaders),
-``callbacks`` (by class name), ``progress``,
-``history``, ``train_loss`` (the sums since the last evaluation), ``rng`` (of rank 0), ``other_ranks`` (``rng`` and
+A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (an integer),
+``version`` (of fitwatch), ``model``, ``loss`` (its parameters), ``optimizer``, ``scheduler``, ``scaler``,
+``generators`` (of the loaders), ``callbacks`` (by class name), ``settings``, ``progress``, ``history``,
+``train_loss`` (the sums since the last evaluation), ``rng`` (of rank 0), and ``other_ranks`` (``rng`` and
 ``generators`` of the others).
 """
 
 import os
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 from fitwatch import ranks
 from fitwatch.data.batches import generators_of
 from fitwatch.rng import rng_state, set_rng_state
-from fitwatch.state import Progress, State
+from fitwatch.state import State
+from fitwatch.version import __version__
 
-FORMAT = 1
+FORMAT = 2
+_VERSIONS = {1: "0.1"}  # of fitwatch, by the format that it wrote, before files named it
+
+Content = dict[str, Any]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself, where `torch.compile` or `DistributedDataParallel` wrapped it: names are always the same."""
+    """Return the module that `torch.compile` or `DistributedDataParallel` wrapped, so that names do not change."""
     while True:
         inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
         if inner is model:
@@ -36,19 +39,21 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def save(path: Path, state: State) -> None:
-    """Write a checkpoint of ``state`` to ``path``: whole, or not at all. All ranks call it, and rank 0 writes.
+    """Write a checkpoint of ``state`` to ``path``, completely or not at all. All ranks call it; rank 0 writes.
 
     Raises:
-        OSError: It could not be written; the message names the path, and what stood there still stands.
+        OSError: It could not be written; the message names the path, and the file that was there is unchanged.
     """
-    state.pull_loss()
-    train_loss = ranks.sums([state.train_loss.total, state.train_loss.weight])
+    state.train_loss.pull()
+    since = state.train_loss.since_evaluation
+    train_loss = ranks.sums([since.total, since.weight])
     generators = [g.get_state() for g in generators_of(state.train_loader, state.val_loader)]
     (rng, generators), *others = ranks.gather((rng_state(), generators))
     if ranks.rank():
         return
     content = {
         "format": FORMAT,
+        "version": __version__,
         "model": unwrap(state.model).state_dict(),
         "loss": _loss_parameters(state),
         "optimizer": state.optimizer.state_dict(),
@@ -58,7 +63,7 @@ def save(path: Path, state: State) -> None:
         "callbacks": state.callbacks.state_dict() if state.callbacks is not None else {},
         "settings": {name: str(value) for name, value in state.settings.items()},
         "progress": asdict(state.progress),
-        "history": state.history,
+        "history": state.history.entries,
         "train_loss": train_loss,
         "rng": rng,
         "other_ranks": [{"rng": own, "generators": theirs} for own, theirs in others],
@@ -66,8 +71,12 @@ def save(path: Path, state: State) -> None:
     write(path, content)
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` to ``path`` atomically and durably."""
+def write(path: Path, content: Content) -> None:
+    """Write ``content`` to ``path``, atomically and durably.
+
+    Raises:
+        OSError: It could not be written; the message names the path.
+    """
     # In the same folder: a rename across file systems is a copy, which can be cut off half-way.
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
@@ -85,43 +94,55 @@ def write(path: Path, content: dict[str, Any]) -> None:
     except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        if isinstance(error.__context__, KeyboardInterrupt):  # closing the file it was cut off in, torch raises anew
+        # Closing the file that Ctrl-C cut off, torch raises another error on top.
+        if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
             raise OSError(f"could not write the checkpoint {path}: {error}") from error
         raise
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Content:
     """Read a checkpoint, as data only.
 
     Raises:
-        FileNotFoundError: There is none at ``path``.
-        ValueError: It is no checkpoint of this format, or holds more than tensors and primitives.
+        FileNotFoundError: There is no file at ``path``.
+        ValueError: It is not a checkpoint of this format, or holds more than tensors and primitives.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: object = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} can't be read as a checkpoint: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(found, int):
+        raise ValueError(  # noqa: TRY004 - the type of the content is not the caller's doing
+            f"{path} is not a checkpoint of fitwatch: it has no format number"
+        )
     if found != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {found!r}; this version reads format {FORMAT}")
-    return {"other_ranks": [], "settings": {}, **content}  # which older files may lack
+        writer = content.get("version", _VERSIONS.get(found, "another version"))
+        raise ValueError(
+            f"{path} was written by fitwatch {writer} (checkpoint format {found}), and this is fitwatch "
+            f"{__version__}, which reads format {FORMAT} only: finish that training with the version that "
+            "started it, or load the weights alone: torch.load(path)['model']"
+        )
+    return content
 
 
-def load(path: Path, state: State) -> None:
+def load(path: Path, state: State) -> dict[str, str]:
     """Bring ``state`` to where it was when ``path`` was saved.
+
+    Returns:
+        The settings of the fit that saved it.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It can't be read, was saved in mid-epoch, or does not fit the model, optimizer or scheduler.
     """
     content = read(path)
-    progress = Progress(**content["progress"])
     generators = generators_of(state.train_loader, state.val_loader)
-    _refuse(path, content, state, progress, len(generators))
+    _check(path, content, state, len(generators))
     try:
         unwrap(state.model).load_state_dict(content["model"])
         with torch.no_grad():
@@ -136,42 +157,39 @@ def load(path: Path, state: State) -> None:
         raise ValueError(f"{path} does not fit this training: {error}") from error
     if state.callbacks is not None:
         state.callbacks.load_state_dict(content["callbacks"])
-    state.progress, state.history = progress, content["history"]
-    state.metrics = state.history[-1] if state.history else {}
-    if ranks.rank() == 0:  # a sum over the ranks
-        state.train_loss.total, state.train_loss.weight = content["train_loss"]
+    for name, value in content["progress"].items():
+        setattr(state.progress, name, value)
+    state.log.step = state.progress.step
+    state.history.entries = content["history"]
+    if ranks.rank() == 0:  # the sums of all ranks
+        since = state.train_loss.since_evaluation
+        since.total, since.weight = content["train_loss"]
     own = [content, *content["other_ranks"]][ranks.rank()]
     for generator, saved in zip(generators, own["generators"], strict=True):
         generator.set_state(saved)
     set_rng_state(own["rng"])
-    state.resumed, state.settings_before = True, content["settings"]
+    state.resumed = True
+    settings: dict[str, str] = content["settings"]
+    return settings
 
 
-def find(callbacks: Iterable[Any]) -> Path | None:
-    """The newest checkpoint of the attached `Checkpoint`, for ``resume="auto"``; None if it has none yet."""
-    for callback in callbacks:
-        if hasattr(callback, "latest"):
-            latest: Path | None = callback.latest()
-            return latest
-    raise ValueError('resume="auto" needs a Checkpoint among the callbacks, to know the folder')
-
-
-def _refuse(path: Path, content: dict[str, Any], state: State, progress: Progress, generators: int) -> None:
-    """Raise ValueError if ``content`` can't be resumed from, before anything of ``state`` is changed."""
-    if progress.epoch_batch:
+def _check(path: Path, content: Content, state: State, generators: int) -> None:
+    """Raise ValueError if ``content`` can't be resumed from, before ``state`` is changed."""
+    epoch, batch = content["progress"]["epoch"], content["progress"]["epoch_batch"]
+    if batch:
         raise ValueError(
-            f"{path} was saved before the end of an epoch (epoch {progress.epoch}, after {progress.epoch_batch} "
-            "batches); training resumes at the boundary of an epoch only: use a checkpoint saved by every_epochs"
+            f"{path} was saved before the end of an epoch (epoch {epoch}, after {batch} batches); training resumes at "
+            "the boundary of an epoch only: use a checkpoint saved by every_epochs"
         )
     saved_by = 1 + len(content["other_ranks"])
     if saved_by != ranks.size():
         raise ValueError(
             f"{path} was saved by {saved_by} rank{'s' * (saved_by > 1)}, and this fit has {ranks.size()}: a step would "
-            "have other examples than it had"
+            "get other examples than before"
         )
-    kind, now = content["settings"].get("optimizer"), type(state.optimizer).__name__
-    if kind not in (None, now):
-        raise ValueError(f"{path} was saved with the optimizer {kind}, and this fit has {now}")
+    before, now = content["settings"].get("optimizer"), type(state.optimizer).__name__
+    if before not in (None, now):
+        raise ValueError(f"{path} was saved with the optimizer {before}, and this fit has {now}")
     for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
         if (part is None) != (content[name] is None):
             raise ValueError(f"{path} was saved {'without' if content[name] is None else 'with'} a {name}")
@@ -183,6 +201,6 @@ def _refuse(path: Path, content: dict[str, Any], state: State, progress: Progres
 
 
 def _loss_parameters(state: State) -> dict[str, Tensor]:
-    """What a loss learns; its class weights are not among it: they are the business of who gave them."""
+    """The parameters that a loss learns. Its class weights are not saved: whoever gave them gives them again."""
     loss = state.loss
     return {name: p.detach() for name, p in loss.named_parameters()} if isinstance(loss, nn.Module) else {}

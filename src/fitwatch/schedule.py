@@ -1,31 +1,48 @@
 """When a learning-rate scheduler steps."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from attrs import frozen
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fitwatch.state import State
+from fitwatch.history import History
+
+
+class Scheduler(Protocol):
+    """A learning-rate scheduler, such as those of torch."""
+
+    def step(self, *args: Any, **kwargs: Any) -> object:
+        """Set the next learning rate."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+        """Restore what `state_dict` returned."""
 
 
 @frozen
 class Schedule:
-    """A scheduler of torch, or None, and when it steps.
+    """A scheduler, or None, and when it steps.
 
     Args:
-        scheduler: Any of torch. `ReduceLROnPlateau` steps after every evaluation, whatever ``interval`` is.
+        scheduler: Any scheduler of torch. `ReduceLROnPlateau` steps after every evaluation, whatever ``interval`` is.
         interval: ``"step"`` or ``"epoch"``.
         monitor: The metric that `ReduceLROnPlateau` gets.
     """
 
-    scheduler: Any
+    scheduler: Scheduler | None
     interval: str
     monitor: str
 
     def check(self, optimizer: Optimizer) -> None:
-        """Refuse what is no scheduler instance, or one of another optimizer."""
+        """Check that the scheduler is an instance, and one of this optimizer.
+
+        Raises:
+            TypeError: It is not a scheduler instance.
+            ValueError: It belongs to another optimizer.
+        """
         if self.scheduler is None:
             return
         if isinstance(self.scheduler, (type, Optimizer)) or not hasattr(self.scheduler, "step"):
@@ -33,21 +50,21 @@ class Schedule:
         if getattr(self.scheduler, "optimizer", optimizer) is not optimizer:
             raise ValueError("scheduler belongs to another optimizer than the one given")
 
-    def watch(self, state: State) -> None:
-        """Announce the metric that it needs."""
-        if self._plateau:
-            state.watch(self.monitor, self.scheduler.mode, by="ReduceLROnPlateau")
+    def watch(self, history: History) -> None:
+        """Declare the metric that a `ReduceLROnPlateau` needs."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            history.watch(self.monitor, "max" if self.scheduler.mode == "max" else "min", by="ReduceLROnPlateau")
 
     def after(self, interval: str) -> None:
-        """A ``"step"`` or an ``"epoch"`` is over."""
-        if self.scheduler is not None and self.interval == interval and not self._plateau:
+        """Step the scheduler if this is its interval: a ``"step"`` or an ``"epoch"`` has ended."""
+        if self.scheduler is not None and self.interval == interval and not self._waits_for_metric:
             self.scheduler.step()
 
-    def after_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """There is a new evaluation."""
-        if self._plateau:
-            self.scheduler.step(metrics[self.monitor])
+    def after_evaluation(self, history: History) -> None:
+        """Step a `ReduceLROnPlateau` with the newest evaluation, if it has the metric."""
+        if isinstance(self.scheduler, ReduceLROnPlateau) and self.monitor in history.newest:
+            self.scheduler.step(history.newest[self.monitor])
 
     @property
-    def _plateau(self) -> bool:
+    def _waits_for_metric(self) -> bool:
         return isinstance(self.scheduler, ReduceLROnPlateau)

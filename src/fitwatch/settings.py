@@ -1,23 +1,30 @@
-"""The settings of a training: checked, and described for reports."""
+"""The settings of a fit, described for reports and compared between ranks and with a checkpoint."""
 
-from pathlib import Path
+import logging
+from collections.abc import Mapping
 from typing import Any
 
-from fitwatch.callback import Callbacks
+from torch import nn
+from torch.optim import Optimizer
+
 from fitwatch.data import batches
 from fitwatch.data.sharding import gives_part
-from fitwatch.options import check_counts
 from fitwatch.saving import unwrap
+from fitwatch.state import Plan, State
 from fitwatch.step import parameters
 
+logger = logging.getLogger("fitwatch")
 
-def describe(trainer: Any) -> dict[str, Any]:
-    """Name -> value of everything worth a line; always the same names, so that runs compare in one table."""
-    model, optimizer, loss, scheduler = trainer.model, trainer.optimizer, trainer.loss, trainer.scheduler
-    options = {name: getattr(trainer, name) for name in ("accumulate", "clip_norm", "precision", "device", "seed")}
-    options["device"] = str(trainer.device)
+_FROM_CHECKPOINT = ("lr", "weight_decay")  # the optimizer state of a checkpoint brings its own
+_MAY_DIFFER = ("device", "seed")
+
+
+def describe(
+    model: nn.Module, optimizer: Optimizer, loss: object, scheduler: object, *, plan: Plan, more: Mapping[str, object]
+) -> dict[str, object]:
+    """Return name -> value of everything worth a line; the names are always the same, so that runs compare."""
     group = optimizer.param_groups[0]
-    return {
+    settings: dict[str, object] = {
         "model": type(unwrap(model)).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": type(optimizer).__name__,
@@ -26,38 +33,48 @@ def describe(trainer: Any) -> dict[str, Any]:
         "scheduler": "none" if scheduler is None else type(scheduler).__name__,
         "loss_function": getattr(loss, "__name__", type(loss).__name__),
         "class_weights": "none",
-        **{name: "none" if value is None else value for name, value in options.items()},
+        "accumulate": plan.accumulate,
+        "clip_norm": plan.clip_norm,
+        "precision": "fp32",
+        "device": "cpu",
+        "seed": None,
+        **more,
     }
+    return {name: "none" if value is None else value for name, value in settings.items()}
 
 
-def shared_facts(trainer: Any, train_loader: Any, val_loader: Any) -> dict[str, Any]:
-    """What has to be the same on all ranks, or they would wait for each other without end."""
+def warn_of_changes(state: State, before: Mapping[str, str]) -> None:
+    """Warn once about settings that differ from those of the checkpoint that training resumes from."""
+    now = {name: str(value) for name, value in state.settings.items()}
+    changes = [
+        f"{name} {now[name]} (was {was}{', and stays so' if name in _FROM_CHECKPOINT else ''})"
+        for name, was in before.items()
+        if name not in _MAY_DIFFER and now.get(name, was) != was
+    ]
+    if changes:
+        logger.warning(
+            "resumed with other settings: %s; losses before and after may not be comparable", ", ".join(changes)
+        )
+
+
+def shared_facts(state: State) -> dict[str, Any]:
+    """Return what must be equal on all ranks, or they would wait for each other forever."""
+    assert state.callbacks is not None
     return {
-        "callbacks": [type(c).__name__ for c in Callbacks(trainer.callbacks).callbacks],
-        **{name: _shape(loader) for name, loader in (("train_loader", train_loader), ("val_loader", val_loader))},
-        "metrics": sorted(trainer.metrics or {}),
-        **{name: getattr(trainer, name) for name in ("accumulate", "clip_norm", "precision", "log_every")},
-        "parameters": [(tuple(p.shape), str(p.dtype)) for p in parameters(trainer.optimizer)],
+        "callbacks": [type(c).__name__ for c in state.callbacks.callbacks],
+        "train_loader": _shape(state.train_loader),
+        "val_loader": _shape(state.val_loader),
+        "metrics": sorted(state.validation.metrics),
+        "accumulate": state.plan.accumulate,
+        "clip_norm": state.plan.clip_norm,
+        "log_every": state.plan.log_every,
+        "max_steps": state.plan.max_steps,
+        "precision": state.settings["precision"],
+        "parameters": [(tuple(p.shape), str(p.dtype)) for p in parameters(state.optimizer)],
     }
 
 
-def _shape(loader: Any) -> str:
-    """Of a loader, as far as it has to be the same on all ranks."""
+def _shape(loader: object) -> str:
+    """Describe a loader as far as it must be the same on all ranks."""
     kind = "none" if loader is None else type(loader).__name__
     return kind if gives_part(loader) else f"{kind} of {batches.length(loader)} batches"
-
-
-def check_fit(
-    train_loader: Any, val_loader: Any, *, epochs: Any, max_steps: Any, validate_every: Any, resume: Any
-) -> None:
-    """Refuse arguments of `Trainer.fit` that are out of range, or can't go together."""
-    if epochs is None and max_steps is None:
-        raise ValueError("fit needs epochs= or max_steps=")
-    check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
-    if not (resume is None or isinstance(resume, (str, Path))):
-        raise TypeError(f'resume must be a path or "auto", got {resume!r}')
-    if validate_every is not None and val_loader is None:
-        raise ValueError("validate_every needs a val_loader")
-    batches.check_loader("train_loader", train_loader)
-    if val_loader is not None:
-        batches.check_loader("val_loader", val_loader)

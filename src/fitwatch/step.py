@@ -1,48 +1,53 @@
-"""Gradients as sums: divided once, by the weight of everything in the step, on all ranks."""
+"""The gradient of a step: sums over micro-batches and ranks, divided once by the weight of everything in them."""
 
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fitwatch import ranks
-from fitwatch.state import State
 
 
 class StepGradient:
-    """The gradient of one optimizer step, gathered over its micro-batches and all ranks as that of sum(w l) / sum(w).
+    """Accumulates the gradient of sum(w l) / sum(w) over the micro-batches of a step, and over all ranks.
 
     Args:
         optimizer: Holds the parameters.
-        accumulate: Micro-batches in a step, on each rank. With one in all, the division happens at the start of its
-            backward pass; with more, once over the gradients, by the weight of all of them.
-        scaler: The GradScaler under float16.
+        accumulate: Micro-batches per step and rank. If a step has one in all, its gradient is divided at the start of
+            the backward pass; otherwise once, over the gradients, by the weight of all of them.
+        scaler: The GradScaler under fp16.
+
+    Attributes:
+        weights: sum(w) of each micro-batch of the current step so far.
     """
 
     def __init__(self, optimizer: Optimizer, accumulate: int, scaler: torch.amp.GradScaler | None) -> None:
         self.optimizer, self.accumulate, self.scaler = optimizer, accumulate, scaler
-        self.weights: list[Tensor | float] = []  # sum(w) of each micro-batch so far
-        self._rates: list[float | Tensor] = []  # of the last step, one for each group of parameters
+        self.weights: list[Tensor | float] = []
         self._single = accumulate == 1 and ranks.size() == 1
-        self._guess: Tensor | float | None = None  # of the weight of a step, where float16 needs one
+        self._guess: Tensor | float | None = None  # of the weight of a step, where fp16 needs one
 
     def backward(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> None:
         """Add the gradient of a micro-batch: ``loss`` is its sum(w l), or already its mean over the weight."""
-        self.weights.append(weight)
-        scale: Tensor | None = None
-        if self._single:
-            # A mean goes backward as it is: to the bit what a plain loop computes.
-            scale = None if is_mean else inverse(weight, loss)
-        elif is_mean:
-            scale = torch.ones_like(loss) * weight
+        factor = self._factor(loss, weight, is_mean=is_mean)
         if self.scaler is not None:
-            scale = torch.ones_like(loss) if scale is None else scale
-            if not self._single:  # sums would overflow float16: divide by a guess, which finish mends
-                scale = scale * inverse(self._agreed_guess(weight), loss)
-            scale = self.scaler.scale(scale)
-        torch.autograd.backward(loss, scale)
+            factor = self.scaler.scale(torch.ones_like(loss) if factor is None else factor)
+        torch.autograd.backward(loss, factor)
+
+    def scalar(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> Tensor:
+        """Return the scalar whose ``backward()`` adds the gradient of a micro-batch; its value is the mean loss.
+
+        Scaling it, as a GradScaler does, is left to the caller.
+        """
+        factor = self._factor(loss, weight, is_mean=is_mean)
+        if self._single:
+            return loss if factor is None else loss * factor
+        mean = loss.detach() if is_mean else loss.detach() * inverse(weight, loss)
+        scaled: Tensor = _ScaledGradient.apply(loss, mean, factor, self.scaler is None)  # type: ignore[no-untyped-call] # torch's
+        return scaled
 
     def skip(self) -> None:
         """Count a micro-batch that only other ranks have."""
@@ -50,19 +55,36 @@ class StepGradient:
         if self.scaler is not None:
             self._agreed_guess(0.0)
 
+    def _factor(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> Tensor | None:
+        """What the gradient of ``loss`` is multiplied by in the backward pass; None for 1."""
+        self.weights.append(weight)
+        factor: Tensor | None = None
+        if self._single:
+            # A mean goes backward unchanged: bit for bit what a plain loop computes.
+            return None if is_mean else inverse(weight, loss)
+        if is_mean:
+            factor = torch.ones_like(loss) * weight
+        if self.scaler is not None:  # sums would overflow float16: divide by a guess, which finish() corrects
+            factor = (torch.ones_like(loss) if factor is None else factor) * inverse(self._agreed_guess(weight), loss)
+        return factor
+
     def _agreed_guess(self, weight: Tensor | float) -> Tensor | float:
-        """The guess; the first one from the first micro-batch of all ranks, which therefore have to ask together."""
+        """The guess, made from the first micro-batch of all ranks, which therefore ask for it together."""
         if self._guess is None:
             held = parameters(self.optimizer)
             self._guess = _positive(ranks.total([weight], held[0]) * self.accumulate)
         return self._guess
 
-    def finish(self) -> None:
-        """Make the gradients those of the fraction, unscaled."""
+    def finish(self, *, unscale: bool = True) -> None:
+        """Turn the accumulated gradients into the unscaled gradient of the fraction.
+
+        Args:
+            unscale: Whether the GradScaler, if there is one, has not unscaled the gradients yet.
+        """
         weights, self.weights = self.weights, []
         held = [] if self._single else parameters(self.optimizer)
         ranks.add_gradients(held)
-        if self.scaler is not None:
+        if self.scaler is not None and unscale:
             self.scaler.unscale_(self.optimizer)
         if self._single:
             return
@@ -70,7 +92,7 @@ class StepGradient:
         gradients = [p.grad for p in held if p.grad is not None]
         if not gradients:
             return
-        # in float64, which MPS has not: the first gradient's dtype may be less precise than the others'
+        # In float64, which MPS lacks: the first gradient's dtype may be less precise than the others'.
         wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64
         factor = inverse(total, gradients[0].new_empty((), dtype=wide))
         if self._guess is not None:
@@ -79,35 +101,49 @@ class StepGradient:
         for same in _by_device_and_dtype(gradients):
             torch._foreach_mul_(same, factor.to(same[0]))  # one kernel for all, as in torch's own clipping
 
-    def step(self) -> bool:
-        """Let the optimizer step, and forget the gradients; False if the scaler left the step out (overflow)."""
-        rates, stepped = [group["lr"] for group in self.optimizer.param_groups], True
-        self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
-        if self.scaler is not None:
-            before = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            stepped = self.scaler.get_scale() >= before
-        else:
-            self.optimizer.step()
-        zero_grad(self.optimizer)
-        return stepped
 
-    def log(self, state: State) -> None:
-        """Log the learning rate of the last step; with several groups of parameters, that of each."""
-        for i, rate in enumerate(self._rates):
-            state.log("train/optim/lr" if len(self._rates) == 1 else f"train/optim/lr/{i}", rate, reduce="last")
+class _ScaledGradient(torch.autograd.Function):
+    """A given value, with the gradient of ``loss`` times ``factor``."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, value: Tensor, factor: Tensor | None, check: bool) -> Tensor:  # noqa: ARG004
+        ctx.factor, ctx.check = factor, check and value.is_cpu  # elsewhere a look at the gradient would wait
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        if ctx.check and gradient.item() != 1:
+            raise RuntimeError(
+                f"the loss of watch.loss(...) was multiplied by {gradient.item():g} before backward(): with accumulate "
+                "above 1 call backward() on it as it is, since the gradients are divided once, before the step"
+            )
+        return (gradient if ctx.factor is None else gradient * ctx.factor), None, None, None
+
+
+def step_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
+    """Step the optimizer and clear the gradients; return False if the scaler skipped the step (overflow)."""
+    stepped = True
+    if scaler is not None:
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        stepped = scaler.get_scale() >= before
+    else:
+        optimizer.step()
+    zero_grad(optimizer)
+    return stepped
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters in its groups, which may change while training goes on."""
+    """Return all parameters in the optimizer's groups, which may change during training."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def inverse(weight: Tensor | float, like: Tensor) -> Tensor:
-    """1 / weight as a scalar of like's dtype and device; 0 for weight 0: no weight, no gradient."""
+    """Return 1 / weight with the dtype and device of ``like``; 0 for weight 0: no weight, no gradient."""
     if isinstance(weight, Tensor):
-        if not weight.is_cpu:  # no look at the value: it would wait for the device
+        if not weight.is_cpu:  # reading the value would wait for the device
             weight = weight.to(like.dtype)
             return torch.where(weight == 0, 0, 1 / weight)
         weight = weight.item()
@@ -125,7 +161,7 @@ def _positive(weight: Tensor | float) -> Tensor | float:
 
 
 def zero_grad(optimizer: Optimizer) -> None:
-    """Forget the gradients; torch's own ``zero_grad`` spends 5 % of a small step on a profiler range."""
+    """Clear the gradients; torch's own ``zero_grad`` spends 5 % of a small step on a profiler range."""
     if type(optimizer).zero_grad is not Optimizer.zero_grad:
         optimizer.zero_grad()
         return

@@ -1,6 +1,5 @@
-"""The loop."""
+"""The Trainer: its options, and the steps that a subclass overrides."""
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -10,19 +9,15 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fitwatch import ranks, rng, saving
-from fitwatch.callback import Callback, Callbacks
+from fitwatch import ranks, rng
+from fitwatch.callback import Callback
 from fitwatch.data import batches
-from fitwatch.data.sharding import ABSENT, Rounds, set_epoch
-from fitwatch.losses import LossSum, apply, as_loss, as_sums
-from fitwatch.metrics import Metrics
-from fitwatch.options import instance, integer, number, one_of
+from fitwatch.loop import Loop
+from fitwatch.losses import LossSum, as_loss, as_sums
+from fitwatch.options import check_counts, instance, integer, number, one_of
 from fitwatch.result import Result
 from fitwatch.schedule import Schedule
-from fitwatch.settings import check_fit, describe, shared_facts
-from fitwatch.state import Progress, State
-from fitwatch.step import StepGradient, parameters, zero_grad
-from fitwatch.validation import NO_BASELINE, Evaluation, expected_baseline
+from fitwatch.watch import Watch
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,15 +74,11 @@ class Trainer:
     seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise TypeError("optimizer must step without a closure, which LBFGS can't")
         self._schedule = Schedule(self.scheduler, self.scheduler_interval, self.scheduler_monitor)
         self._schedule.check(self.optimizer)
-        self._hooks = Callbacks(self.callbacks)
-        Metrics(self.metrics or {})  # refuses a wrong one now
-        self._evaluation: Evaluation | None = None  # while one runs
-        scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
-        self.state = self._new_state(progress=Progress(), scaler=scaler)
+        self._scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+        self._watch = self._new_watch()
+        self.state = self._watch.state
 
     # -- to override ---------------------------------------------------------------------------------------------
 
@@ -131,16 +122,11 @@ class Trainer:
         Raises:
             TypeError: There are weights, and the loss is a function that gives a mean.
         """
-        if self._evaluation is not None:
-            return self._evaluation.apply(output, target, sample_weight)
-        self.state.uses_loss = True
-        return apply(self.state.loss, output, target, sample_weight)
+        return self._watch.sums(output, target, sample_weight)
 
     def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Take a batch into the metrics, and what else validation measures; for ``validation_step``."""
-        if self._evaluation is None:
-            raise RuntimeError("update_metrics is for validation_step: no validation is running")
-        self._evaluation.update(outputs, targets, sample_weight)
+        """Show a validation batch to the metrics, and to everything else that sees outputs; for ``validation_step``."""
+        self._watch.update_metrics(outputs, targets, sample_weight)
 
     def fit(
         self,
@@ -168,38 +154,21 @@ class Trainer:
                 holds no parameter of the model, or a checkpoint does not fit.
             TypeError: A loader is no iterable, or a step returned no loss.
         """
-        options = {"epochs": epochs, "max_steps": max_steps, "validate_every": validate_every, "resume": resume}
-        check_fit(train_loader, val_loader, **options)
-        ranks.start(self.device)
-        self._hooks = Callbacks(self.callbacks)
-        ranks.refuse_differences({**options, **shared_facts(self, train_loader, val_loader)})
-        state = self.state = self._new_state(
-            progress=self.state.progress,
-            scaler=self.state.scaler,
-            train_loader=train_loader,
-            val_loader=val_loader,
-            epochs=epochs,
-            max_steps=max_steps,
+        if epochs is None and max_steps is None:
+            raise ValueError("fit needs epochs= or max_steps=")
+        check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
+        if validate_every is not None and val_loader is None:
+            raise ValueError("validate_every needs a val_loader")
+        watch = self._watch = self._new_watch(
+            train_loader=train_loader, val_loader=val_loader, max_steps=max_steps, resume=resume
         )
-        self._prepare(resume)
-        try:
-            with ranks.failing_together():
-                self._hooks.on_fit_start(state)
-            state.agree()
-            self._to_device()  # a callback may have put another loss in
-            self._check_metrics()
-            with ranks.unsynchronised(self.model):
-                self._loop(validate_every)
-            ranks.align([self.model], buffers_only=True)
-        except BaseException as error:
-            state.error = error
-            try:
-                self._hooks.on_fit_end(state)
-            except Exception as late:  # noqa: BLE001 - must not hide the error that ended the fit
-                error.add_note(f"then on_fit_end failed: {late!r} {getattr(late, '__notes__', '')}")
-            raise
-        self._hooks.on_fit_end(state)
-        return Result.of(state)
+        self.state = watch.state
+        ranks.start(self.device)
+        ranks.refuse_differences({"epochs": epochs, "validate_every": validate_every, "resume": resume})
+        if self.seed is not None and self.state.progress.step == 0:
+            rng.seed_all(self.seed + ranks.rank())  # rank 0 alone draws the order of the batches
+        Loop(watch, self._train_batch, self._schedule, validate_every).run(epochs)
+        return watch.result
 
     def validate(self, loader: Iterable[Any]) -> dict[str, float]:
         """The exact loss and the metrics over ``loader``, in eval mode: ``val/loss``, ``val/<metric>``, ...
@@ -209,193 +178,47 @@ class Trainer:
         Raises:
             ValueError: The loader gives no batch.
         """
-        ranks.start(self.device)
-        self._to_device()
-        state = self.state
-        ranks.align([self.model], buffers_only=state.progress.step > 0)  # a fit has aligned the rest
-        own = loader is state.val_loader
-        known = (state.baseline or NO_BASELINE) if own and state.baseline_measured else None
-        evaluation = Evaluation(self._eval_loss, state.val_metrics, known, state.observers if own else ())
-        values = self._evaluate(evaluation, loader)
-        if own:
-            state.baseline, state.baseline_measured, state.bad_batch = evaluation.baseline, True, evaluation.bad_batch
-        return values
+        return self._watch.evaluate(loader)
 
-    # -- the loop ------------------------------------------------------------------------------------------------
+    # -- what the loop calls -------------------------------------------------------------------------------------
 
-    def _loop(self, validate_every: int | None) -> None:
-        state, hooks, progress = self.state, self._hooks, self.state.progress
-        while not (state.stops or state.epochs_done(progress.epoch)):
-            self.model.train()
-            progress.epoch_step = progress.epoch_batch = 0
-            set_epoch(state.train_loader, progress.epoch)
-            hooks.on_epoch_start(state)
-            complete = self._epoch(validate_every)
-            last = state.stops or state.epochs_done(progress.epoch + complete)
-            if state.val_loader is None:
-                state.evaluated({})
-                self._schedule.after_evaluation(state.metrics)
-            elif (last or validate_every is None) and not state.stop_reason and not state.validated:
-                self._validate_and_log()
-            if complete:
-                progress.epoch += 1
-                progress.epoch_step = progress.epoch_batch = 0
-                self._schedule.after("epoch")
-            hooks.on_epoch_end(state)
-            self._log()
-
-    def _epoch(self, validate_every: int | None) -> bool:
-        """One pass over the training batches; whether it reached the end."""
-        state, progress = self.state, self.state.progress
-        gradient, complete = StepGradient(self.optimizer, self.accumulate, state.scaler), True
-        rounds = Rounds(state.train_loader, together=ranks.in_step(self.model))
-        for batch in rounds:
-            if batch is ABSENT:
-                gradient.skip()
-                progress.epoch_batch += 1
-            else:
-                self._backward(batch, gradient)
-            if len(gradient.weights) == self.accumulate:
-                self._step(gradient, validate_every)
-                if state.stops:
-                    # Only a length can tell that this was the last batch: asking for another would draw it.
-                    complete = progress.epoch_batch == rounds.total
-                    break
-        if gradient.weights:
-            self._step(gradient, validate_every)
-        if not progress.epoch_batch:
-            raise ValueError(
-                f"train_loader gave no batch in epoch {progress.epoch} (a generator can be iterated once only)"
-            )
-        if progress.epoch_step % self.log_every and not state.validated:  # an epoch ends the log window
-            gradient.log(state)
-        return complete
-
-    def _backward(self, batch: Any, gradient: StepGradient) -> None:
-        """Forward and backward of one micro-batch, and its hook."""
-        batch = self.state.batch = self._move(batch)
+    def _train_batch(self, batch: Any) -> tuple[LossSum | Tensor, int | None]:
+        """The loss of a batch, and its examples."""
         with self._autocast():
-            output = self.training_step(batch)
-        total, weight = self._sums(output, batch, "training_step")
-        self.state.train_loss.add(total, weight)
-        with suppress(TypeError):  # a format of one's own: only the examples per second lack it
-            self.state.saw(self.batch_size(batch))
-        if isinstance(output, LossSum):
-            gradient.backward(total, weight, is_mean=False)
-        else:
-            gradient.backward(output, weight, is_mean=True)
-        self.state.progress.epoch_batch += 1
-        self._hooks.on_batch_end(self.state)
+            loss = self.training_step(batch)
+        sums = self._sums(loss, batch, "training_step")
+        if not isinstance(loss, LossSum):
+            return loss, int(sums.weight)
+        with suppress(TypeError):  # a batch format of the user's: only the examples per second are missing
+            return loss, self.batch_size(batch)
+        return loss, None
 
-    def _step(self, gradient: StepGradient, validate_every: int | None) -> None:
-        """One optimizer step, with everything that hangs on it."""
-        state, progress, hooks = self.state, self.state.progress, self._hooks
-        gradient.finish()
-        hooks.on_gradients_ready(state)
-        if self.clip_norm is not None:
-            state.total_norm = nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip_norm)
-        if gradient.step():
-            self._schedule.after("step")
-        progress.step += 1
-        progress.epoch_step += 1
-        hooks.on_step_end(state)
-        if progress.epoch_step % self.log_every == 0:
-            gradient.log(state)
-            self._log()
-        if validate_every is not None and progress.step % validate_every == 0:
-            self._validate_and_log()
-
-    def _validate_and_log(self) -> None:
-        state, hooks = self.state, self._hooks
-        if not state.gives_up() and state.val_loader is not None:
-            hooks.on_validation_start(state)
-            state.evaluated(self.validate(state.val_loader))
-            hooks.on_validation_end(state)
-            self._schedule.after_evaluation(state.metrics)
-        self._log()
-
-    def _log(self) -> None:
-        self.state.flush()
-        if self.state.records:
-            self._hooks.on_log(self.state)
-
-    def _evaluate(self, evaluation: Evaluation, loader: Iterable[Any]) -> dict[str, float]:
-        self._evaluation = evaluation
-        try:
-            return evaluation.run(self.model, loader, self._validate_batch)
-        finally:
-            self._evaluation = None
-
-    def _validate_batch(self, batch: Any) -> LossSum:
-        batch = self._move(batch)
+    def _validate_batch(self, batch: Any) -> None:
         with self._autocast():
-            return self._sums(self.validation_step(batch), batch, "validation_step")
+            self._watch.measured(self._sums(self.validation_step(batch), batch, "validation_step"))
 
-    def _measure(self, batches: Iterable[Any]) -> dict[str, float]:
-        """See `State.measure`."""
-        metrics = copy.deepcopy(dict(self.metrics or {}))  # the originals hold what the validation has just measured
-        values = self._evaluate(Evaluation(self._eval_loss, metrics, NO_BASELINE), batches)
-        return {name.removeprefix("val/"): value for name, value in values.items()}
-
-    @property
-    def _eval_loss(self) -> Any:
-        return self.state.loss if self.state.eval_loss is None else self.state.eval_loss
-
-    # -- small parts ---------------------------------------------------------------------------------------------
-
-    def _new_state(self, **given: Any) -> State:
-        return State(
-            model=self.model,
-            optimizer=self.optimizer,
+    def _new_watch(self, **fit: Any) -> Watch:
+        return Watch(
+            self.model,
+            self.optimizer,
+            self.callbacks,
             loss=self.loss,
+            metrics=self.metrics,
             scheduler=self.scheduler,
-            callbacks=self._hooks,
-            device=self.device,
-            log_every=self.log_every,
+            scaler=self._scaler,
+            accumulate=self.accumulate,
             clip_norm=self.clip_norm,
-            settings=describe(self),
-            val_metrics=dict(self.metrics or {}),
-            measure=self._measure,
-            **given,
+            log_every=self.log_every,
+            device=self.device,
+            validation_step=self._validate_batch,
+            settings={"precision": self.precision, "seed": self.seed},
+            progress=self._watch.state.progress if fit else None,
+            **fit,
         )
 
-    def _prepare(self, resume: str | Path | None) -> None:
-        state, progress = self.state, self.state.progress
-        self._to_device()
-        progress.first_epoch, progress.first_step = progress.epoch, progress.step
-        if not {id(p) for p in parameters(self.optimizer)} & {id(p) for p in self.model.parameters()}:
-            raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
-        path = ranks.from_main(saving.find(self._hooks.callbacks)) if resume == "auto" else resume
-        if path is not None:
-            with ranks.failing_together():
-                saving.load(Path(path), state)
-        elif self.seed is not None and progress.step == 0:
-            rng.seed_all(self.seed + ranks.rank())  # rank 0 alone draws the order of the batches
-        ranks.align([self.model, state.loss], parameters(self.optimizer))
-        zero_grad(self.optimizer)
-
-    def _check_metrics(self) -> None:
-        """Refuse now, not after an epoch, to monitor what will not be measured."""
-        state = self.state
-        loss = self._eval_loss
-        if state.val_loader is not None and getattr(loss, "has_weights", False):
-            state.names.add("val/loss_unweighted")
-        state.baseline = expected_baseline(loss, state.train_loader, state.val_loader)
-        self._schedule.watch(state)
-        state.check()
-
-    def _to_device(self) -> None:
-        self.model.to(self.device)
-        for loss in (self.state.loss, self.state.eval_loss):
-            if isinstance(loss, nn.Module):
-                loss.to(self.device)
-
-    def _move(self, batch: Any) -> Any:
-        return batch if self.device.type == "cpu" else batches.to_device(batch, self.device)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[object]:
         dtype = _AUTOCAST[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def _sums(self, output: Any, batch: Any, step: str) -> LossSum:
-        return as_sums(output, lambda: self.batch_size(batch), f"{type(self).__name__}.{step}")
+    def _sums(self, loss: Any, batch: Any, step: str) -> LossSum:
+        return as_sums(loss, lambda: self.batch_size(batch), f"{type(self).__name__}.{step}")

@@ -1,95 +1,173 @@
-"""One pass over a validation set, of which each rank sees a part."""
-
-from __future__ import annotations
+"""Validation: what is measured, and one pass over a data set, of which each rank sees a part."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate, default_convert
 
 from fitwatch import ranks
 from fitwatch.data import batches
-from fitwatch.data.counting import exposed_targets
-from fitwatch.data.sharding import split
-from fitwatch.losses import BinaryCrossEntropy, LossSum, MeanSquaredError, apply
-from fitwatch.losses.base import FAILURES, ClassLoss, Loss
+from fitwatch.example_losses import ExampleLosses
+from fitwatch.losses import LossSum, apply
 from fitwatch.losses.baseline import Baseline, TargetSums
-from fitwatch.metrics import Metrics, WeightedMean, evaluating
+from fitwatch.metrics import Metric, Metrics, WeightedMean, evaluating
 
+Measure = Callable[[Iterable[Any]], dict[str, float]]
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
-"""Stands for none, and that there is none to look for."""
+"""Means that there is no baseline, and no need to look for one."""
 
 
-class Evaluation:
-    """What one pass over a data set measures; the values stay on their device until its end.
+class Observer(Protocol):
+    """Sees every batch of a validation, and reports nothing."""
+
+    def reset(self) -> object:
+        """A validation starts."""
+
+    def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None, /) -> object:
+        """Take in a batch, on the device."""
+
+
+class Validation:
+    """What the validations of a fit measure, and what the newest one left.
 
     Args:
-        loss: The loss that is measured; with class weights, it is measured without them as well.
         metrics: Name -> function or object, as for `Metrics`.
-        baseline: That of the loss on this data set, or `NO_BASELINE`; if None, the targets are counted to find it.
-        observers: Objects with ``reset`` and ``update``, as metrics have, that see the outputs and report nothing.
+        measure: Measures other batches as validation does: batches -> ``{"loss": ..., "<metric>": ...}``. None if the
+            loop can't.
+
+    Attributes:
+        metrics: What is measured, with what callbacks have added.
+        observers: Objects that see each batch; callbacks add theirs.
+        losses: The losses of the examples of the newest validation; None unless `keep_losses` was called.
+        baseline: The loss of the best constant prediction; before the first validation it is an expectation.
+        bad_batch: Index of the first batch with a non-finite loss, if any.
+        measures_standard_error: Whether ``val/loss_se``, the standard error of ``val/loss``, is measured.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric] | None = None, measure: Measure | None = None) -> None:
+        self.metrics: dict[str, Metric] = dict(metrics or {})
+        self.measure = measure
+        self.observers: list[Observer] = []
+        self.losses: ExampleLosses | None = None
+        self.baseline: Baseline | None = None
+        self.bad_batch: int | None = None
+        self.measures_standard_error = False
+        self._keeps_losses = self._measured = False
+
+    def add_metric(self, name: str, metric: Metric) -> None:
+        """See `State.add_metric`."""
+        if name in self.metrics:
+            raise ValueError(f"there are two metrics named {name!r}")
+        self.metrics[name] = metric
+
+    def keep_losses(self) -> None:
+        """Keep the losses of the single examples in ``losses``; call it in ``on_fit_start``. They are computed once."""
+        self._keeps_losses = True
+
+    def measure_standard_error(self) -> None:
+        """Measure ``val/loss_se``; call it in ``on_fit_start``."""
+        self._keeps_losses = self.measures_standard_error = True
+
+    def start(self, loss: Any, *, of_fit: bool = True) -> "Pass":
+        """Start a pass: over the validation set of the fit, or over other batches, of which nothing is kept."""
+        known = (self.baseline or NO_BASELINE) if of_fit and self._measured else None
+        new = Pass(
+            loss,
+            self.metrics,
+            known,
+            observers=self.observers if of_fit else (),
+            keep_losses=self._keeps_losses if of_fit else self.measures_standard_error,
+            standard_error=self.measures_standard_error,
+        )
+        if of_fit:
+            self.losses = new.losses
+        return new
+
+    def finish(self, done: "Pass") -> None:
+        """Keep what a completed pass has found."""
+        self.baseline, self.bad_batch, self._measured = done.baseline, done.bad_batch, True
+
+
+class Pass:
+    """One pass over a data set; values stay on their device until its end.
+
+    Args:
+        loss: The loss that is measured. If it has class weights, the loss without them is measured too.
+        metrics: Name -> function or object, as for `Metrics`.
+        baseline: The baseline of the loss on this data set, or `NO_BASELINE`; None: the targets are counted to find it.
+        observers: Objects that see each batch.
+        keep_losses: Whether to keep the loss of each example.
+        standard_error: Whether to report ``val/loss_se``, which needs these.
+
+    Attributes:
+        losses: The losses of the examples, if they are kept.
+        baseline: The baseline, known at the end.
     """
 
     def __init__(
         self,
         loss: Any,
-        metrics: Mapping[str, Any],
+        metrics: Mapping[str, Metric],
         baseline: Baseline | None = None,
-        observers: Sequence[Any] = (),
+        *,
+        observers: Iterable[Observer] = (),
+        keep_losses: bool = False,
+        standard_error: bool = False,
     ) -> None:
         self.loss, self.baseline = loss, None if baseline is NO_BASELINE else baseline
+        self.losses = ExampleLosses(loss) if keep_losses else None
+        self._standard_error = standard_error
         self._mean, self._batches, self._applied = WeightedMean(), 0, False
-        self._kept: list[Any] = []  # what update got, where other ranks have to see it too
-        self._metrics = Metrics(metrics)
+        self._metrics, self._observers = Metrics(metrics), list(observers)
         self._unweighted = (loss.unweighted(), WeightedMean()) if getattr(loss, "has_weights", False) else None
         self._targets = TargetSums(loss) if baseline is None else None
-        self._observers = observers
-        for observer in observers:
+        self._anyone_watches = bool(metrics or self._observers or keep_losses)
+        self._shares = False  # whether ranks exchange what they saw
+        self._kept: list[tuple[Any, ...]] = []  # what they will exchange
+        for observer in self._observers:
             observer.reset()
-        # On some rank: what observes may be on one only.
-        self._watched = ranks.size() > 1 and any(ranks.gather(bool(metrics or observers)))
-        counted = self._targets is not None and self._targets.known
-        self._shared = ranks.size() > 1 and (self._watched or counted)
 
-    def run(self, model: nn.Module, batches: Iterable[Any], step: Callable[[Any], LossSum]) -> dict[str, float]:
-        """Evaluate a model: `add` what ``step`` gives for each batch, in eval mode without gradients, then `values`."""
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        """Eval mode without gradients, until the batches of all ranks are in; all ranks enter it."""
+        # A rank may be the only one with an observer.
+        self._anyone_watches = any(ranks.gather(self._anyone_watches))
+        counted = self._targets is not None and self._targets.known
+        self._shares = ranks.size() > 1 and (self._anyone_watches or counted)
         with evaluating(model), ranks.unsynchronised(model):
-            for number, batch in enumerate(split(batches)):
-                try:
-                    self.add(*step(batch))
-                    if not self._applied:  # a loss of the step's own has another baseline, which nobody knows
-                        self.baseline = self._targets = None
-                except Exception as error:
-                    error.add_note(f"in an evaluation (validation, or the probe of the training set), batch {number}")
-                    raise
+            try:
+                yield
+            except Exception as error:
+                error.add_note(f"raised in a validation pass, batch {self._batches}")
+                raise
             if ranks.size() > 1:
                 self._share(next((p.device for p in model.parameters()), torch.device("cpu")))
-        return ranks.from_main(self.values())
 
     def apply(self, output: Any, target: Any, sample_weight: Any = None) -> LossSum | Tensor:
-        """The loss that is measured."""
+        """Return the measured loss of a batch."""
         self._applied = True
         return apply(self.loss, output, target, sample_weight)
 
     def add(self, total: Tensor, weight: Tensor | float) -> None:
-        """Take in the loss of a batch, as sums."""
+        """Add the loss of a batch, as sums."""
         self._mean.add(total, weight)
         self._batches += 1
+        if not self._applied:  # a loss computed elsewhere has another baseline, which is unknown
+            self.baseline = self._targets = None
 
     def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Take in the outputs and targets of a batch: for the metrics, the baseline and the loss without weights."""
+        """Show the outputs and targets of a batch to the metrics and everything else that is measured."""
         if self._unweighted is not None:
             loss, mean = self._unweighted
             mean.add(*(loss.sums(outputs, targets, sample_weight)))
-        if self._shared:
-            # for the baseline the shape of the outputs is enough
-            seen = outputs if self._watched else torch.empty(outputs.shape, dtype=outputs.dtype, device="meta")
-            self._kept.append((seen, targets, sample_weight))
+        if self._shares:
+            # The baseline needs the shape of the outputs only.
+            meta = torch.empty(outputs.shape, dtype=outputs.dtype, device="meta")
+            self._kept.append((outputs if self._anyone_watches else meta, targets, sample_weight))
         else:
             self._see(outputs, targets, sample_weight)
 
@@ -97,16 +175,17 @@ class Evaluation:
         self._metrics.update(outputs, targets, sample_weight)
         if self._targets is not None:
             self._targets.update(outputs, targets, sample_weight)
+        if self.losses is not None:
+            self.losses.update(outputs, targets, sample_weight)
         for observer in self._observers:
             observer.update(outputs, targets, sample_weight)
 
     def _share(self, device: torch.device) -> None:
-        """Take in what the other ranks saw, in the order in which a single one would have seen it."""
-        means = [self._mean] if self._unweighted is None else [self._mean, self._unweighted[1]]
-        for mean in means:
+        """Take in what the other ranks saw, in the order in which a single rank would have seen it."""
+        for mean in [self._mean] if self._unweighted is None else [self._mean, self._unweighted[1]]:
             mean.share()
         self._batches = int(ranks.sums([self._batches])[0])
-        if self._shared:
+        if self._shares:
             kept = [tuple(_copied(part) for part in seen) for seen in self._kept]
             for together in zip_longest(*ranks.gather(kept)):
                 for seen in together:
@@ -116,74 +195,37 @@ class Evaluation:
 
     @property
     def bad_batch(self) -> int | None:
-        """Index of the first batch whose loss is not finite; None if there is none or it is not known."""
+        """Index of the first batch with a non-finite loss; None if there is none or it is unknown."""
         return self._mean.bad
 
     def values(self) -> dict[str, float]:
-        """Everything by name: ``val/loss``, ``val/loss_unweighted``, ``val/loss_left``, ``val/<metric>``, ...
+        """Return everything by name: ``val/loss``, ``val/loss_unweighted``, ``val/loss_left``, ``val/<metric>``, ...
 
         Raises:
             ValueError: No batch was added.
         """
         if not self._batches:
-            raise ValueError("the validation loader is empty: it gave no batch (a generator can be iterated once only)")
+            raise ValueError("no validation batch was measured: the loader is empty, or a generator was used up before")
         self._mean.pull()
         values = {"val/loss": self._mean.value}
         if self._unweighted is not None:
             self._unweighted[1].pull()
-            if self._unweighted[1].weight:  # an own validation_step may not feed it
+            if self._unweighted[1].weight:  # a user's validation_step may not feed it
                 values["val/loss_unweighted"] = self._unweighted[1].value
         if self._targets is not None:
             self.baseline, self._targets = self._targets.baseline(), None
         if self.baseline is not None:
             values["val/loss_left"] = self.baseline.left(self._mean.value)
-        return values | {f"val/{name}": value for name, value in self._metrics.compute().items()}
+        values |= {f"val/{name}": value for name, value in self._metrics.compute().items()}
+        if self._standard_error and self.losses is not None:
+            values["val/loss_se"] = self.losses.standard_error()
+        return values
 
 
 def _copied(part: Any) -> Any:
-    """On the host, and without the rest of what it is a view of, which would travel along."""
+    """A copy on the host, without the rest of what it is a view of, which would travel along."""
     return part.detach().cpu().clone() if isinstance(part, Tensor) and not part.is_meta else part
 
 
-def _is_meta(part: Any) -> bool:
+def _is_meta(part: object) -> bool:
     return isinstance(part, Tensor) and part.is_meta
-
-
-def expected_baseline(loss: Any, train_loader: Any, val_loader: Any) -> Baseline | None:
-    """The baseline before any validation, where both data sets show their targets; else None.
-
-    The number of classes is that of the loss, else taken from the labels; the first validation, which sees the
-    outputs, says it for sure. An own ``collate_fn`` may give other targets than the data set shows.
-    """
-    loaders = (train_loader, val_loader)
-    if not all(isinstance(x, DataLoader) and x.collate_fn in (default_collate, default_convert) for x in loaders):
-        return None
-    with suppress(*FAILURES):  # it is a line in a report; what is wrong with the data, training explains
-        return _expected(loss, train_loader, val_loader)
-    return None
-
-
-def _expected(loss: Any, train_loader: DataLoader[Any], val_loader: DataLoader[Any]) -> Baseline | None:
-    train, val = exposed_targets(train_loader), exposed_targets(val_loader)
-    if train is None or val is None or not (len(train[0]) and len(val[0])):
-        return None
-    targets, weight = val
-    output = targets
-    if not isinstance(loss, (BinaryCrossEntropy, MeanSquaredError)) and not targets.is_floating_point():
-        ignore_index = getattr(loss, "ignore_index", None)
-        kept = [labels if ignore_index is None else labels[labels != ignore_index] for labels in (train[0], targets)]
-        both = torch.cat([labels.flatten() for labels in kept])
-        if targets.dtype is torch.bool or not len(both) or int(both.min()) < 0:  # the validation will tell
-            return None
-        per_class = loss._per_class() if isinstance(loss, Loss) else None  # noqa: SLF001 - no one else's business
-        classes = int(both.max()) + 1
-        if per_class is not None:
-            if len(per_class) < classes:
-                return None
-            classes = len(per_class)
-        output = torch.empty((len(targets), classes, *targets.shape[1:]), device="meta")
-    elif isinstance(loss, ClassLoss) and targets.dim() != 2:
-        return None
-    sums = TargetSums(loss)
-    sums.update(output, targets, weight)
-    return sums.baseline()

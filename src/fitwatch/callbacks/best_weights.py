@@ -1,25 +1,25 @@
 """A copy of the best weights."""
 
 import copy
-from typing import Any
 
 from torch import Tensor, nn
 
+from fitwatch.callback import StateDict
 from fitwatch.saving import unwrap
 
 
 class BestWeights:
-    """One copy of a model's weights, to be put back at the end of a fit.
+    """One copy of a model's weights, to be restored at the end of a fit.
 
     Attributes:
         kept: The copy, as a state dict; None while there is none.
     """
 
     def __init__(self) -> None:
-        self.kept: dict[str, Any] | None = None
+        self.kept: StateDict | None = None
 
     def keep(self, model: nn.Module) -> None:
-        """Copy the weights as they are now."""
+        """Copy the current weights."""
         # A new copy, not one into the old: Ctrl-C half-way must not leave a mixture of two epochs.
         weights = unwrap(model).state_dict()
         self.kept = {
@@ -27,7 +27,7 @@ class BestWeights:
         }
 
     def restore(self, model: nn.Module) -> None:
-        """Put them back, if there are any, and forget them: a fit that fails before it begins must not do so again."""
+        """Restore the copy, if there is one, and drop it: a later fit that fails early must not restore it again."""
         if self.kept is not None:
             unwrap(model).load_state_dict(self.kept)
         self.kept = None

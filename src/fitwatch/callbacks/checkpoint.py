@@ -2,12 +2,11 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from attrs import define, field
 
-from fitwatch import ranks, saving
-from fitwatch.callback import Callback
+from fitwatch import health, ranks, saving
+from fitwatch.callback import Callback, StateDict
 from fitwatch.options import instance, integer
 from fitwatch.state import State
 
@@ -18,26 +17,26 @@ logger = logging.getLogger("fitwatch")
 class Checkpoint(Callback):
     """Saves training so that it can be resumed, and the best model beside it.
 
-    Writes ``epoch-N.pt`` after every ``every_epochs`` epochs (N epochs are complete), ``step-N.pt`` after every
-    ``every_steps`` steps, and ``best.pt`` after an evaluation that is the best so far by the monitored metric. Each
-    holds model, optimizer, scheduler, scaler, callbacks, counters, history and random generators.
-    A file appears whole or not at all, and older ones go only once the newer is safe on disk.
+    Writes ``epoch-N.pt`` every ``every_epochs`` epochs (N epochs are complete), ``step-N.pt`` every ``every_steps``
+    steps, and ``best.pt`` after an evaluation that is the best so far by the monitored metric. Each file holds model,
+    optimizer, scheduler, scaler, callbacks, counters, history and random generators. A file appears completely or not
+    at all, and older ones are deleted only once the newer one is safe on disk.
 
     It runs after the other callbacks, wherever it stands in the list, since it saves their state. When training resumes
     from an older file, the newer ones are renamed to ``*.old``.
 
-    Training resumes from ``epoch-N.pt``: a file written in mid-epoch has the weights, but can't be resumed to the bit,
-    and is refused.
+    Training resumes from ``epoch-N.pt``. A file written in mid-epoch has the weights, but resuming from it would not be
+    exact, and is refused.
 
-    Weights that are NaN or infinite are not saved: the last good file stays. ``best.pt`` of an earlier run, or of a
-    future that was given up by resuming from an older file, becomes ``best.pt.old``; a second ``fit`` of the same
-    Trainer replaces it by a better one only.
+    A model with non-finite weights is not saved: the last good file stays. ``best.pt`` of an earlier run, or of a
+    future that was given up by resuming from an older file, becomes ``best.pt.old``. A second ``fit`` of the same
+    Trainer replaces it only by a better one.
 
     Args:
-        dir: Folder for the files; made if need be.
-        every_epochs: Epochs between two saves; None: none.
-        every_steps: Steps between two saves; None: none.
-        keep: Newest files to keep of each kind.
+        dir: Folder for the files; created if it does not exist.
+        every_epochs: Epochs between two saves; None: no such saves.
+        every_steps: Steps between two saves; None: no such saves.
+        keep: How many of the newest files to keep of each kind.
         best: Whether to keep ``best.pt``.
     """
 
@@ -51,14 +50,14 @@ class Checkpoint(Callback):
 
     def __attrs_post_init__(self) -> None:
         self._readable = self._warned = False
-        self._best: tuple[str, float] | None = None  # the monitor, and its value in best.pt
+        self._best: tuple[str, float] | None = None  # the monitored metric, and its value in best.pt
 
     def on_fit_start(self, state: State) -> None:
-        """Make the folder now: a path that can't be written to is to fail before step 1. Rank 0 alone has files.
+        """Create the folder, so that a path that can't be written to fails before step 1. Only rank 0 has files.
 
         Raises:
-            OSError: The folder can't be made.
-            FileExistsError: It holds another run's checkpoints, which this run would mix with its own.
+            OSError: The folder can't be created.
+            FileExistsError: It holds checkpoints of another run, which this run would mix with its own.
         """
         if state.progress.step == 0:
             self._best = None
@@ -66,18 +65,18 @@ class Checkpoint(Callback):
             return
         if state.progress.step == 0 and (old := [*self._files("epoch"), *self._files("step")]):
             raise FileExistsError(
-                f"{self.dir} holds the checkpoint {old[-1].name} of an earlier run: go on from it with "
-                'fit(resume="auto"), or choose another folder'
+                f"{self.dir} holds the checkpoint {old[-1].name} of an earlier run: continue it with "
+                'resume="auto", or choose another folder'
             )
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(f"can't make the checkpoint folder {self.dir}: {error}") from error
+            raise OSError(f"can't create the checkpoint folder {self.dir}: {error}") from error
         for part in self.dir.glob("*.pt.part-*"):  # of a save that was killed
             part.unlink()
         later = [f for f in self._files("epoch") if _count(f) > state.progress.epoch]
         for file in later + [f for f in self._files("step") if _count(f) > state.progress.step]:
-            file.replace(file.with_name(f"{file.name}.old"))  # resumed before it: "auto" must not find it
+            file.replace(file.with_name(f"{file.name}.old"))  # given up by this resume: "auto" must not find it
         best = self.dir / "best.pt"
         if best.exists() and not 0 < _step_of(best) <= state.progress.step:
             best.replace(best.with_name("best.pt.old"))
@@ -88,19 +87,19 @@ class Checkpoint(Callback):
             self._save(state, "step", state.progress.step)
 
     def on_validation_end(self, state: State) -> None:
-        """Save the best."""
+        """Save the best model."""
         self._save_best(state)
 
     def on_epoch_end(self, state: State) -> None:
-        """Save every ``every_epochs`` epochs, and the best where there is no validation."""
+        """Save every ``every_epochs`` epochs; without a validation set, the best model too."""
         if state.val_loader is None:
             self._save_best(state)
-        whole = state.progress.epoch_batch == 0  # not cut short
-        if self.every_epochs is not None and whole and state.progress.epoch % self.every_epochs == 0:
+        complete = state.progress.epoch_batch == 0
+        if self.every_epochs is not None and complete and state.progress.epoch % self.every_epochs == 0:
             self._save(state, "epoch", state.progress.epoch)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that training can resume from, or None.
+        """Return the newest checkpoint that training can resume from, or None.
 
         Raises:
             ValueError: There are only files that can't be resumed from.
@@ -110,40 +109,41 @@ class Checkpoint(Callback):
             raise ValueError(f"{steps[-1]} was saved before the end of an epoch: there is none to resume from")
         return files[-1] if files else None
 
-    def _save_best(self, state: State) -> None:
-        if not self.best or state.best is not state.metrics or self._lost(state):
-            return
-        value, sign = state.metrics[state.monitor], 1 if state.mode == "min" else -1
-        known = self._best
-        if known is None or known[0] != state.monitor or sign * value < sign * known[1]:
-            self._best = state.monitor, value
-            saving.save(self.dir / "best.pt", state)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What ``best.pt`` is."""
+    def state_dict(self) -> StateDict:
+        """Return what ``best.pt`` holds."""
         return {"best": self._best}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back."""
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore what `state_dict` returned."""
         best = state_dict.get("best")
         self._best = None if best is None else (best[0], best[1])
 
+    def _save_best(self, state: State) -> None:
+        history = state.history
+        if not self.best or not history.is_best or self._refuses(state):
+            return
+        value, sign = history.newest[history.monitor], 1 if history.mode == "min" else -1
+        known = self._best
+        if known is None or known[0] != history.monitor or sign * value < sign * known[1]:
+            self._best = history.monitor, value
+            saving.save(self.dir / "best.pt", state)
+
     def _save(self, state: State, kind: str, count: int) -> None:
         path = self.dir / f"{kind}-{count}.pt"
-        if self._lost(state):
+        if self._refuses(state):
             return
         saving.save(path, state)
         if ranks.rank():
             return
-        if not self._readable:  # a state_dict with more than data in it is to fail now, not when it is needed
+        if not self._readable:  # a state_dict with more than data in it must fail now, not when it is needed
             saving.read(path)
             self._readable = True
         for old in self._files(kind)[: -self.keep]:
             old.unlink()
 
-    def _lost(self, state: State) -> bool:
-        """Whether there is nothing to save, on any rank."""
-        name = state.not_finite
+    def _refuses(self, state: State) -> bool:
+        """Return whether the model has non-finite weights, on any rank; warn the first time."""
+        name = ranks.agree(health.not_finite(state.model))
         if name is not None and not self._warned:
             self._warned = True
             logger.warning("no checkpoint is saved at step %d: %s is not finite", state.progress.step, name)

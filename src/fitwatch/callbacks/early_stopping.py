@@ -1,13 +1,12 @@
-"""Stop when a metric no longer improves, and give back the best weights."""
+"""Stop when a metric no longer improves, and restore the best weights."""
 
 import logging
-from typing import Any, Literal
+from typing import Literal
 
-from attrs import define, field, fields
+from attrs import define, field
 
-from fitwatch.callback import Callback
+from fitwatch.callback import Callback, StateDict
 from fitwatch.callbacks.best_weights import BestWeights
-from fitwatch.callbacks.example_losses import ExampleLosses
 from fitwatch.losses import Loss
 from fitwatch.options import instance, integer, one_of
 from fitwatch.rules.stopping import Patience, StoppingRule, StopReason
@@ -15,7 +14,7 @@ from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
 
-_OPTIONS = [a.name for a in fields(Patience) if a.init and a.name != "mode"]  # those that make the default rule
+_PATIENCE = 10
 
 
 @define(eq=False, slots=False)
@@ -24,65 +23,52 @@ class EarlyStopping(Callback):
 
     The best weights are those at the strictly best finite value of ``monitor``, whatever ``min_delta`` is. They are
     restored on any exit: the stop itself, the end of training, another callback's stop, Ctrl-C, an exception. The
-    optimizer is left as it is.
+    optimizer is left unchanged.
 
-    Why it stopped is in ``reason``, a `StopReason`, and as a sentence in the fit's ``stop_reason``.
+    ``reason`` tells why it stopped, as a `StopReason`; the fit's ``stop_reason`` says it in a sentence.
 
     Args:
         monitor: A metric of the fit's history, such as ``"val/loss"``.
-        mode: ``"min"`` or ``"max"``: where the metric is best. Default: ``"min"`` where its name has "loss", "cost" or
-            "error" in it; else it must be given.
-        patience: Evaluations in a row without improvement that end training, 1 or more.
-        min_delta: What counts as improvement over the last one that counted, 0 or more, in units of the metric; or a
-            number of standard errors, such as ``"1se"``. With ``"val/loss"`` and a `Loss` they are those of the gain,
-            on the same examples at both evaluations (don't shuffle the validation set, or the pairs are lost and the
-            error grows). Else they are read from the metric ``<monitor>_se``. That of ``"val/loss"`` is measured,
-            unless a callback before this one has announced its own, which then counts.
-        relative: Whether ``min_delta`` is a share of that value's magnitude.
-        cumulative: Whether small gains add up. False: each must exceed ``min_delta`` over the best value so far.
-        window: Evaluations whose mean must improve, 1 or more; 1: no smoothing. Thresholds and the best weights go
-            by single values.
-        baseline: What the first improvement must beat.
-        stopping_threshold: The target: training ends as soon as the metric is as good as this.
-        divergence_threshold: Training ends as soon as the metric is worse than this.
-        check_finite: Whether training ends at the first NaN or infinite value; else that is no improvement.
-        start_epoch: Before this epoch (from 0) training is not stopped and nothing counts against the patience.
-            Improvements and the best weights count from the beginning.
-        restore_best: Whether to restore the best weights. Keeps one copy of them beside the model, and
-            two for a moment while a better one is taken.
-        rule: Decides in place of the options from ``patience`` to ``check_finite``: `GL`, `PQ`, `UP`, or a `Patience`.
+        mode: ``"min"`` or ``"max"``: where the metric is best. Default: the mode of ``rule`` if one is given, else
+            ``"min"`` if the name contains "loss", "cost" or "error"; any other metric needs it.
+        patience: Evaluations in a row without improvement after which training ends, 1 or more. Default: 10.
+        min_delta: What counts as an improvement over the last one, 0 or more, in units of the metric; or a number of
+            standard errors, such as ``"1se"``. For ``"val/loss"`` and a `Loss` this is the standard error of the gain,
+            from the same examples at both evaluations (don't shuffle the validation set: without pairs the error is
+            larger). For other metrics it is read from the metric ``<monitor>_se``.
+        start_epoch: Before this epoch (index from 0) training is not stopped and nothing counts against the patience.
+            Improvements and the best weights count from the start.
+        restore_best: Whether to restore the best weights. Keeps one copy of them beside the model, and two for a
+            moment while a better one is taken.
+        rule: The decision rule, for everything else: `Patience` with its further options (relative or non-cumulative
+            gains, smoothing, a value to beat, thresholds, non-finite values), or Prechelt's `GL`, `PQ`, `UP`; all in
+            `fitwatch.rules`. Not together with ``patience`` and ``min_delta``, which are options of the rule.
 
     Raises:
-        ValueError: An option is out of range, or contradicts another; before step 1: ``monitor`` will not exist (lists
-            those that will), or its name does not say where it is best and ``mode`` neither.
+        ValueError: An option is out of range, or contradicts another; before step 1: ``monitor`` will not be measured
+            (the message lists what will be), or its name does not tell the mode and ``mode`` is not given.
         TypeError: An option is of the wrong type.
     """
 
     monitor: str = field(default="val/loss", validator=instance(str))
     mode: Literal["min", "max"] | None = field(default=None, kw_only=True, validator=one_of("min", "max", None))
-    patience: int = field(default=10, kw_only=True)
+    patience: int = field(default=_PATIENCE, kw_only=True)
     min_delta: float | str = field(default=0.0, kw_only=True)
-    relative: bool = field(default=False, kw_only=True)
-    cumulative: bool = field(default=True, kw_only=True)
-    window: int = field(default=1, kw_only=True)
-    baseline: float | None = field(default=None, kw_only=True)
-    stopping_threshold: float | None = field(default=None, kw_only=True)
-    divergence_threshold: float | None = field(default=None, kw_only=True)
-    check_finite: bool = field(default=False, kw_only=True)
     start_epoch: int = field(default=0, kw_only=True, validator=integer(0))
     restore_best: bool = field(default=True, kw_only=True, validator=instance(bool))
     rule: StoppingRule = field(default=None, kw_only=True, validator=instance(StoppingRule, or_none=True))
 
     def __attrs_post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in _OPTIONS}
         if self.rule is None:
-            self.rule = Patience(mode=self.mode or "min", **given)  # type: ignore[unreachable] # from here on there is one
-        elif extra := [a.name for a in fields(EarlyStopping) if a.name in given and given[a.name] != a.default]:
-            raise ValueError(f"{', '.join(extra)} can't be given beside {self.rule!r}: a rule has its own options")
-        elif self.rule.mode != (self.mode or "min"):
-            raise ValueError(f"mode must be that of the rule, {self.rule.mode!r}, got {self.mode!r}")
+            self.rule = Patience(mode=self.mode or "min", patience=self.patience, min_delta=self.min_delta)  # type: ignore[unreachable] # from here on there is one
+        elif self.patience != _PATIENCE or self.min_delta != 0.0:
+            raise ValueError(f"give patience and min_delta to the rule, not beside it: got rule={self.rule!r}")
+        elif self.mode not in (None, self.rule.mode):
+            raise ValueError(f"mode must be the rule's, {self.rule.mode!r}, got {self.mode!r}")
+        elif self.rule.mode == "max":
+            self.mode = "max"
         self._best = BestWeights()
-        self._examples: ExampleLosses | None = None  # where gains are judged example by example
+        self._pairs = False  # whether gains are judged example by example
 
     @property
     def reason(self) -> StopReason | None:
@@ -90,27 +76,26 @@ class EarlyStopping(Callback):
         return self.rule.reason
 
     def on_fit_start(self, state: State) -> None:
-        """Announce the metric; begin anew, unless training resumes."""
+        """Declare the metric; start over, unless training resumes."""
         state.watch(self.monitor, self.mode, by="EarlyStopping")
-        self._examples = None
+        self._pairs = False
         if self.rule.needs_standard_error:
+            name, names = f"{self.monitor}_se", state.history.names
             measurable = self.monitor == "val/loss" and state.val_loader is not None and isinstance(state.loss, Loss)
-            if measurable and "val/loss_se" not in state.names:  # another callback may have announced its own
-                state.add_metric("loss_se", ExampleLosses(state))
-            if isinstance(state.val_metrics.get("loss_se"), ExampleLosses):
-                # Not the same one: a metric may have gone on to other data before this callback decides.
-                self._examples = ExampleLosses(state)
-                state.observers.append(self._examples)
-            state.watch(f"{self.monitor}_se", "min", by="EarlyStopping with min_delta in standard errors")
+            if measurable and name not in names:  # another callback may measure its own
+                state.validation.measure_standard_error()
+                names.add(name)
+            self._pairs = state.validation.measures_standard_error
+            state.watch(name, "min", by="EarlyStopping with min_delta in standard errors")
         if not state.resumed:
             self.rule.reset()
             self._best.kept = None
         elif self.rule.reason is not None:  # it had stopped already
             self._stop(state)
-        elif not self.rule.evaluations and state.history:
+        elif not self.rule.evaluations and len(state.history):
             logger.warning(
-                "EarlyStopping is new in this training: it does not know the %d evaluations before, and what it "
-                "restores is the best of those to come",
+                "EarlyStopping is new in this training: it does not know the %d evaluations so far, and will restore "
+                "the best of those to come",
                 len(state.history),
             )
 
@@ -119,7 +104,7 @@ class EarlyStopping(Callback):
         self._decide(state)
 
     def on_epoch_end(self, state: State) -> None:
-        """Decide on the training metrics where there is no validation."""
+        """Decide on the training loss if there is no validation set."""
         if state.val_loader is None:
             self._decide(state)
 
@@ -128,42 +113,43 @@ class EarlyStopping(Callback):
         self._best.restore(state.model)
 
     def _decide(self, state: State) -> None:
-        if self.monitor not in state.metrics:
-            names = ", ".join(name for name in state.metrics if name not in ("epoch", "step"))
+        metrics = state.history.newest
+        if self.monitor not in metrics:
+            names = ", ".join(name for name in metrics if name not in ("epoch", "step"))
             raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; there are {names}")
-        before = self.rule.best
-        losses, weights = (None if self._examples is None else self._examples.on_host()) or (None, None)
+        before, examples = self.rule.best, state.validation.losses
+        losses, weights = (examples.on_host() if self._pairs and examples is not None else None) or (None, None)
         stop = self.rule.update(
-            state.metrics[self.monitor],
-            train_loss=state.metrics.get("train/loss"),
-            standard_error=state.metrics.get(f"{self.monitor}_se"),
+            metrics[self.monitor],
+            train_loss=metrics.get("train/loss"),
+            standard_error=metrics.get(f"{self.monitor}_se"),
             losses=losses,
             weights=weights,
-            warm_up=state.metrics["epoch"] < self.start_epoch,
+            warm_up=metrics["epoch"] < self.start_epoch,
         )
         if self.rule.best != before and self.restore_best:
             self._best.keep(state.model)
         if stop:
             self._stop(state)
-            state.mark("early stop", state.metrics)
+            state.mark("early stop", metrics)
 
     def _stop(self, state: State) -> None:
         state.request_stop(f"early stopping on {self.monitor}: {self.rule.sentence}")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The rule's state, the options it had, and the best weights, which may be older than the checkpoint."""
+    def state_dict(self) -> StateDict:
+        """Return the rule's state, the options, and the best weights, which may be older than the checkpoint."""
         options = {"options": self._options(), "restore_best": self.restore_best}
         return {"rule": self.rule.state_dict(), "best": self._best.kept, **options}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back.
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore what `state_dict` returned.
 
-        With other options the counters go on, a stop that the old ones led to is judged anew at the next evaluation,
+        With other options the counters go on, a stop that the old ones led to is decided again at the next evaluation,
         and a warning names the changes.
 
         Raises:
-            ValueError: The best value and the counters are those of another metric, mode or rule; or the best weights
-                are to be restored and were not kept.
+            ValueError: The best value and the counters belong to another metric, mode or rule; or the best weights are
+                to be restored and were not kept.
         """
         was, now = state_dict["options"], self._options()
         for name in ("monitor", "mode", "rule"):
@@ -174,8 +160,8 @@ class EarlyStopping(Callback):
                 )
         if self.restore_best and not state_dict["restore_best"]:
             raise ValueError(
-                "EarlyStopping can't resume with restore_best=True: the checkpoint was saved with restore_best=False, "
-                "so it does not have the best weights"
+                "EarlyStopping can't resume with restore_best=True: the checkpoint was saved with restore_best=False "
+                "and lacks the best weights"
             )
         self.rule.load_state_dict(state_dict["rule"])
         self._best.kept = state_dict["best"] if self.restore_best else None

@@ -28,7 +28,7 @@ class ProgressBar(Callback):
     def on_epoch_start(self, state: State) -> None:
         """Begin the epoch's bar, in the line of the last."""
         progress = state.progress
-        of = f"/{progress.first_epoch + state.epochs}" if state.epochs is not None else ""
+        of = f"/{progress.first_epoch + state.plan.epochs}" if state.plan.epochs is not None else ""
         description, total = f"epoch {progress.epoch + 1}{of}", _steps(state)
         if self._bar is None:
             # tqdm's own test for a terminal would silence it in a notebook, whose stream is none.
@@ -62,9 +62,9 @@ class ProgressBar(Callback):
 def _steps(state: State) -> int | None:
     """Optimizer steps of the epoch, where the loader knows its length."""
     batches, most = split_length(state.train_loader), None
-    if state.max_steps is not None:
-        most = state.max_steps - (state.progress.step - state.progress.first_step)
+    if state.plan.max_steps is not None:
+        most = state.plan.max_steps - (state.progress.step - state.progress.first_step)
     if batches is None:
         return most
-    steps = -(-batches // int(state.settings.get("accumulate", 1)))
+    steps = -(-batches // state.plan.accumulate)
     return steps if most is None else min(steps, most)

@@ -56,7 +56,7 @@ class RealWorldCost(Callback):
 
     def on_validation_end(self, state: State) -> None:
         """Draw the confusion matrices of the best evaluation so far."""
-        if state.best is not state.metrics or not bool(self._decisions["cost"].counts.any()):  # no target counts
+        if not state.history.is_best or not bool(self._decisions["cost"].counts.any()):  # no target counts
             return
         rows = ["| decision | cost per example | savings |", "|---|---|---|"]
         for name, title in (("cost", "most probable class"), ("cost_optimal", "least expected cost")):

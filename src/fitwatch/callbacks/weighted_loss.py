@@ -96,7 +96,6 @@ class WeightedLoss(Callback):
 
     def __attrs_post_init__(self) -> None:
         self._saved: dict[str, Any] | None = None
-        self._told = False
         self._loss: Any = None  # as it was given
 
     @property
@@ -133,15 +132,6 @@ class WeightedLoss(Callback):
             state.log("train/report/class_weights", f"Epoch {epoch}: the class weights are in force in full.")
         elif epoch == self.start_epoch:
             state.log("train/report/class_weights", f"Epoch {epoch}: the class weights begin to grow.")
-
-    def on_log(self, state: State) -> None:
-        """Say once if the weights reach no training step."""
-        if not (state.uses_loss or self._told):
-            self._told = True
-            logger.warning(
-                "the class weights of WeightedLoss don't reach training: training_step does not call compute_loss "
-                "(self.loss is the loss without them)"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """The full weights and the counts."""

@@ -22,6 +22,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch.to(device) if hasattr(batch, "to") else batch
 
 
+def move(batch: Any, device: torch.device) -> Any:
+    """Return the batch on ``device``; on the CPU, where loaders put batches, unchanged."""
+    return batch if device.type == "cpu" else to_device(batch, device)
+
+
 def parts(batch: Any) -> Sequence[Any]:
     """The input, the target and, if the batch carries them, the weights of the examples: two or three parts.
 

@@ -27,6 +27,7 @@ class Rounds:
 
     Attributes:
         total: Rounds, where the loaders of all ranks know their length; else None.
+        certain: Whether this rank's loader can't give another number of batches than its length.
 
     Raises:
         ValueError: A rank lacks a batch, or may lack one, and must not.
@@ -35,9 +36,9 @@ class Rounds:
     def __init__(self, loader: Iterable[Any], *, together: bool = False) -> None:
         self._batches = split(loader)
         self.total = length(self._batches)
+        self.certain = isinstance(self._batches, Sequence) or _is_indexed(self._batches)  # a length may be wrong
         if ranks.size() > 1:
-            counted = isinstance(self._batches, Sequence) or _is_indexed(self._batches)  # else it may be wrong
-            lengths = ranks.gather(self.total if counted else None)
+            lengths = ranks.gather(self.total if self.certain else None)
             if together and (None in lengths or len(set(lengths)) > 1):
                 raise ValueError(
                     "SyncBatchNorm waits for all ranks in every batch, so they need the same number of batches, got "

@@ -15,13 +15,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from fitwatch.losses.base import Loss, LossSum
+from fitwatch.losses.baseline import Baseline
+from fitwatch.losses.costs import CostMatrix, confusion_matrix, cost_optimal_decision, real_world_cost
 from fitwatch.losses.cross_entropy import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, NegativeLogLikelihood
 from fitwatch.losses.imbalanced import LDAM, ExpectedCost, Focal, LogitAdjusted
 from fitwatch.losses.real_world import RealWorldCrossEntropy
 
 __all__ = [
     "LDAM",
+    "Baseline",
     "BinaryCrossEntropy",
+    "CostMatrix",
     "CrossEntropy",
     "ExpectedCost",
     "Focal",
@@ -33,6 +37,9 @@ __all__ = [
     "apply",
     "as_loss",
     "as_sums",
+    "confusion_matrix",
+    "cost_optimal_decision",
+    "real_world_cost",
 ]
 
 

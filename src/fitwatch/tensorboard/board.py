@@ -105,8 +105,8 @@ class TensorBoard(Callback):
         self._level = Level(self._first_step)
         self._judged: Mapping[str, float] = state.metrics  # the newest evaluation that was seen
         self._counts = classifier.ClassCounts(state)
-        state.observers.append(self._counts)
-        self._clock = Clock(state.examples)
+        state.validation.observers.append(self._counts)
+        self._clock = Clock(state.train_loss.examples)
         self._metrics = page.metrics(state)
         self._show_link()
 
@@ -123,7 +123,7 @@ class TensorBoard(Callback):
 
     def on_validation_start(self, state: State) -> None:
         """Stop the clock."""
-        state.pull_loss()  # waits for the device
+        state.train_loss.pull()  # waits for the device
         self._clock.pause()
 
     def on_log(self, state: State) -> None:
@@ -135,7 +135,7 @@ class TensorBoard(Callback):
         numbers, texts, others = self._sorted(state.records, now)
         for run, tags in numbers.items():
             self._warn(run, now, tags, texts)
-        rate = self._clock.rate(state.examples)
+        rate = self._clock.rate(state.train_loss.examples)
         if rate is not None:
             numbers.setdefault("train", {})["speed/examples_per_second"] = rate, "mean"
         horizon = thinning.horizon(state)
@@ -174,7 +174,7 @@ class TensorBoard(Callback):
             self.run_dir = None
             return
         self._write_rest()
-        best = state.best
+        best = state.history.best
         if self._failure is None and os.getpid() == self._pid:
             shutil.rmtree(self.run_dir / "best", ignore_errors=True)  # of an earlier fit
         values = [] if best is None else [*_best(best), *self._best_outputs(best)]
@@ -328,7 +328,7 @@ class TensorBoard(Callback):
         if state.metrics is self._judged:
             return
         self._judged = state.metrics
-        if state.best is state.metrics:
+        if state.history.is_best:
             self._best_counts = self._counts.counts
         if state.baseline is not None and "val/loss" in state.metrics:
             level, loss = state.baseline.constant, state.metrics["val/loss"]

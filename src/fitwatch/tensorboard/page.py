@@ -62,8 +62,8 @@ def curve(tag: str) -> str:
 
 def metrics(state: State) -> list[str]:
     """The tags of the metrics: the monitored one, those of the user in their order, then those of callbacks."""
-    given = [f"val/{name}" for name in state.val_metrics]
-    names = dict.fromkeys([state.monitor, *given, *sorted(state.names)])
+    given = [f"val/{name}" for name in state.validation.metrics]
+    names = dict.fromkeys([state.history.monitor, *given, *sorted(state.history.names)])
     tags = dict.fromkeys(curve(run_and_tag(name)[1]) for name in names)
     return [tag for tag in tags if tag.startswith("metrics/")]
 

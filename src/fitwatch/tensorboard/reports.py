@@ -28,7 +28,7 @@ def end(state: State, name: str, seconds: float) -> str:
 
 def _best(state: State, name: str) -> list[str]:
     """The values of the best epoch, train beside validation."""
-    best = state.best
+    best = state.history.best
     if best is None:
         return []
     values: dict[str, dict[str, str]] = {}
@@ -36,7 +36,7 @@ def _best(state: State, name: str) -> list[str]:
         run, _, metric = key.partition("/")
         if metric:
             values.setdefault(metric, {})[run] = f"{value:.6g}"
-    where = f"{name}, best epoch {best['epoch']:g} (from 0, by {state.monitor}), step {best['step']:g}"
+    where = f"{name}, best epoch {best['epoch']:g} (from 0, by {state.history.monitor}), step {best['step']:g}"
     rows = [(metric, found.get("train", ""), found.get("val", "")) for metric, found in values.items()]
     return [_table((where, "train", "val"), rows)]
 

@@ -148,12 +148,12 @@ def merged(points: Sequence[tuple[int, float]], how: str, begin: float) -> list[
 def horizon(state: State) -> int:
     """The step at which the fit will end, as far as one can tell; else four times as many as were done."""
     p, ends = state.progress, []
-    if state.max_steps is not None:
-        ends.append(p.first_step + state.max_steps)
-    if state.epochs is not None:
+    if state.plan.max_steps is not None:
+        ends.append(p.first_step + state.plan.max_steps)
+    if state.plan.epochs is not None:
         batches, done = split_length(state.train_loader), p.epoch - p.first_epoch
         if done:
-            ends.append(p.first_step + state.epochs * (p.step - p.epoch_step - p.first_step) // done)
+            ends.append(p.first_step + state.plan.epochs * (p.step - p.epoch_step - p.first_step) // done)
         elif batches and p.epoch_batch:  # several batches may make a step
-            ends.append(p.first_step + state.epochs * batches * p.epoch_step // p.epoch_batch)
+            ends.append(p.first_step + state.plan.epochs * batches * p.epoch_step // p.epoch_batch)
     return min(ends, default=4 * p.step)

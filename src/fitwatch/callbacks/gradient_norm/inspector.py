@@ -149,7 +149,7 @@ class GradientNorm(Callback):
         self._read = True
         first = not reading.places
         place = Place(progress.step + 1, progress.epoch, self._batches, progress.epoch_batch)
-        state.log(self._receiver, reading.norms(place), reduce=reading.reduce)
+        state.log.defer(reading.norms(place), self._receiver, reduce=reading.reduce)
         if first and self._layers:
             reading.begin_sample()
             rates = [group["lr"] for group in self._optimized]
@@ -164,7 +164,7 @@ class GradientNorm(Callback):
         if self._read and self._reading is not None:
             self._read = False
             self._reading.end_sample()
-            if state.clip_norm is not None and state.total_norm is not None:
+            if state.plan.clip_norm is not None and state.total_norm is not None:
                 self._reading.add_total(state.total_norm)
 
     def state_dict(self) -> dict[str, Any]:
@@ -330,8 +330,8 @@ class GradientNorm(Callback):
             values["train/optim/grad_norm"] = sum(norms) / len(norms)
             # max() may pass over a NaN
             values["train/optim/grad_norm_max"] = math.nan if any(map(math.isnan, norms)) else max(norms)
-        if norms and totals and state.clip_norm is not None:
-            scales = [state.clip_norm / (total + 1e-6) for total in totals]  # as torch's clip_grad_norm_
+        if norms and totals and state.plan.clip_norm is not None:
+            scales = [state.plan.clip_norm / (total + 1e-6) for total in totals]  # as torch's clip_grad_norm_
             after = [norm if scale >= 1 else norm * scale for norm, scale in zip(norms, scales, strict=True)]
             clipped = sum(scale < 1 for scale in scales)
             self._clipped = [self._clipped[0] + clipped, self._clipped[1] + len(norms)]

@@ -1,4 +1,4 @@
-"""A fixed part of the training set, to be measured as the validation set is."""
+"""A fixed part of the training set, measured as the validation set is."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -16,38 +16,40 @@ from fitwatch.state import State
 MOST = 2000
 """Examples that are enough: more would only cost time."""
 
+_SEED = 0
+
 
 class TrainProbe:
     """A fixed, seeded part of the training examples.
 
-    Of a `DataLoader` over a data set with indices they are drawn from all that its sampler may draw, and read anew each
-    time, as validation examples are. Of a list of batches they are whole batches. Any other loader can't give a part:
-    then the first batches of the first epoch (after a resume, of the first one that runs) are copied and kept on the
-    device.
+    - `DataLoader` over an indexed data set: examples drawn from all that its sampler may draw. They are read again each
+      time, as validation examples are.
+    - List of batches: whole batches.
+    - Any other loader can't give a part: the first batches of the first epoch (after a resume, of the first one that
+      runs) are copied and kept on the device.
 
     Args:
-        examples: How many; None: as many as the validation set has, `MOST` at most.
-        seed: Of the choice. The global generators are left alone.
+        examples: How many; None: the size of the validation set, at most `MOST`.
 
     Attributes:
         examples: How many are measured, once it is known.
         reason: Why nothing can be measured; None if it can.
+        collects: Whether `collect` wants the training batches.
     """
 
-    def __init__(self, examples: int | None, seed: int) -> None:
-        self.wanted, self.seed = examples, seed
-        self.examples = 0
+    def __init__(self, examples: int | None) -> None:
+        self.wanted, self.examples = examples, 0
         self.reason: str | None = None
+        self.collects = False
         self._batches: Iterable[Any] | None = None
         self._first: list[Any] = []
         self._collected = 0
-        self.collects = False
 
-    def begin(self, state: State) -> None:
-        """Look at the loader; `collects` says whether batches are to be given to `collect`."""
+    def start(self, state: State) -> None:
+        """Look at the loader: does it give examples, or are its first batches to be collected?"""
         if self.wanted == 0:
             self.reason = "probe_examples is 0"
-        elif state.measure is None:
+        elif state.validation.measure is None:
             self.reason = "this loop can't measure other batches"
         loader = state.train_loader
         indexed = _is_indexed(loader) or isinstance(loader, Sequence)
@@ -55,6 +57,9 @@ class TrainProbe:
 
     def collect(self, batch: Any) -> None:
         """Keep a copy of a training batch, until there are enough."""
+        if batch is None:
+            self.collects, self.reason = False, "the loop does not take its batches from watch.train()"
+            return
         try:
             size = batches.batch_size(batch)
         except TypeError as error:
@@ -66,16 +71,13 @@ class TrainProbe:
         else:
             self.collects = False
 
-    def measure(self, state: State, val_examples: int) -> dict[str, float] | None:
-        """Loss and metrics of the probe, as `State.measure` names them; None where there is no probe.
-
-        Args:
-            state: Of the fit.
-            val_examples: Of the validation that was just made; the probe is to cost no more.
-        """
+    def measure(self, state: State) -> dict[str, float] | None:
+        """Return the loss and the metrics of the probe, by name without a prefix; None if there is no probe."""
         self.collects = False  # the first epoch is over, or validation comes within it
         if self._batches is None:
-            most = val_examples or _size(state.val_loader) or MOST  # an own validation_step may show no examples
+            seen = 0 if state.validation.losses is None else state.validation.losses.examples
+            # The probe must not cost more than the validation; a validation_step may not show its examples.
+            most = seen or _size(state.val_loader) or MOST
             wanted = min(most, MOST) if self.wanted is None else self.wanted
             try:
                 if self.reason is None:
@@ -83,17 +85,17 @@ class TrainProbe:
             except TypeError as error:
                 self.reason = str(error)
             self.reason = ranks.agree(self.reason)  # all ranks measure, or none
-        if self.reason is not None or state.measure is None:
+        if self.reason is not None or state.validation.measure is None:
             return None
         probe = self._batches or []
-        saved = rng_state()  # augmentation draws random numbers, and training is to go on as without a probe
+        saved = rng_state()  # augmentation draws random numbers, and training must go on as without a probe
         try:
-            return state.measure(iter(probe) if self._first else probe)  # collected ones are each rank's own
+            return state.validation.measure(iter(probe) if self._first else probe)  # collected ones are each rank's own
         finally:
             set_rng_state(saved)
 
     def _choose(self, state: State, wanted: int) -> Iterable[Any]:
-        loader, generator = state.train_loader, torch.Generator().manual_seed(self.seed)
+        loader, generator = state.train_loader, torch.Generator().manual_seed(_SEED)
         if _is_indexed(loader):
             indices = _indices(loader)
             chosen = indices[torch.randperm(len(indices), generator=generator)[:wanted]].sort().values.tolist()

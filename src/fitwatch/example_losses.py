@@ -1,0 +1,44 @@
+"""The losses of the single validation examples, and the standard error that follows from them."""
+
+import torch
+from torch import Tensor
+
+from fitwatch.losses import Loss
+from fitwatch.rules.paired import influences, standard_error
+
+
+class ExampleLosses:
+    """The loss of each example of one validation, as `Loss.per_example` gives it. They stay on their device.
+
+    Args:
+        loss: The loss that validation measures.
+
+    Attributes:
+        examples: How many examples there were, whatever the loss is.
+    """
+
+    def __init__(self, loss: object) -> None:
+        self._loss = loss
+        self.examples = 0
+        self._losses: list[Tensor] = []
+        self._weights: list[Tensor] = []
+
+    def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+        """Take in a batch."""
+        self.examples += len(outputs)
+        if isinstance(self._loss, Loss):
+            losses, weights = self._loss.per_example(outputs, targets, sample_weight)
+            self._losses.append(losses)
+            self._weights.append(weights)
+
+    def on_host(self) -> tuple[Tensor, Tensor] | None:
+        """Return losses and weights, both of shape (N,), on the CPU; None if the loss gives a mean only."""
+        if not self._losses:
+            return None
+        losses, weights = torch.stack([torch.cat(self._losses), torch.cat(self._weights)]).cpu()  # one transfer
+        return losses, weights
+
+    def standard_error(self) -> float:
+        """Return the standard error of the weighted mean, in units of the loss; NaN if the loss gives a mean only."""
+        known = self.on_host()
+        return torch.nan if known is None else standard_error(influences(*known))

@@ -1,0 +1,80 @@
+"""The evaluations of a fit, and which of them is the best."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, overload
+
+Entry = dict[str, float]
+"""One evaluation: ``epoch``, ``step``, ``train/loss``, ``val/loss``, ``val/<metric>``, ..."""
+
+_LOWER_IS_BETTER = ("loss", "cost", "error")
+
+
+class History(Sequence[Entry]):
+    """The evaluations of a fit, oldest first.
+
+    Attributes:
+        entries: One dict per evaluation.
+        names: The metrics that this fit will measure, known before step 1.
+        monitor: The metric that decides which evaluation is best.
+        mode: ``"min"`` if a lower ``monitor`` is better, ``"max"`` if a higher one is.
+    """
+
+    def __init__(self, *, validates: bool) -> None:
+        self.entries: list[Entry] = []
+        self.names: set[str] = {"train/loss", "val/loss"} if validates else {"train/loss"}
+        self.monitor = "val/loss" if validates else "train/loss"
+        self.mode: Literal["min", "max"] = "min"
+        self._watched: list[tuple[str, str, str | None]] = []
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        return self.entries[index]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    @property
+    def newest(self) -> Entry:
+        """The last evaluation; ``{}`` before the first."""
+        return self.entries[-1] if self.entries else {}
+
+    @property
+    def best(self) -> Entry | None:
+        """The evaluation with the best finite ``monitor``, the first of equals; None before there is one."""
+        known = [entry for entry in self.entries if math.isfinite(entry.get(self.monitor, math.nan))]
+        choose = min if self.mode == "min" else max
+        return choose(known, key=lambda entry: entry[self.monitor]) if known else None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the newest evaluation is the best one."""
+        return bool(self.entries) and self.best is self.entries[-1]
+
+    def watch(self, monitor: str, mode: Literal["min", "max"] | None, *, by: str) -> None:
+        """See `State.watch`."""
+        if not self._watched:
+            self.monitor, self.mode = monitor, mode or "min"
+        self._watched.append((by, monitor, mode))
+
+    def check(self) -> None:
+        """Check every watched metric before step 1.
+
+        Raises:
+            ValueError: A watched metric will not be measured (the message lists those that will), or its name does not
+                tell whether lower or higher is better and no mode was given.
+        """
+        for by, monitor, mode in self._watched:
+            if monitor not in self.names:
+                raise ValueError(
+                    f"{by} monitors {monitor!r}, which this fit will not measure; "
+                    f"it will measure {', '.join(sorted(self.names))}"
+                )
+            if mode is None and not any(word in monitor for word in _LOWER_IS_BETTER):
+                raise ValueError(f'{by} monitors {monitor!r}: give mode="min" or mode="max", the name does not tell')

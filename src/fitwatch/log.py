@@ -1,0 +1,115 @@
+"""Values to log: they wait on their device and cross to the host together, once per log window."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fitwatch.metrics import to_host
+from fitwatch.records import Histogram, Image, Marker, Record, Value
+
+Reduction = Literal["mean", "max", "last"] | Callable[[Tensor], Tensor]
+Receiver = Callable[[list[float]], Mapping[str, Value]]
+_Names = tuple[str, ...]
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda stacked: stacked.mean(0),
+    "max": lambda stacked: stacked.amax(0),  # amax keeps a NaN: it must not hide behind a larger number
+    "last": lambda stacked: stacked[-1],
+}
+
+
+class Log:
+    """What `State.log` is: call it to log a value.
+
+    Attributes:
+        step: Optimizer steps completed; the loop keeps it up to date.
+        records: What the newest log window held, for ``on_log``.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.records: list[Record] = []
+        self._ready: list[Record] = []
+        self._waiting: dict[_Names | Receiver, tuple[Reduction, list[float | Tensor]]] = {}
+
+    def __call__(self, names: str | Sequence[str], value: Value | Tensor, *, reduce: Reduction = "mean") -> None:
+        """Log a value. A tensor stays on its device until the log window closes.
+
+        Args:
+            names: ``train/...`` or ``val/...``, or a sequence of n such names for a tensor of n values.
+            value: A number, a 0-dim tensor (n names: a tensor of shape (n,)), a Markdown text, a `Marker`, an `Image`
+                or a `Histogram`.
+            reduce: How several values in one log window become one: ``"mean"``, ``"max"``, ``"last"``, or a function
+                of the stacked values, shape (values, ...), that returns one number per name.
+
+        Raises:
+            ValueError: ``reduce`` is unknown, or differs from earlier values of this log window.
+        """
+        if isinstance(value, (str, Marker, Image, Histogram)):
+            self._ready.append(Record(str(names), self.step, value))
+        else:
+            self._add((names,) if isinstance(names, str) else tuple(names), value, reduce)
+
+    def defer(self, value: Tensor, receive: Receiver, *, reduce: Reduction = "mean") -> None:
+        """Hand a tensor to a function once it is on the host, where the names to log depend on what was measured.
+
+        Args:
+            value: Any shape; several values in one log window are stacked.
+            receive: Gets the reduced numbers as a flat list when the log window closes, and returns name -> value.
+            reduce: As for `log`; a function may return any shape.
+
+        Raises:
+            ValueError: As for `log`.
+        """
+        self._add(receive, value, reduce)
+
+    def mark(self, name: str, entry: Mapping[str, float]) -> None:
+        """Draw a vertical bar called ``name`` on the loss chart, at an evaluation of the history."""
+        low = entry["train/loss"]
+        self._ready.append(Record(name, int(entry["step"]), Marker(low, entry.get("val/loss", low))))
+
+    def close_window(self, more: Mapping[str, float]) -> None:
+        """Fill `records` with everything logged since the last call, and with the values in ``more``.
+
+        Reduces on the device and copies to the host in one transfer.
+        """
+        self.records = self._ready + self._reduced() + [Record(name, self.step, value) for name, value in more.items()]
+        self._ready, self._waiting = [], {}
+
+    def _add(self, key: _Names | Receiver, value: float | Tensor, reduce: Reduction) -> None:
+        known = self._waiting.get(key)
+        if known is None:
+            if not (callable(reduce) or reduce in _REDUCTIONS):
+                raise ValueError(
+                    f"log({_label(key)}): reduce must be a function or one of {list(_REDUCTIONS)}, got {reduce!r}"
+                )
+            known = self._waiting[key] = reduce, []
+        elif isinstance(reduce, str) and reduce != known[0]:
+            raise ValueError(
+                f"log({_label(key)}): reduce is {reduce!r} and was {known[0]!r} for earlier values of this log window"
+            )
+        # Cloned, since the original may change before the window closes.
+        known[1].append(value.detach().clone() if isinstance(value, Tensor) else value)
+
+    def _reduced(self) -> list[Record]:
+        reduced, kinds = [], []
+        for reduce, values in self._waiting.values():
+            stacked = torch.stack([torch.as_tensor(v) for v in values])
+            stacked = stacked if stacked.is_floating_point() else stacked.float()
+            kinds.append(reduce if isinstance(reduce, str) else "")
+            reduced.append((_REDUCTIONS[reduce] if isinstance(reduce, str) else reduce)(stacked))
+        records = []
+        for key, kind, numbers in zip(self._waiting, kinds, to_host(reduced), strict=True):
+            if isinstance(key, tuple):
+                records += [Record(name, self.step, v, kind) for name, v in zip(key, numbers, strict=True)]
+            else:
+                records += [Record(name, self.step, v) for name, v in key(numbers).items()]
+        return records
+
+
+def _label(key: _Names | Receiver) -> str:
+    if not isinstance(key, tuple):
+        return getattr(key, "__name__", type(key).__name__)
+    return repr(key[0] if len(key) == 1 else key)

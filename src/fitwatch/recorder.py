@@ -1,0 +1,102 @@
+"""Closes log windows and evaluations: the moments at which the host waits for the device and ranks agree."""
+
+import logging
+import math
+from collections.abc import Mapping
+
+from fitwatch import health, ranks
+from fitwatch.callback import Callbacks
+from fitwatch.state import State
+
+logger = logging.getLogger("fitwatch")
+
+
+class Recorder:
+    """Keeps the log and the history of a state. All ranks call every method.
+
+    Args:
+        state: The state of the fit.
+        hooks: Its callbacks.
+
+    Attributes:
+        loss_is_used: Whether training has asked for the loss in force.
+    """
+
+    def __init__(self, state: State, hooks: Callbacks) -> None:
+        self._state, self._hooks = state, hooks
+        self.loss_is_used = False
+        self._given_loss = state.loss
+        self._unlogged = False  # whether the newest evaluation has not been in the records
+        self._warned = self._warned_of_loss = False
+
+    @property
+    def stops(self) -> bool:
+        """Whether training ends after the current step: at ``max_steps``, or because it was asked for."""
+        plan, progress = self._state.plan, self._state.progress
+        at_end = plan.max_steps is not None and progress.step - progress.first_step >= plan.max_steps
+        return at_end or self._state.stop_reason is not None
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the newest evaluation belongs to the current step."""
+        return self._state.history.newest.get("step") == self._state.progress.step
+
+    def agree(self) -> None:
+        """Stop if any rank has asked for it."""
+        state = self._state
+        state.stop_reason = state.stop_reason or ranks.agree(state.stop_request)
+
+    def give_up(self) -> bool:
+        """Return whether the model has non-finite weights; the first time, warn and stop training."""
+        state = self._state
+        name = ranks.agree(health.not_finite(state.model))
+        if name is None:
+            return False
+        if state.stop_reason is None:
+            reason = f"the model has non-finite weights at step {state.progress.step} ({name} is the first)"
+            logger.warning("training stops: %s", reason)
+            state.stop_request = state.stop_request or reason
+            self.agree()
+        return True
+
+    def add_evaluation(self, values: Mapping[str, float]) -> None:
+        """Add an entry to the history: ``values`` beside the training loss since the last entry."""
+        state, progress = self._state, self._state.progress
+        loss = state.train_loss.close_evaluation()
+        state.history.entries.append({"epoch": progress.epoch, "step": progress.step, "train/loss": loss, **values})
+        self._unlogged = True
+        self._warn("train/loss", None)
+        self._warn("val/loss", state.validation.bad_batch)
+
+    def close_window(self) -> None:
+        """Move what was logged to the host, and run ``on_log`` if there is anything."""
+        state = self._state
+        own = [*state.train_loss.close_window(), float(state.stop_request is not None)]
+        total, weight, examples, asked = ranks.sums(own)
+        if asked:
+            self.agree()
+        if not math.isfinite(total):  # on all ranks
+            self.give_up()
+        state.train_loss.examples += int(examples)
+        more = {"train/optim/loss": total / weight} if weight else {}
+        if self._unlogged:
+            more |= {name: v for name, v in state.history.newest.items() if name not in ("epoch", "step")}
+        self._unlogged = False
+        state.log.close_window(more)
+        if state.log.records:
+            self._hooks.on_log(state)
+
+        if state.loss is not self._given_loss and not (self.loss_is_used or self._warned_of_loss):
+            self._warned_of_loss = True
+            logger.warning(
+                "a callback has replaced the loss (class weights, say), but the training step does not use it: compute "
+                "the loss with self.compute_loss (Trainer) or watch.loss"
+            )
+
+    def _warn(self, name: str, batch: int | None) -> None:
+        """Warn about the first non-finite loss only."""
+        value = self._state.history.newest.get(name, 0.0)
+        if not (self._warned or math.isfinite(value)):
+            self._warned = True
+            where = "" if batch is None else f"; batch {batch} (counted from 0) is the first with a non-finite loss"
+            logger.warning("%s is %s at step %d%s", name, value, self._state.progress.step, where)

@@ -1,0 +1,253 @@
+"""The batches and steps of a watch: which hooks are due, and which call is missing."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fitwatch import ranks
+from fitwatch.callback import Callbacks
+from fitwatch.data import batches
+from fitwatch.data.sharding import ABSENT, Rounds, set_epoch
+from fitwatch.losses import LossSum, as_sums
+from fitwatch.recorder import Recorder
+from fitwatch.state import State
+from fitwatch.step import StepGradient, parameters
+
+
+class Training:
+    """Follows a training loop through its epochs, batches and steps.
+
+    The hooks of a batch or a step are due once it has ended, which shows at the next call: `settle` runs them.
+
+    Args:
+        state: The state of the fit.
+        hooks: Its callbacks.
+        recorder: Closes its log windows.
+
+    Attributes:
+        in_epoch: Whether an epoch is running.
+    """
+
+    def __init__(self, state: State, hooks: Callbacks, recorder: Recorder) -> None:
+        self._state, self._hooks, self._recorder = state, hooks, recorder
+        self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
+        self._rates: list[float | Tensor] = []  # learning rate of each parameter group at the last step
+        self._rates_due = False  # whether they are not in the current log window yet
+        self.in_epoch = False
+        self._iterates = False  # whether the loop takes its batches from `iterate`
+        self._complete: bool | None = None  # whether `iterate` has reached the end of the epoch
+        self._length: int | None = None  # batches in the epoch, if it is certain
+        self._batch_open = False  # a loss was handed out, and its batch has not ended
+        self._ready = False  # the gradients of the step are complete
+        self._stepped = False  # and the optimizer has stepped
+
+    # -- epochs ----------------------------------------------------------------------------------------------------
+
+    def start_epoch(self) -> None:
+        """Start an epoch in train mode."""
+        state, progress = self._state, self._state.progress
+        state.model.train()
+        progress.epoch_step = progress.epoch_batch = 0
+        set_epoch(state.train_loader, progress.epoch)
+        # A new one: the ranks are known by now, and the last window of an epoch may be short.
+        self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
+        self.in_epoch, self._iterates, self._complete, self._length = True, False, None, None
+        self._hooks.on_epoch_start(state)
+
+    def end_epoch(self, *, left: bool = False) -> None:
+        """End the epoch; it counts if all its batches were seen.
+
+        Args:
+            left: Whether the loop was left by ``break``.
+        """
+        self.settle()
+        state, progress = self._state, self._state.progress
+        if self._gradient.weights and not left:
+            raise RuntimeError(
+                f"the epoch ended with {len(self._gradient.weights)} batches without a step: call optimizer.step() "
+                "after the last batch too (watch.step_due is True there)"
+            )
+        if not progress.epoch_batch and not left:
+            raise ValueError(
+                f"train_loader gave no batch in epoch {progress.epoch} (a generator can be iterated only once)"
+            )
+        self.in_epoch = False
+        self.log_rates()
+        if state.val_loader is None and not self._recorder.evaluated:
+            self._recorder.add_evaluation({})
+        if self.complete:
+            progress.epoch += 1
+            progress.epoch_step = progress.epoch_batch = 0
+        self._hooks.on_epoch_end(state)
+        self._recorder.close_window()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all batches of the epoch were seen, as far as the loader tells."""
+        if self._iterates:
+            return bool(self._complete)
+        length = batches.length(self._state.train_loader)
+        return not length or self._state.progress.epoch_batch >= length
+
+    @property
+    def batches_ended(self) -> bool:
+        """Whether the epoch has its last batch behind it, or training stops."""
+        return self._complete is not None if self._iterates else self.complete
+
+    def iterate(self, *, ragged: bool) -> Iterator[Any]:
+        """See `Watch.train`."""
+        state, progress = self._state, self._state.progress
+        rounds = Rounds(state.train_loader, together=ranks.in_step(state.model))
+        self._iterates, self._length = True, rounds.total if rounds.certain else None
+        on_cpu = state.device.type == "cpu"  # where loaders put their batches
+        for batch in rounds:
+            if batch is ABSENT and not ragged:
+                raise ValueError(
+                    "this rank has no batch where others still have one: give all ranks the same number of batches, "
+                    "for example with drop_last=True"
+                )
+            state.batch = batch if on_cpu or batch is ABSENT else batches.to_device(batch, state.device)
+            yield state.batch
+            if self._ready or self._batch_open:
+                self.settle()
+            if self._recorder.stops and not self._gradient.weights:
+                # Only a length can tell that this was the last batch: asking for another would draw it.
+                self._complete = progress.epoch_batch == rounds.total
+                return
+        self._complete = True
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def open_batch(self, loss: LossSum | Tensor, examples: int) -> Tensor:
+        """Record the loss of a batch, and return the scalar that the loop calls ``backward()`` on."""
+        progress = self._state.progress
+        total, weight = as_sums(loss, lambda: examples, "the loss")
+        is_mean = not isinstance(loss, LossSum)
+        scalar = self._gradient.scalar(loss if isinstance(loss, Tensor) else total, weight, is_mean=is_mean)
+        if not scalar.requires_grad:
+            raise RuntimeError(
+                "watch.loss(...) got outputs without gradients: validation batches belong inside "
+                "`with watch.validating():`"
+            )
+        if progress.step == progress.first_step + 1 and len(self._gradient.weights) == 1:
+            scalar.register_hook(self._check_cleared)  # type: ignore[no-untyped-call] # torch has no types for it
+        self._state.train_loss.add(total, weight, examples)
+        self._batch_open = True
+        return scalar
+
+    def backward(self, loss: LossSum | Tensor, sums: LossSum, examples: int) -> None:
+        """Record the loss of a batch, run its backward pass, and end it."""
+        self._state.train_loss.add(sums.total, sums.weight, examples)
+        is_mean = not isinstance(loss, LossSum)
+        self._gradient.backward(loss if isinstance(loss, Tensor) else sums.total, sums.weight, is_mean=is_mean)
+        self._end_batch()
+
+    def skip(self) -> None:
+        """Count a batch that only other ranks have."""
+        self._gradient.skip()
+        self._state.progress.epoch_batch += 1
+
+    def expect_batch(self) -> None:
+        """Check that a batch may come now."""
+        if self._ready or self._batch_open:
+            self.settle()
+        waiting, wanted = len(self._gradient.weights), self._state.plan.accumulate
+        if waiting >= wanted:
+            raise RuntimeError(
+                f"optimizer.step() was not called after {waiting} batch{'es' * (waiting > 1)}: a step takes "
+                f"accumulate={wanted}, an option of the Watch"
+            )
+
+    def _end_batch(self) -> None:
+        self._batch_open = False
+        self._state.progress.epoch_batch += 1
+        self._hooks.on_batch_end(self._state)
+
+    def _check_cleared(self, gradient: Tensor) -> None:  # noqa: ARG002 - the signature of a tensor hook
+        """At the second step: the gradients would be added to those of the first."""
+        left = [p.grad for p in parameters(self._state.optimizer) if p.grad is not None and not p.grad.is_sparse]
+        if any(bool(g.any()) for g in left):
+            raise RuntimeError(
+                "the gradients of the last step are still there: call optimizer.zero_grad() after optimizer.step()"
+            )
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    @property
+    def step_open(self) -> bool:
+        """Whether there are batches without a step."""
+        return bool(self._gradient.weights)
+
+    @property
+    def step_due(self) -> bool:
+        """See `Watch.step_due`."""
+        waiting = len(self._gradient.weights)
+        is_last = self._state.progress.epoch_batch + self._batch_open == self._length
+        return waiting > 0 and (waiting == self._state.plan.accumulate or is_last)
+
+    def complete_gradients(self, *, unscale: bool) -> None:
+        """Make the gradients those of the step, run ``on_gradients_ready``, and clip."""
+        if self._ready:
+            return
+        state = self._state
+        if not self._gradient.weights:
+            raise RuntimeError("a step without a loss: call watch.loss(output, target) for each batch before it")
+        if self._batch_open:
+            if all(p.grad is None for p in parameters(state.optimizer)):
+                raise RuntimeError("a step without gradients: call backward() on what watch.loss(...) returned")
+            self._end_batch()
+        self._gradient.finish(unscale=unscale)
+        self._hooks.on_gradients_ready(state)
+        if state.plan.clip_norm is not None:
+            state.total_norm = nn.utils.clip_grad_norm_(parameters(state.optimizer), state.plan.clip_norm)
+        rates = [group["lr"] for group in state.optimizer.param_groups]
+        self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        self._ready = True
+
+    def end_step(self) -> None:
+        """Count the step and run its hooks."""
+        state, progress = self._state, self._state.progress
+        if not self._ready:
+            raise RuntimeError("no step to end: call optimizer.step() first")
+        if not self._stepped and state.scaler is None:
+            raise RuntimeError("optimizer.step() was not called after watch.before_step()")
+        self._ready = self._stepped = False
+        progress.step += 1
+        progress.epoch_step += 1
+        state.log.step = progress.step
+        self._rates_due = True
+        self._hooks.on_step_end(state)
+        if progress.epoch_step % state.plan.log_every == 0:
+            self.log_rates()
+            self._recorder.close_window()
+
+    def settle(self) -> None:
+        """Run the hooks of a batch or step that has ended since the last call."""
+        if self._ready:
+            self.end_step()
+        elif self._batch_open:
+            self._end_batch()
+
+    def log_rates(self) -> None:
+        """Log the learning rate of the last step, at the end of a log window."""
+        if self._rates_due and not self._recorder.evaluated:
+            for i, rate in enumerate(self._rates):
+                name = "train/optim/lr" if len(self._rates) == 1 else f"train/optim/lr/{i}"
+                self._state.log(name, rate, reduce="last")
+        self._rates_due = False
+
+    def before_optimizer(self, *_: object) -> None:
+        """Hook of the optimizer, before its step."""
+        if not self.in_epoch or self._ready:
+            return
+        if self._state.scaler is not None:
+            raise RuntimeError(
+                "call watch.before_step() before scaler.step(optimizer): a step that the scaler skips can't be seen "
+                "otherwise"
+            )
+        self.complete_gradients(unscale=False)
+
+    def after_optimizer(self, *_: object) -> None:
+        """Hook of the optimizer, after its step."""
+        self._stepped = self._ready

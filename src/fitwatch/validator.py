@@ -1,0 +1,128 @@
+"""Runs validations: those of the fit, which enter the history, and measurements of other batches."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fitwatch import ranks
+from fitwatch.callback import Callbacks
+from fitwatch.data import batches
+from fitwatch.data.sharding import split
+from fitwatch.metrics import Metric
+from fitwatch.recorder import Recorder
+from fitwatch.state import State
+from fitwatch.validation import NO_BASELINE, Pass
+
+ValidationStep = Callable[[Any], object]
+
+
+class Validator:
+    """Runs validation passes over a model.
+
+    Args:
+        state: The state of the fit.
+        hooks: Its callbacks.
+        recorder: Keeps its history.
+        step: Measures one batch, on the device.
+        metrics: The user's metrics, which `measure` computes.
+        place: Moves the losses to the device.
+
+    Attributes:
+        running: The pass that runs; None between passes.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        hooks: Callbacks,
+        recorder: Recorder,
+        *,
+        step: ValidationStep,
+        metrics: Mapping[str, Metric],
+        place: Callable[[], None],
+    ) -> None:
+        self._state, self._hooks, self._recorder, self._step, self._place = state, hooks, recorder, step, place
+        self._metrics = dict(metrics)
+        self.running: Pass | None = None
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """See `Watch.validating`."""
+        if self._recorder.give_up():
+            with self._measuring(Pass(self.loss, {}, NO_BASELINE)):  # dropped
+                yield
+            self._recorder.close_window()
+            return
+        with self._recording() as done, self._measuring(done):
+            yield
+
+    def validate(self) -> None:
+        """See `Watch.validate`."""
+        loader = self._state.val_loader
+        if loader is None:
+            self._recorder.add_evaluation({})
+        elif self._recorder.give_up():
+            self._recorder.close_window()
+        else:
+            with self._recording() as done:
+                self._see_all(done, loader)
+
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """See `Watch.evaluate`."""
+        state = self._state
+        self._align()
+        if loader is not state.val_loader:
+            return self._measure_all(state.validation.start(self.loss, of_fit=False), loader)
+        done = state.validation.start(self.loss)
+        values = self._measure_all(done, loader)
+        state.validation.finish(done)
+        return values
+
+    def measure(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Return the loss and the user's metrics over other batches, without ``val/``."""
+        metrics = copy.deepcopy(self._metrics)  # the originals hold what the validation has just measured
+        values = self._measure_all(Pass(self.loss, metrics, NO_BASELINE), loader)
+        return {name.removeprefix("val/"): value for name, value in values.items()}
+
+    @property
+    def loss(self) -> Any:
+        """The loss that validation measures."""
+        return self._state.loss if self._state.eval_loss is None else self._state.eval_loss
+
+    @contextmanager
+    def _recording(self) -> Iterator[Pass]:
+        """Around a pass: a hook before; its entry in the history, a hook and the log window after."""
+        state = self._state
+        self._hooks.on_validation_start(state)
+        self._align()
+        done = state.validation.start(self.loss)
+        yield done
+        values = ranks.from_main(done.values())
+        state.validation.finish(done)
+        self._recorder.add_evaluation(values)
+        self._hooks.on_validation_end(state)
+        self._recorder.close_window()
+
+    @contextmanager
+    def _measuring(self, done: Pass) -> Iterator[None]:
+        self.running = done
+        try:
+            with done.running(self._state.model):
+                yield
+        finally:
+            self.running = None
+
+    def _see_all(self, done: Pass, loader: Iterable[Any]) -> None:
+        with self._measuring(done):
+            for batch in split(loader):
+                self._step(batches.move(batch, self._state.device))
+
+    def _measure_all(self, done: Pass, loader: Iterable[Any]) -> dict[str, float]:
+        self._see_all(done, loader)
+        return ranks.from_main(done.values())
+
+    def _align(self) -> None:
+        """Place the losses, and give all ranks the statistics of rank 0; a fit has aligned the parameters."""
+        self._place()
+        ranks.align([self._state.model], buffers_only=self._state.progress.step > 0)

@@ -1,0 +1,514 @@
+"""The object that any training loop can hold: it owns the state, the hooks, the losses, validation and the stop."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import torch
+from attrs import evolve
+from torch import Tensor, nn
+
+from fitwatch import ranks, saving
+from fitwatch.callback import Callback, Callbacks
+from fitwatch.callbacks.checkpoint import Checkpoint
+from fitwatch.data import batches
+from fitwatch.expected_baseline import expected_baseline
+from fitwatch.losses import LossSum, apply, as_loss, as_sums
+from fitwatch.metrics import Metric, Metrics
+from fitwatch.options import check_counts
+from fitwatch.recorder import Recorder
+from fitwatch.result import Result
+from fitwatch.schedule import Scheduler
+from fitwatch.settings import describe, shared_facts, warn_of_changes
+from fitwatch.state import Plan, Progress, State
+from fitwatch.step import parameters, zero_grad
+from fitwatch.training import Training
+from fitwatch.validation import Validation
+from fitwatch.validator import ValidationStep, Validator
+
+
+class Watch:
+    """Gives a training loop everything but the loop: exact weighted losses, hooks, logging, validation and the stop.
+
+    `Trainer.fit` runs on it, and so can any loop of your own::
+
+        with fw.Watch(model, optimizer, callbacks, train_loader=train, val_loader=val) as watch:
+            for epoch in watch.epochs(20):
+                for x, y in watch.train():
+                    watch.loss(model(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                with watch.validating():
+                    for x, y in val:
+                        watch.loss(model(x), y)
+        print(watch.result)
+
+    Entering it runs ``on_fit_start``, leaving it ``on_fit_end``, also after an exception. Hooks that follow a batch or
+    a step run at the next call on the watch, so that a scheduler and ``zero_grad`` have had their turn.
+
+    The optimizer's own step hooks tell the watch about a step. Right before it, the gradients become those of
+    sum(w l) / sum(w) over all examples of the step, ``on_gradients_ready`` runs, and they are clipped.
+
+    Args:
+        model: Any module.
+        optimizer: Any torch optimizer over the model's parameters that steps without a closure.
+        callbacks: Called in this order.
+        loss: As for `Trainer`. Default: `CrossEntropy`.
+        train_loader: The training batches. Callbacks read it (class counts, the probe of the overfitting detector), and
+            `train` iterates over it.
+        val_loader: The validation batches, or None.
+        metrics: As for `Trainer`.
+        scheduler: A scheduler that your loop steps; its state goes into checkpoints.
+        scaler: A GradScaler. Call `before_step` before ``scaler.step(optimizer)``.
+        accumulate: Micro-batches per step. The last step of an epoch may have fewer.
+        clip_norm: Largest total 2-norm of the gradients; they are scaled down to it. None: no clipping.
+        log_every: Steps per log window.
+        max_steps: Optimizer steps after which training ends. None: no limit.
+        device: Where the model, the loss and the batches of `train` are moved to. Default: the model stays where it is,
+            and the batches go there.
+        resume: A checkpoint, or ``"auto"`` for the newest one of the attached `Checkpoint` (none: a fresh start).
+        validation_step: Measures one batch, on the device, by calling `loss` or `measured`: for `validate`, and for the
+            probe of the overfitting detector. Default: ``watch.loss(model(input), target)``, for batches
+            ``(input, target)``, ``(input, target, sample_weight)`` or mappings with these keys.
+        settings: More lines for the reports, name -> value.
+        progress: Counters to continue from, of an earlier watch on this model.
+
+    Attributes:
+        state: What the hooks get.
+
+    Raises:
+        ValueError: An option is out of range; on entering: a loader is empty, the optimizer holds no parameter of the
+            model, or a checkpoint does not fit.
+        TypeError: An option has the wrong type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        callbacks: Iterable[Callback] | Callback = (),
+        *,
+        loss: Any = None,
+        train_loader: Iterable[Any] | None = None,
+        val_loader: Iterable[Any] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        scheduler: Scheduler | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        log_every: int = 50,
+        max_steps: int | None = None,
+        device: str | torch.device | None = None,
+        resume: str | Path | None = None,
+        validation_step: ValidationStep | None = None,
+        settings: Mapping[str, object] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        _check_parts(model, optimizer, train_loader, val_loader, resume)
+        plan = Plan(max_steps=max_steps, accumulate=accumulate, clip_norm=clip_norm, log_every=log_every)
+        place = _device_of(model) if device is None else batches.as_device(device)
+        loss, metrics, hooks = as_loss(loss), dict(metrics or {}), Callbacks(callbacks)
+        Metrics(metrics)  # checks them
+        self.state = State(
+            model=model,
+            optimizer=optimizer,
+            loss=loss,
+            scheduler=scheduler,
+            scaler=scaler,
+            train_loader=() if train_loader is None else train_loader,
+            val_loader=val_loader,
+            device=place,
+            callbacks=hooks,
+            plan=plan,
+            progress=Progress() if progress is None else progress,
+            validation=Validation(metrics),
+            settings=describe(
+                model, optimizer, loss, scheduler, plan=plan, more={"device": str(place), **(settings or {})}
+            ),
+        )
+        self._hooks, self._recorder = hooks, Recorder(self.state, hooks)
+        self._training = Training(self.state, hooks, self._recorder)
+        step = self._default_validation_step if validation_step is None else validation_step
+        self._validator = Validator(self.state, hooks, self._recorder, step=step, metrics=metrics, place=self._place)
+        self.state.validation.measure = self._validator.measure
+        self._moves_model, self._resume = device is not None, resume
+        self._settings_before: dict[str, str] = {}
+        self._exits: ExitStack | None = None  # while the watch is open
+        self._used = False
+
+    def __repr__(self) -> str:
+        progress = self.state.progress
+        return f"Watch({type(self.state.model).__name__}, epoch {progress.epoch}, step {progress.step})"
+
+    # -- the frame -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if self._used:
+            raise RuntimeError(
+                "a Watch can be entered only once: make a new one, with progress=watch.state.progress to go on counting"
+            )
+        self._used = True
+        self._prepare()
+        state, exits = self.state, ExitStack()
+        self._exits = exits
+        try:
+            with ranks.failing_together():
+                self._hooks.on_fit_start(state)
+            self._recorder.agree()
+            self._place()  # a callback may have replaced the loss
+            exits.enter_context(ranks.unsynchronised(state.model))
+            exits.callback(state.optimizer.register_step_pre_hook(self._training.before_optimizer).remove)
+            exits.callback(state.optimizer.register_step_post_hook(self._training.after_optimizer).remove)
+        except BaseException as error:
+            self._leave(error)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                if self._training.in_epoch:  # left by `break`
+                    self._training.end_epoch(left=True)
+                ranks.align([self.state.model], buffers_only=True)
+            except BaseException as late:
+                self._leave(late)
+                raise
+        self._leave(error)
+
+    def _prepare(self) -> None:
+        state, progress, held = self.state, self.state.progress, parameters(self.state.optimizer)
+        ranks.start(state.device)
+        ranks.refuse_differences(shared_facts(state))
+        self._place()
+        progress.first_epoch, progress.first_step = progress.epoch, progress.step
+        if not {id(p) for p in held} & {id(p) for p in state.model.parameters()}:
+            raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
+        path = ranks.from_main(_newest(self._hooks)) if self._resume == "auto" else self._resume
+        if path is not None:
+            with ranks.failing_together():
+                self._settings_before = saving.load(Path(path), state)
+        ranks.align([state.model, state.loss], held)
+        zero_grad(state.optimizer)
+
+    def _leave(self, error: BaseException | None) -> None:
+        assert self._exits is not None
+        self._exits.close()
+        self._exits = None
+        self.state.error = error
+        try:
+            self._hooks.on_fit_end(self.state)
+        except Exception as late:
+            if error is None:
+                raise
+            # It must not hide the error that ended the fit.
+            error.add_note(f"then on_fit_end failed: {late!r} {getattr(late, '__notes__', '')}")
+
+    @property
+    def result(self) -> Result:
+        """What the fit gave: the history, the best evaluation, why it stopped, the verdict, the baseline."""
+        return Result.of(self.state)
+
+    @property
+    def stops(self) -> bool:
+        """Whether training ends after the current step: at ``max_steps``, or because a callback asked for it.
+
+        `epochs` and `train` end by themselves; a loop over the loader itself asks here to end within an epoch.
+        """
+        return self._recorder.stops
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the newest evaluation belongs to the current step."""
+        return self._recorder.evaluated
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def epochs(self, epochs: int | None = None) -> Iterator[int]:
+        """Iterate over the epochs' indices, from 0, until training stops. Each epoch starts in train mode.
+
+        Args:
+            epochs: How many to train, including those before an interruption if training resumes. None: until
+                ``max_steps``, or until a callback asks for the end.
+
+        Raises:
+            ValueError: ``epochs`` is out of range, or a monitored metric will not be measured.
+        """
+        self._require_open("epochs()")
+        check_counts(epochs=epochs)
+        self.state.plan = evolve(self.state.plan, epochs=epochs)
+        self._check()
+        return self._epochs()
+
+    def _epochs(self) -> Iterator[int]:
+        while not (self.stops or self.epochs_done(self.state.progress.epoch)):
+            self._training.start_epoch()
+            yield self.state.progress.epoch
+            self._training.end_epoch()
+
+    def epochs_done(self, epoch: int) -> bool:
+        """Whether ``epoch`` completed epochs are all that this fit was asked for."""
+        wanted = self.state.plan.epochs
+        return wanted is not None and epoch - self.state.progress.first_epoch >= wanted
+
+    @property
+    def epoch_complete(self) -> bool:
+        """Whether all batches of the epoch were seen, as far as the loader tells."""
+        return self._training.complete
+
+    def train(self, *, ragged: bool = False) -> Iterator[Any]:
+        """Iterate over this rank's training batches, on the device, until the epoch or training ends.
+
+        Args:
+            ragged: On several ranks: whether to give `ABSENT` when only other ranks still have a batch, for which the
+                loop calls `skip`.
+
+        Raises:
+            ValueError: A rank lacks a batch that others have, and ``ragged`` is False.
+        """
+        if not self._training.in_epoch:
+            self._refuse("train()")
+        return self._training.iterate(ragged=ragged)
+
+    def loss(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> Tensor:
+        """Return the loss of a batch as a scalar, and record it.
+
+        In training, call ``backward()`` on it, once per micro-batch. With ``accumulate`` above 1 its value is the mean
+        over the micro-batch, and its gradient becomes exact right before the step: don't divide it or add to it; a
+        penalty goes through `backward`. Inside `validating` the loss, the metrics and the losses of the examples are
+        measured.
+
+        Args:
+            output: What the loss takes.
+            target: What the loss takes.
+            sample_weight: How much each example counts, shape (N,), or each position; see `Loss.sums`.
+
+        Raises:
+            RuntimeError: A call is missing; the message names it.
+        """
+        if self._validator.running is not None:
+            examples = batches.batch_size((output, target))
+            sums = self.measured(self.sums(output, target, sample_weight), examples)
+            self.update_metrics(output, target, sample_weight)
+            return sums.mean
+        if not self._training.in_epoch:
+            self._refuse("loss()")
+        self._training.expect_batch()
+        loss = self.sums(output, target, sample_weight)
+        return self._training.open_batch(loss, batches.batch_size((output, target)))
+
+    def sums(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> LossSum | Tensor:
+        """Return the loss in force without recording it: a `LossSum` if it is exact, else a scalar mean.
+
+        Args:
+            output: As for `loss`.
+            target: As for `loss`.
+            sample_weight: As for `loss`.
+
+        Raises:
+            TypeError: There is a ``sample_weight``, and the loss is a function that returns a mean.
+        """
+        if self._validator.running is not None:
+            return self._validator.running.apply(output, target, sample_weight)
+        self._recorder.loss_is_used = True
+        return apply(self.state.loss, output, target, sample_weight)
+
+    def backward(self, loss: LossSum | Tensor, examples: int | None = None, *, source: str = "the loss") -> None:
+        """Record the loss of a micro-batch and run its backward pass: for a loss with a penalty, or of the model's own.
+
+        Args:
+            loss: A `LossSum`, such as ``watch.sums(model(x), y) + penalty``, or a scalar, the mean over the batch.
+            examples: Examples in the batch; needed for a scalar.
+            source: Where the loss comes from, for the error message.
+
+        Raises:
+            TypeError: ``loss`` is neither.
+            RuntimeError: A call is missing; the message names it.
+        """
+        if not self._training.in_epoch:
+            self._refuse("backward()")
+        self._training.expect_batch()
+        sums = loss if isinstance(loss, LossSum) else as_sums(loss, lambda: _known(examples), source)
+        self._training.backward(loss, sums, examples or 0)
+
+    def skip(self) -> None:
+        """Count a micro-batch that only other ranks have."""
+        if not self._training.in_epoch:
+            self._refuse("skip()")
+        self._training.expect_batch()
+        self._training.skip()
+
+    @property
+    def step_due(self) -> bool:
+        """Whether a step has all its micro-batches: ``accumulate``, or fewer at the end of a loader with a length."""
+        return self._training.step_due
+
+    @property
+    def step_open(self) -> bool:
+        """Whether there are micro-batches without a step."""
+        return self._training.step_open
+
+    def before_step(self) -> None:
+        """Make the gradients exact and unscaled, run ``on_gradients_ready``, and clip.
+
+        Runs by itself in ``optimizer.step()``. Call it before ``scaler.step(optimizer)``, or to use the gradients.
+
+        Raises:
+            RuntimeError: A call is missing; the message names it.
+        """
+        if not self._training.in_epoch:
+            self._refuse("before_step()")
+        self._training.complete_gradients(unscale=True)
+
+    def end_step(self) -> None:
+        """Count the step and run ``on_step_end``, and every ``log_every`` steps ``on_log``.
+
+        Runs by itself at the next call on the watch.
+
+        Raises:
+            RuntimeError: A call is missing; the message names it.
+        """
+        if not self._training.in_epoch:
+            self._refuse("end_step()")
+        self._training.end_step()
+
+    # -- validation ------------------------------------------------------------------------------------------------
+
+    def validating(self) -> AbstractContextManager[None]:
+        """Measure the batches whose outputs the body gives to `loss`; in eval mode, without gradients.
+
+        ``on_validation_start`` runs before. After it the evaluation enters the history, and ``on_validation_end`` and
+        ``on_log`` run. If the model has non-finite weights, training stops and the evaluation is dropped.
+
+        Raises:
+            ValueError: No batch was measured.
+        """
+        self._start_validation("validating()")
+        return self._validator.validating()
+
+    def validate(self) -> None:
+        """Validate on ``val_loader`` with the validation step. Without a ``val_loader`` the training loss is recorded.
+
+        Raises:
+            ValueError: The loader gave no batch.
+        """
+        self._start_validation("validate()")
+        self._validator.validate()
+
+    def measured(
+        self, loss: LossSum | Tensor, examples: int | None = None, *, source: str = "the validation loss"
+    ) -> LossSum:
+        """Record the loss of a validation batch that was computed elsewhere, and return it as sums.
+
+        Args:
+            loss: A `LossSum`, or a scalar, the mean over the batch.
+            examples: Examples in the batch; needed for a scalar.
+            source: Where the loss comes from, for the error message.
+
+        Raises:
+            RuntimeError: No validation is running.
+        """
+        if self._validator.running is None:
+            raise RuntimeError("measured() is for validation: call it inside `with watch.validating():`")
+        sums = as_sums(loss, lambda: _known(examples), source)
+        self._validator.running.add(*sums)
+        return sums
+
+    def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+        """Show a validation batch to the metrics, and to everything else that sees outputs; `loss` does so by itself.
+
+        Raises:
+            RuntimeError: No validation is running.
+        """
+        if self._validator.running is None:
+            raise RuntimeError("update_metrics() is for validation, and no validation is running")
+        self._validator.running.update(outputs, targets, sample_weight)
+
+    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+        """Return the loss and the metrics over any loader: ``val/loss``, ``val/<metric>``, ... Nothing is recorded.
+
+        Raises:
+            ValueError: The loader gave no batch.
+        """
+        ranks.start(self.state.device)
+        return self._validator.evaluate(loader)
+
+    def _default_validation_step(self, batch: Any) -> None:
+        input, target, *weight = batches.parts(batch)
+        self.loss(self.state.model(input), target, *weight)
+
+    def _start_validation(self, call: str) -> None:
+        self._require_open(call)
+        if self._validator.running is not None:
+            raise RuntimeError("a validation is running: leave its `with watch.validating():` first")
+        self._training.settle()
+        if self._training.in_epoch and self._training.batches_ended:
+            self._training.log_rates()
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Before step 1: will everything that is monitored be measured?"""
+        state, loss = self.state, self._validator.loss
+        if state.val_loader is not None and getattr(loss, "has_weights", False):
+            state.history.names.add("val/loss_unweighted")
+        state.validation.baseline = expected_baseline(loss, state.train_loader, state.val_loader)
+        if state.validation.baseline is not None:
+            state.history.names.add("val/loss_left")
+        state.history.check()
+        warn_of_changes(state, self._settings_before)
+
+    def _place(self) -> None:
+        """Move the losses, and the model if a device was given."""
+        state = self.state
+        if self._moves_model:
+            state.model.to(state.device)
+        for loss in (state.loss, state.eval_loss):
+            if isinstance(loss, nn.Module):
+                loss.to(state.device)
+
+    def _require_open(self, call: str) -> None:
+        if self._exits is None:
+            raise RuntimeError(f"watch.{call} needs an open watch: write `with Watch(...) as watch:` around the loop")
+
+    def _refuse(self, call: str) -> NoReturn:
+        """Outside of an epoch."""
+        self._require_open(call)
+        raise RuntimeError(
+            f"watch.{call} needs a running epoch: write `for epoch in watch.epochs(...):` around the batches"
+        )
+
+
+def _newest(hooks: Callbacks) -> Path | None:
+    """Return the newest checkpoint of the attached `Checkpoint`; None if it has none yet."""
+    for callback in hooks.callbacks:
+        if isinstance(callback, Checkpoint):
+            return callback.latest()
+    raise ValueError('resume="auto" needs a Checkpoint among the callbacks, to know the folder')
+
+
+def _known(examples: int | None) -> int:
+    if examples is None:
+        raise TypeError("a scalar loss is the mean over the batch: give examples=, the number of examples in it")
+    return examples
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _check_parts(model: object, optimizer: object, train_loader: object, val_loader: object, resume: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer must step without a closure, which LBFGS can't")
+    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+        if loader is not None:
+            batches.check_loader(name, loader)
+    if not (resume is None or isinstance(resume, (str, Path))):
+        raise TypeError(f'resume must be a path or "auto", got {resume!r}')
