@@ -1,4 +1,4 @@
-"""Histograms of the values of a tensor."""
+"""Histograms of tensor values."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ BUCKETS = 64
 
 
 def count(values: Tensor) -> Histogram | None:
-    """The histogram of the finite ones among ``values``, in buckets of equal width; None if there are none."""
+    """Count the finite ``values`` in buckets of equal width; None if there are none."""
     values = values.detach().reshape(-1).cpu().double()
     values = values[values.isfinite()]
     if not values.numel():
