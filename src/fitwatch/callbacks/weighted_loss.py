@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import WeightedRandomSampler
 
 from fitwatch.callback import Callback
+from fitwatch.data.batches import sampler_of
 from fitwatch.data.counting import count_over_ranks
-from fitwatch.data.sharding import sampler_of
 from fitwatch.losses import BinaryCrossEntropy, Loss
 from fitwatch.losses.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
 from fitwatch.options import instance, integer, one_of
