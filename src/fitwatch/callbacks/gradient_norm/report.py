@@ -4,10 +4,10 @@ import logging
 import math
 from typing import Any
 
+import torch
 from attrs import define, field
 from torch import Tensor
 
-from fitwatch.callbacks.gradient_norm import histogram
 from fitwatch.callbacks.gradient_norm.reading import Figures
 from fitwatch.records import Histogram
 from fitwatch.rules.gradients import GradientFinding, GradientRule, LayerGradient
@@ -16,6 +16,7 @@ from fitwatch.state import State
 logger = logging.getLogger("fitwatch")
 
 SERIES = 20  # most layers in a chart
+_BUCKETS = 64
 _LARGEST = 15  # with more layers, this many have the largest norms; the other places are for layers in trouble
 
 
@@ -144,8 +145,19 @@ def _texts(findings: list[GradientFinding]) -> dict[str, str]:
 
 
 def _histograms(samples: dict[str, Tensor]) -> dict[str, Histogram]:
-    counted = {f"train/params/gradient/{layer}": histogram.count(values) for layer, values in samples.items()}
-    return {name: found for name, found in counted.items() if found is not None}
+    finite = {layer: values[values.isfinite()].cpu().double() for layer, values in samples.items()}
+    return {f"train/params/gradient/{layer}": _histogram(values) for layer, values in finite.items() if values.numel()}
+
+
+def _histogram(values: Tensor) -> Histogram:
+    """Count ``values`` in buckets of equal width."""
+    low, high = values.min().item(), values.max().item()
+    if low == high:  # one bucket needs a width
+        low, high = low - abs(low) / 2 - 1e-30, high + abs(high) / 2 + 1e-30
+    edges = torch.linspace(low, high, _BUCKETS + 1, dtype=torch.float64)
+    index = torch.bucketize(values, edges[1:-1], right=True)
+    counts = torch.bincount(index, minlength=_BUCKETS)
+    return Histogram(tuple(edges.tolist()), tuple(counts.tolist()), values.sum().item(), values.square().sum().item())
 
 
 def _not_finite(figures: Figures) -> str:
