@@ -322,6 +322,26 @@ def test_layers_by_pattern(data):
     assert pytest.approx(torch.nn.utils.get_total_norm(g.values()).item()) == values(keep, "train/optim/grad_norm")[1]
 
 
+def test_layers_thawed_within_an_open_window():
+    """A window left open when the layers change is closed with the layers it was measured with."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(requires_grad=False)
+    state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), loss=None)
+    norm = fw.GradientNorm()
+    norm.on_fit_start(state)
+    for _ in range(2):
+        norm.on_epoch_start(state)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        norm.on_gradients_ready(state)
+        model.requires_grad_()
+    state.flush()
+    logged = [(r.name, pytest.approx(r.value)) for r in state.records if "params/grad_norm/" in r.name]
+    assert [("train/params/grad_norm/1", 3**0.5)] + [
+        (f"train/params/grad_norm/{layer}", n**0.5) for layer, n in (("1", 3), ("0", 6))
+    ] == logged
+
+
 def test_a_deep_model_has_at_most_twenty_series():
     """Of 40 layers, the 15 with the largest norms in the first window are drawn, then those in trouble, up to 20."""
     model = nn.ParameterList(nn.Parameter(torch.ones(2).double()) for _ in range(40))
