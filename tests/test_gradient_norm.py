@@ -407,7 +407,7 @@ def test_the_report_has_norms_clipping_and_layers(model, data):
 def test_histograms_on_request(model, data):
     """With histogram_every=2, every second window has a histogram of each layer's first gradient."""
     keep = run(model, data, log_every=2, histogram_every=2)
-    found = [(r.name, r.step, r.value) for r in keep.records if isinstance(r.value, fw.Histogram)]
+    found = [(r.name, r.step, r.value) for r in keep.records if isinstance(r.value, fw.records.Histogram)]
     assert [(f"train/params/gradient/{n}", s) for s in (2, 6) for n in ("0", "2")] == [(n, s) for n, s, _ in found]
     for name, step, histogram in found:
         layer, g = name.rpartition("/")[2], keep.gradients[step - 2]
