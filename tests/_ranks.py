@@ -1,7 +1,7 @@
-"""Trainings that one process, or several together, run: ``python _ranks.py FOLDER SCENARIO ...`` on every rank.
+"""Trainings for one or several processes: run ``python _ranks.py FOLDER SCENARIO ...`` on every rank.
 
-Each function trains so that the number of ranks is to make no difference: a step has two micro-batches, both on one
-rank or one on each of two. What it returns is saved as ``FOLDER/SCENARIO-RANK.pt``.
+Each scenario should give the same results with any number of ranks: a step has two micro-batches, both on one rank or
+one on each of two. Its return value is saved as ``FOLDER/SCENARIO-RANK.pt``.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ WEIGHT = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
 
 
 def here():
-    """Micro-batches of a step on each rank."""
+    """Return the number of micro-batches per step on each rank."""
     return 2 // ranks.size()
 
 
@@ -35,7 +35,7 @@ def network(seed=0, dropout=0.0, norm=False):
 
 
 def examples(count=31, seed=1):
-    """Sorted by class, so that micro-batches differ in weight as much as they can."""
+    """Return examples sorted by class, so that the weights of micro-batches differ as much as possible."""
     generator = torch.Generator().manual_seed(seed)
     y = (torch.arange(count) * 3 // count).clamp(max=2)
     return torch.randn(count, 4, generator=generator, dtype=torch.float64) + y[:, None] / 2, y
@@ -59,7 +59,7 @@ CUTS = {"even": [8, 8, 8, 7], "uneven": [1, 14, 3, 13], "odd": [10, 10, 11], "si
 
 
 def gradients(_):
-    """The gradient of every step, for each way to cut the data, and for a loss that is a mean."""
+    """Return the gradient of every step for each way to cut the data, with a weighted and a mean loss."""
     x, y = examples()
     found = {}
     for name, cut in CUTS.items():
@@ -82,7 +82,7 @@ def recall(outputs, targets):
 
 
 class Order:
-    """A metric object that tells in which order it saw the examples."""
+    """A metric whose value depends on the order of the examples."""
 
     def reset(self):
         self.seen = []
@@ -95,7 +95,7 @@ class Order:
 
 
 def everything(_):
-    """All plug-ins on shuffled loaders: history, verdict, stop reason and weights."""
+    """Train on shuffled loaders with all plug-ins; return history, verdict, stop reason and weights."""
     x, y = examples(60)
     train = DataLoader(TensorDataset(x, y), 4, shuffle=True)
     val = DataLoader(TensorDataset(*examples(41, seed=2)), 6)
@@ -121,7 +121,7 @@ def everything(_):
 
 
 def samplers(_):
-    """Losses of a model that does not move, with samplers that repeat examples to make the parts equal."""
+    """Return the losses of a constant model with samplers that repeat examples to make the parts equal."""
     found = {}
     train, val = TensorDataset(*examples(33)), TensorDataset(*examples(41, seed=2))
     for name in ("DistributedSampler", "in a batch sampler", "none"):
@@ -141,7 +141,7 @@ def samplers(_):
 
 
 class Stream(IterableDataset):
-    """Each rank's own part, of another length."""
+    """Yields each rank's own part; the parts differ in length."""
 
     def __init__(self, data):
         self.data = data
@@ -153,7 +153,7 @@ class Stream(IterableDataset):
 
 
 def streams(_):
-    """Loaders that do not know their length, and are split already: loss, examples, and class weights."""
+    """Return loss, examples and class weights of loaders that are already split and have no length."""
     model = network()
     loader = DataLoader(Stream(examples()), 4)
     trainer = fw.Trainer(model, sgd(model, 0.0), callbacks=[fw.WeightedLoss("balanced")])
@@ -166,7 +166,7 @@ def streams(_):
 
 
 class StopsOne(fw.Callback):
-    """Asks for the end on the last rank only, at the third step."""
+    """Requests a stop at the third step, on the last rank only."""
 
     def on_step_end(self, state):
         if state.progress.step == 3 and ranks.rank() == ranks.size() - 1:
@@ -174,14 +174,14 @@ class StopsOne(fw.Callback):
 
 
 class FirstRankOnly(Stream):
-    """Gives nothing to the other ranks."""
+    """Yields examples on rank 0 only."""
 
     def __iter__(self):
         yield from zip(*self.data, strict=True) if ranks.rank() == 0 else ()
 
 
 def empty_part(_):
-    """A stream that gives only one rank batches: what the detector's probe and all ranks find."""
+    """Train on a stream with batches for one rank only; return history and probe loss."""
     model = network()
     x, y = examples(16)
     trainer = fw.Trainer(model, sgd(model, 0.0), callbacks=[fw.OverfittingDetector()])
@@ -191,7 +191,7 @@ def empty_part(_):
 
 
 def outside(_):
-    """Parameters of the optimizer that are in no module, a different start on each rank, buffers, and `validate`."""
+    """Train a parameter outside all modules and a model with buffers, both different on each rank."""
     x, y = examples(9)
     torch.manual_seed(ranks.rank())
     scale = nn.Parameter(torch.randn((), dtype=torch.float64))
@@ -209,7 +209,7 @@ def outside(_):
 
 
 def stop(_):
-    """Where a stop that one rank asks for ends training."""
+    """Return where training ends after one rank has requested a stop."""
     x, y = examples(64)
     model = network()
     trainer = fw.Trainer(model, sgd(model), callbacks=[StopsOne()], log_every=5, accumulate=here())
@@ -218,7 +218,7 @@ def stop(_):
 
 
 class Parts(nn.Module):
-    """A layer that only batches with a positive first number use, and one that none use."""
+    """Has a layer that only some batches use (a positive first number) and an unused layer."""
 
     def __init__(self):
         super().__init__()
@@ -230,7 +230,7 @@ class Parts(nn.Module):
 
 
 def unused(_):
-    """The gradients of a model whose layers are not all used on every rank."""
+    """Return the gradients of a model whose layers are not all used on every rank."""
     x, y = examples(32)
     x[:, 0] = torch.where(torch.arange(32) % 8 < 4, 1.0, -1.0)  # every other batch
     model = Parts()
@@ -248,7 +248,7 @@ def unused(_):
 
 
 def wrapped(_):
-    """A model in DistributedDataParallel, with buffers, one batch fewer on the last rank, and validation."""
+    """Train and validate a DistributedDataParallel model with one batch fewer on the last rank."""
     x, y = examples()
     model = network()
     outer = DistributedDataParallel(model) if ranks.size() > 1 else model
@@ -259,7 +259,7 @@ def wrapped(_):
 
 
 def different_start(_):
-    """Models that start differently, with a batch norm that sees different data: the weights and buffers at the end."""
+    """Train models that start differently, with a BatchNorm; return the final weights and buffers."""
     x, y = examples(48)
     model = network(seed=ranks.rank(), norm=True)
     model[0].running_mean += ranks.rank()
@@ -272,7 +272,7 @@ def different_start(_):
 
 
 def half(_):
-    """fp16 with a scaler: history and weights."""
+    """Train with fp16 and a scaler; return history and weights."""
     x, y = examples()
     model = network().float()
     batches = list(zip(x.float().split(8), y.split(8), strict=True))
@@ -282,7 +282,7 @@ def half(_):
 
 
 def files(folder):
-    """What is written and said, and by whom."""
+    """Return what each rank prints and logs."""
     x, y = examples(48)
     model = network()
     loader = DataLoader(TensorDataset(x, y), 6, shuffle=True)
@@ -306,7 +306,7 @@ def files(folder):
 
 
 def resume(folder):
-    """Trained in one go, and interrupted after two of five epochs: with dropout, shuffling and Adam."""
+    """Train five epochs without and with an interruption after two, with dropout, shuffling and Adam."""
     x, y = examples(45)
     found = {}
 
@@ -335,7 +335,7 @@ def resume(folder):
 
 
 def refused(folder):
-    """What is refused on several ranks: arguments that differ, and a checkpoint of another number of ranks."""
+    """Return the errors for different arguments and for a checkpoint from another number of ranks."""
     x, y = examples()
     batches = list(zip(x.split(11), y.split(11), strict=True))
     said = {}
@@ -363,7 +363,7 @@ def refused(folder):
 
 
 def sampled(_):
-    """Which examples each rank trained on in three epochs, and whether the order was a new one each time."""
+    """Return the examples that each rank trained on in each of three epochs."""
     ids = torch.arange(37)
 
     class Ledger(fw.Trainer):
@@ -383,7 +383,7 @@ def sampled(_):
 
 
 def fails(_):
-    """A callback that raises on the last rank, at the second step."""
+    """Raise in a callback at the second step, on the last rank."""
 
     class Raises(fw.Callback):
         def on_step_end(self, state):
@@ -397,7 +397,7 @@ def fails(_):
 
 
 def ruined(folder):
-    """Statistics of a BatchNorm that become NaN on the last rank only, while the scaler keeps the weights fine."""
+    """Let BatchNorm statistics become NaN on the last rank only; the scaler keeps the weights finite."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
     x, y = torch.randn(64, 4), torch.arange(64) % 3

@@ -1,4 +1,4 @@
-"""Two processes together against one alone: the same gradients, losses, verdict, stop and checkpoint."""
+"""Two processes give the same gradients, losses, verdict, stop and checkpoint as one."""
 
 import math
 import os
@@ -41,7 +41,7 @@ def launch(folder, scenarios, size=2):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """What one process found in each scenario, and what each of two found."""
+    """Return the results of each scenario from one process and from each of two."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = {name: getattr(_ranks, name)(folder) for name in SCENARIOS}
     processes = launch(folder, SCENARIOS)
@@ -52,7 +52,7 @@ def ran(tmp_path_factory):
 
 
 def close(a, b, tolerance=1e-12):
-    """Whether two nested values agree, with numbers to within ``tolerance`` of the larger."""
+    """Return whether two nested values agree, numbers to within ``tolerance`` of the larger."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(close(a[k], b[k], tolerance) for k in a)
     if isinstance(a, (list, tuple)):
@@ -66,7 +66,7 @@ def close(a, b, tolerance=1e-12):
 
 
 def by_hand(cut, weighted):
-    """Gradients and weights of two epochs of plain torch, where two micro-batches in a row are one big batch."""
+    """Train two epochs in plain torch, with two successive micro-batches joined, and return gradients and weights."""
     x, y = _ranks.examples()
     model = _ranks.network()
     optimizer = _ranks.sgd(model)
@@ -91,7 +91,7 @@ def by_hand(cut, weighted):
 @pytest.mark.parametrize("kind", ["weighted", "mean"])
 @pytest.mark.parametrize("cut", _ranks.CUTS)
 def test_a_step_of_two_ranks_is_one_big_batch(ran, cut, kind):
-    """Gradients and weights of two ranks equal plain torch on the joined batches, also where one rank has no batch."""
+    """Gradients and weights of two ranks equal plain torch on the joined batches, even if a rank has no batch."""
     gradients, weights = by_hand(_ranks.CUTS[cut], kind == "weighted")
     for found in ran[2]["gradients"]:
         for expected, got in zip(gradients, found[f"{cut}, {kind}"], strict=True):
@@ -100,8 +100,8 @@ def test_a_step_of_two_ranks_is_one_big_batch(ran, cut, kind):
         assert close(weights, found[f"{cut}, {kind}, weights"])
 
 
-def test_all_plugins_say_the_same(ran):
-    """History, metrics, verdict, stop reason and weights are those of one rank, on both; the data is shuffled."""
+def test_all_plugins_agree(ran):
+    """On shuffled data both ranks have the history, metrics, verdict, stop reason and weights of a single one."""
     alone, (first, second) = ran[1]["everything"], ran[2]["everything"]
     assert alone["verdict"]["overfitting"]
     assert alone["stop_reason"] is not None
@@ -126,7 +126,7 @@ def test_each_example_counts_once(ran, sampler):
 
 
 def test_streams_of_unequal_length(ran):
-    """Iterable data sets of 11 and 20 examples that know no length give the losses and class weights of one of 31."""
+    """Streams of 11 and 20 examples without a length give the losses and class weights of one of 31."""
     alone, together = ran[1]["streams"], ran[2]["streams"]
     assert together[0]["history"] == together[1]["history"]
     for key in ("train/loss", "val/loss", "val/loss_unweighted", "val/loss_left"):
@@ -136,7 +136,7 @@ def test_streams_of_unequal_length(ran):
 
 
 def test_a_rank_without_any_batch(ran):
-    """Where a stream gives batches to one rank only, both go on together, with the loss of plain torch on them."""
+    """If only one rank gets batches, both continue with the loss of plain torch on these batches."""
     x, y = _ranks.examples(16)
     loss = torch.nn.functional.cross_entropy(_ranks.network()(x), y).item()
     for found in ran[2]["empty_part"]:
@@ -147,20 +147,20 @@ def test_a_rank_without_any_batch(ran):
 
 
 def test_parameters_outside_the_model(ran):
-    """A parameter that only the optimizer knows, and buffers of any kind, become those of rank 0, as on one rank."""
+    """Parameters known only to the optimizer, and buffers of any kind, are copied from rank 0."""
     first, second = ran[2]["outside"]
     assert close(first, second, 0.0)
     assert close(ran[1]["outside"], first)
 
 
 def test_ranks_stop_together(ran):
-    """A stop that one rank asks for in mid-window ends both at the end of the window, with its reason."""
+    """A stop requested by one rank ends both at the end of the log window, with its reason."""
     assert ran[1]["stop"] == {"step": 3, "reason": "enough"}
     assert ran[2]["stop"] == [{"step": 5, "reason": "enough"}] * 2
 
 
 def test_layers_that_a_rank_does_not_use(ran):
-    """A gradient that one rank has alone is added, and one that no rank has stays None."""
+    """A gradient that only one rank has reaches both, and one that no rank has stays None."""
     alone, together = ran[1]["unused"]["seen"], ran[2]["unused"]
     assert len(alone) == 4
     for found in together:
@@ -172,13 +172,13 @@ def test_layers_that_a_rank_does_not_use(ran):
 
 
 def test_a_model_in_distributed_data_parallel(ran):
-    """A DistributedDataParallel trains to the same weights and losses, and synchronises by itself again afterwards."""
+    """A DistributedDataParallel model reaches the same weights and losses, and synchronizes again afterwards."""
     for found in ran[2]["wrapped"]:
         assert close(ran[1]["wrapped"], found)
 
 
 def test_replicas_are_the_same(ran):
-    """Models that start differently become that of rank 0, buffers included, and the losses reported are those of it."""
+    """Models that start differently become rank 0's, including buffers, and the losses are those of that model."""
     first, second = ran[2]["different_start"]
     assert close(first["state"], second["state"], 0.0)
     assert first["history"] == second["history"]
@@ -192,14 +192,14 @@ def test_replicas_are_the_same(ran):
 
 
 def test_half_precision(ran):
-    """Under fp16 two ranks learn what one does, within that precision."""
+    """Under fp16 two ranks match one within the precision of float16."""
     first, second = ran[2]["half"]
     assert close(first, second, 0.0)
     assert close(ran[1]["half"]["weights"], first["weights"], 0.02)
 
 
 def test_rank_0_writes(ran):
-    """Files, links and warnings come from rank 0 alone; the curves are the same as one rank's."""
+    """Only rank 0 writes files, links and warnings, and its curves equal those of a single rank."""
     folder, _, (first, second) = ran[0], ran[1], ran[2]["files"]
     assert "tensorboard --logdir" in first["said"]
     assert second == {"said": "", "run_dir": "None", "warned": []}
@@ -212,7 +212,7 @@ def test_rank_0_writes(ran):
 
 
 def test_resume_is_bit_equal(ran):
-    """Two ranks interrupted after two epochs of five end with the very weights and history of a run in one go."""
+    """Two ranks interrupted after two of five epochs end with the weights and history of an uninterrupted run."""
     for found in ran[2]["resume"]:
         assert found["whole"] == found["resumed"]
         assert close(found["whole weights"], found["resumed weights"], 0.0)
@@ -231,13 +231,13 @@ def test_resume_is_bit_equal(ran):
     ],
 )
 def test_what_would_hang_is_refused(ran, name, message):
-    """Arguments that differ, a rank that fails at the start, and what can't wait for a rank are errors on both."""
+    """Different arguments, a rank that fails at the start and unequal SyncBatchNorm batches raise on both ranks."""
     for found in ran[2]["refused"]:
         assert re.search(message, found[name])
 
 
 def test_a_shuffled_loader_is_dealt_out(ran):
-    """In each epoch the ranks see all 37 examples once between them, in a new order, which is that of one rank."""
+    """In each epoch the ranks together see all 37 examples once, in the new order of a single rank."""
     alone, (first, second) = ran[1]["sampled"]["seen"], [found["seen"] for found in ran[2]["sampled"]]
     for whole, a, b in zip(alone, first, second, strict=True):
         assert sorted(a + b) == list(range(37))
@@ -247,15 +247,15 @@ def test_a_shuffled_loader_is_dealt_out(ran):
 
 
 def test_an_error_on_one_rank_ends_all(tmp_path):
-    """Both processes end within 30 seconds with an error after one of them raises; neither waits for the other."""
+    """After one process raises, both exit with an error within 30 seconds."""
     processes = launch(tmp_path, ["fails"])
     outputs = [process.communicate(timeout=30) for process in processes]
     assert all(process.returncode != 0 for process in processes)
     assert "broken on one rank" in outputs[1][1]
 
 
-def test_statistics_that_one_rank_ruined_stop_all(tmp_path):
-    """A NaN in the BatchNorm of one rank ends both for the same reason, though only one of them can see it."""
+def test_bad_statistics_on_one_rank_stop_all(tmp_path):
+    """A NaN in the BatchNorm statistics of one rank stops both for the same reason."""
     processes = launch(tmp_path, ["ruined"])
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

@@ -1,4 +1,4 @@
-"""Healthy trainings that look ill for a while: the gradient inspector is silent, or says little."""
+"""Healthy trainings that look faulty for a while raise few or no gradient warnings."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import fitwatch as fw
 
 
 class Texts(fw.Callback):
-    """Keeps the warnings and notes, and the numbers by name."""
+    """Keeps the warnings, the notes, and the numbers by name."""
 
     def __init__(self):
         self.warnings, self.notes, self.numbers = [], [], {}
@@ -24,14 +24,14 @@ class Texts(fw.Callback):
 
 
 class Plain(fw.Trainer):
-    """The model gives the loss itself."""
+    """Uses the model output as the loss."""
 
     def training_step(self, batch):
         return self.model(*batch)
 
 
 def fit(model, batches, optimizer, *, before=(), after=(), trainer=fw.Trainer, options=None, epochs=1, **more):
-    """The texts of a training, and its trainer."""
+    """Train and return the texts and the trainer."""
     texts = Texts()
     callbacks = [*before, fw.GradientNorm(**(options or {})), *after, texts]
     made = trainer(model, optimizer, more.pop("loss", None), callbacks=callbacks, device="cpu", **more)
@@ -46,7 +46,7 @@ def regression(count, *, size=16, features=6):
 
 
 class RareExpert(nn.Module):
-    """An expert that sees few batches: no gradient in the others."""
+    """An expert that has a gradient in few batches."""
 
     def __init__(self, limit):
         super().__init__()
@@ -61,7 +61,7 @@ class RareExpert(nn.Module):
 
 
 class RareCategory(nn.Module):
-    """An embedding whose gradient is all zero unless a batch has a rare category."""
+    """An embedding whose gradient is zero unless a batch has a rare category."""
 
     def __init__(self, limit):
         super().__init__()
@@ -74,8 +74,8 @@ class RareCategory(nn.Module):
 
 @pytest.mark.parametrize("log_every", [5, 20, 50])
 @pytest.mark.parametrize("make", [RareExpert, RareCategory])
-def test_a_rarely_used_layer_is_no_flood_of_warnings(make, log_every):
-    """A layer used in some 3 % of 2,000 steps is warned of three times at most, and of frozen or exploding never."""
+def test_a_rarely_used_layer_gives_few_warnings(make, log_every):
+    """A layer used in 3 % of 2,000 steps gives at most three warnings, none of them frozen or exploding."""
     model = make(limit=2.9)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     texts, _ = fit(model, regression(500), optimizer, loss=nn.MSELoss(), epochs=4, log_every=log_every)
@@ -85,7 +85,7 @@ def test_a_rarely_used_layer_is_no_flood_of_warnings(make, log_every):
 
 
 class Alternating(nn.Module):
-    """A GAN whose generator has a gradient in every second run of five steps."""
+    """A GAN whose generator has a gradient in every other run of five steps."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ class Alternating(nn.Module):
 
 
 def test_parts_trained_in_turn_are_soon_left_alone():
-    """With windows as long as the turns of a GAN, 40 windows of silence give two warnings at most."""
+    """With windows as long as the turns of a GAN, 40 windows give at most two warnings."""
     model = Alternating()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     texts, _ = fit(model, regression(400), optimizer, trainer=Plain, log_every=5)
@@ -109,7 +109,7 @@ def test_parts_trained_in_turn_are_soon_left_alone():
 
 
 def test_a_learning_rate_of_zero_is_a_note():
-    """Twenty steps at rate 0, then 0.1: the rate named is that of the steps, and no warning is given."""
+    """A learning rate of 0 for twenty steps, then 0.1, gives notes with the right rate but no warning."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= 20))
@@ -137,7 +137,7 @@ class Freeze(fw.Callback):
 
 @pytest.mark.parametrize("at", [0, 10])
 def test_layers_that_a_later_callback_freezes(at):
-    """Frozen by a callback after the inspector, at an epoch's start or within it, a layer is a note with its reason."""
+    """A layer frozen by a later callback, at or after the start of an epoch, is noted with the reason."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     texts, trainer = fit(model, regression(20), optimizer, after=[Freeze(at)], loss=nn.MSELoss(), epochs=3, log_every=5)
@@ -148,7 +148,7 @@ def test_layers_that_a_later_callback_freezes(at):
 
 
 class Scaled(nn.Module):
-    """A residual branch whose scale begins at 1e-6, as in ConvNeXt."""
+    """A residual branch whose scale starts at 1e-6, as in ConvNeXt."""
 
     def __init__(self, width):
         super().__init__()
@@ -159,8 +159,8 @@ class Scaled(nn.Module):
         return x + self.scale * self.b(nn.functional.gelu(self.a(self.norm(x))))
 
 
-def test_branches_that_begin_near_zero_may_grow_while_the_rate_rises():
-    """With LayerScale and a long warm-up the branches are silent at first, which is no vanishing gradient."""
+def test_branches_that_start_near_zero_may_grow_while_the_rate_rises():
+    """With LayerScale and a long warm-up the small early gradients do not count as vanishing."""
     model = nn.Sequential(nn.Linear(6, 8), Scaled(8), Scaled(8), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 1000))
@@ -169,7 +169,7 @@ def test_branches_that_begin_near_zero_may_grow_while_the_rate_rises():
 
 
 def test_a_vanishing_gradient_is_named_in_a_long_warm_up():
-    """Rising rates are no excuse for ever: ten sigmoid layers are named after 100 steps."""
+    """Ten sigmoid layers are reported after 100 steps even if the learning rate still rises."""
     layers = [part for _ in range(10) for part in (nn.Linear(6, 6), nn.Sigmoid())]
     model = nn.Sequential(*layers, nn.Linear(6, 1))
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
@@ -180,7 +180,7 @@ def test_a_vanishing_gradient_is_named_in_a_long_warm_up():
 
 
 def test_a_bias_before_a_batch_norm_is_not_vanishing():
-    """Its gradient is 0 but for rounding; parameter by parameter, that is no fault."""
+    """Its gradient is only rounding noise, which is not reported even with one layer per parameter."""
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     texts, _ = fit(model, regression(100), optimizer, loss=nn.MSELoss(), options={"layers": ".*"}, log_every=10)
@@ -188,7 +188,7 @@ def test_a_bias_before_a_batch_norm_is_not_vanishing():
 
 
 def test_a_window_of_overflows_logs_no_norm_of_a_layer():
-    """Where the GradScaler left out every step of a window, layers have no point there, as the total has none."""
+    """A window in which the GradScaler skipped every step logs neither layer norms nor the total."""
 
     class Overflow(fw.Callback):
         def on_batch_end(self, state):
@@ -209,7 +209,7 @@ def test_a_window_of_overflows_logs_no_norm_of_a_layer():
 
 
 def test_the_rule_given_is_the_one_that_decides():
-    """A rule handed in keeps its place over two fits, and begins the second one anew."""
+    """A rule passed in is used in two fits and reset before the second."""
     rule = fw.rules.GradientRule(vanishing=1e-4)
     model = nn.Linear(6, 1)
     optimizer, norm = torch.optim.SGD(model.parameters(), 0.1), fw.GradientNorm(rule=rule)
@@ -224,7 +224,7 @@ def test_the_rule_given_is_the_one_that_decides():
 @pytest.mark.parametrize("hidden", [None, 32])
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_training_again_with_the_suggested_clip_norm_changes_little(hidden, noise):
-    """A run that converges, clipped to the value suggested, clips less than a tenth of its steps and ends at its loss."""
+    """Training clipped to the suggested value clips under a tenth of its steps and reaches the same loss."""
     x = torch.randn(3200, 6, dtype=torch.float64)
     y = x @ torch.randn(6, 2, dtype=torch.float64)
     y += noise * torch.randn_like(y)

@@ -44,7 +44,7 @@ def values(keep, name):
 
 
 def test_total_norms_of_the_window_are_torchs(model, data):
-    """Mean and max over each window, the short last one too, equal torch's own total norms before clipping, in float64."""
+    """Mean and maximum over each window, including the short last one, equal torch's total norms before clipping."""
     keep = run(model, data)
     norms = [torch.nn.utils.get_total_norm(g.values()).item() for g in keep.gradients]
     windows = {3: norms[0:3], 6: norms[3:6], 8: norms[6:8]}
@@ -56,7 +56,7 @@ def test_total_norms_of_the_window_are_torchs(model, data):
 
 
 def test_norms_per_layer(model, data):
-    """A layer's figure is the window's mean of the norm of its weight and bias together."""
+    """The curve of a layer is the mean over the window of the joint norm of its weight and bias."""
     keep = run(model, data, log_every=4)
     for layer in ("0", "2"):
         norms = [torch.cat([g[f"{layer}.weight"].flatten(), g[f"{layer}.bias"]]).norm().item() for g in keep.gradients]
@@ -68,7 +68,7 @@ def test_norms_per_layer(model, data):
 
 
 def test_every_reads_only_those_steps(model, data):
-    """With every=4 the figures are those of steps 4 and 8 alone."""
+    """With every=4 only steps 4 and 8 are read."""
     keep = run(model, data, log_every=8, every=4, per_layer=False)
     norms = [torch.nn.utils.get_total_norm(g.values()).item() for g in keep.gradients]
     assert {8: pytest.approx((norms[3] + norms[7]) / 2, rel=1e-12)} == values(keep, "train/optim/grad_norm")
@@ -76,7 +76,7 @@ def test_every_reads_only_those_steps(model, data):
 
 
 def test_frozen_unused_and_half_precision_parameters(data):
-    """Frozen layers are left out, unused ones count 0, and float16 norms are taken in float32, where they don't overflow."""
+    """Frozen layers are skipped, unused ones count as 0, and float16 norms are computed in float32 without overflow."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -105,7 +105,7 @@ def test_frozen_unused_and_half_precision_parameters(data):
 
 
 def test_only_what_the_optimizer_moves_is_read(data):
-    """Training a head alone, the backbone's gradients, which nobody clears, are not in the figures."""
+    """When only a head is trained, the backbone's gradients, which nothing clears, are not counted."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)).double()
     keep = Keep()
     optimizer = torch.optim.SGD(model[1].parameters(), 0.0)
@@ -119,7 +119,7 @@ def test_only_what_the_optimizer_moves_is_read(data):
 
 
 def test_sparse_gradients(data):
-    """The norm of a sparse gradient is that of its dense form."""
+    """The norm of a sparse gradient equals that of its dense form."""
     embedding = nn.Embedding(10, 3, sparse=True)
     embedding(torch.tensor([1, 1, 4])).pow(2).sum().backward()
     state = fw.State(model=embedding, optimizer=torch.optim.SGD(embedding.parameters(), 0.1), loss=None)
@@ -132,7 +132,7 @@ def test_sparse_gradients(data):
 
 
 def test_a_nan_is_not_hidden_by_the_maximum(data):
-    """A NaN in one step of a window shows in both mean and max."""
+    """A NaN in one step of a window shows in both mean and maximum."""
     model = nn.Linear(2, 2)
     state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), loss=None)
     norm = fw.GradientNorm()
@@ -148,7 +148,7 @@ def test_a_nan_is_not_hidden_by_the_maximum(data):
 
 
 def test_gradients_are_left_as_they_are(model, data):
-    """Training with the inspector ends in the same bits as without."""
+    """Training with the inspector gives the same weights, bit for bit, as training without it."""
     other = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     other.load_state_dict(model.state_dict())
     run(model, data)
@@ -174,34 +174,32 @@ def stepped(model, gradients, **options):
     return {r.name: r.value for r in state.records}
 
 
-@pytest.mark.parametrize("p", [1, 2.0, 3.5, 0.5, float("inf")])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_any_norm_is_torchs_in_float64(model, data, p, accumulate):
-    """Total and per-layer norms of any p equal torch's get_total_norm and vector_norm to 1e-12, accumulated or not."""
-    keep = run(model, data, log_every=1, norm_type=p, accumulate=accumulate)
+def test_norms_are_torchs_in_float64(model, data, accumulate):
+    """Total and per-layer norms equal torch's get_total_norm and vector_norm to 1e-12, accumulated or not."""
+    keep = run(model, data, log_every=1, accumulate=accumulate)
     assert len(keep.gradients) == -(-8 // accumulate)
     for step, g in enumerate(keep.gradients, 1):
-        total = torch.nn.utils.get_total_norm(g.values(), p).item()
+        total = torch.nn.utils.get_total_norm(g.values()).item()
         assert pytest.approx(total, rel=1e-12) == values(keep, "train/optim/grad_norm")[step]
         for layer in ("0", "2"):
             both = torch.cat([g[f"{layer}.weight"].flatten(), g[f"{layer}.bias"]])
-            expected = torch.linalg.vector_norm(both, p).item()
+            expected = torch.linalg.vector_norm(both).item()
             assert pytest.approx(expected, rel=1e-12) == values(keep, f"train/params/grad_norm/{layer}")[step]
 
 
-@pytest.mark.parametrize("p", [2.0, float("inf")])
-def test_a_single_parameter_is_its_vector_norm(p):
-    """Where each parameter is a layer of its own, its figure is torch.linalg.vector_norm of its gradient, to 1e-12."""
+def test_a_single_parameter_is_its_vector_norm():
+    """The norm of a layer with a single parameter is torch.linalg.vector_norm of its gradient, to 1e-12."""
     model = nn.ParameterDict({name: nn.Parameter(torch.randn(5, 3).double()) for name in "abc"})
     gradients = [torch.randn(5, 3).double() * 10.0**k for k in (-9, 0, 9)]
-    logged = stepped(model, [gradients], norm_type=p)
+    logged = stepped(model, [gradients])
     for name, gradient in zip("abc", gradients, strict=True):
-        expected = torch.linalg.vector_norm(gradient, p).item()
+        expected = torch.linalg.vector_norm(gradient).item()
         assert pytest.approx(expected, rel=1e-12) == logged[f"train/params/grad_norm/{name}"]
 
 
 def test_mean_and_max_per_layer_keep_a_spike():
-    """In a window of 50 steps with one spike, the largest norm of the layer and of the total is the spike."""
+    """One spike in a window of 50 steps is the maximum of both the layer and the total."""
     model = nn.Linear(3, 1, bias=False).double()
     gradients = [[torch.ones(1, 3).double() * (1000 if step == 17 else 1)] for step in range(50)]
     logged = stepped(model, gradients)
@@ -210,32 +208,31 @@ def test_mean_and_max_per_layer_keep_a_spike():
     assert pytest.approx((1049 / 50) * 3**0.5, rel=1e-12) == logged["train/params/grad_norm/weight"]
 
 
-@pytest.mark.parametrize("p", [2.0, 1.0])
-def test_the_norm_after_clipping(model, data, p):
-    """The mean norm after clipping, and the share of clipped steps, are those of a copy clipped by torch."""
+def test_the_norm_after_clipping(model, data):
+    """The mean norm after clipping and the share of clipped steps equal those of a copy clipped by torch."""
     limit = 1.0  # some norms are above it, some below
-    keep = run(model, data, log_every=4, clip_norm=limit, norm_type=p)
+    keep = run(model, data, log_every=4, clip_norm=limit)
     after, clipped = [], []
     for g in keep.gradients:
         copies = [nn.Parameter(v.clone()) for v in g.values()]
         for c, v in zip(copies, g.values(), strict=True):
             c.grad = v.clone()
         clipped.append(torch.nn.utils.clip_grad_norm_(copies, limit).item() > limit)
-        after.append(torch.nn.utils.get_total_norm([c.grad for c in copies], p).item())
+        after.append(torch.nn.utils.get_total_norm([c.grad for c in copies]).item())
     assert 0 < sum(clipped) < 8
     for step, window in ((4, slice(0, 4)), (8, slice(4, 8))):
         assert pytest.approx(sum(after[window]) / 4, rel=1e-12) == values(keep, "train/optim/grad_norm_clipped")[step]
         assert values(keep, "train/optim/clipped_share")[step] == sum(clipped[window]) / 4
 
 
-def test_without_clipping_nothing_is_said_of_it(model, data):
-    """Without a clip_norm there is no curve of clipped norms."""
+def test_without_clipping_there_are_no_clipping_curves(model, data):
+    """Without a clip_norm there is no curve of clipped norms or shares."""
     keep = run(model, data, clip_norm=None)
     assert not [r.name for r in keep.records if "clip" in r.name]
 
 
-def test_update_ratio_and_zeros_are_those_of_the_first_step_of_the_window(model, data):
-    """Both equal what the copied weights and gradients give for the first step, to 1e-9."""
+def test_update_ratio_and_zero_share_at_the_first_step_of_the_window(model, data):
+    """Both equal the values computed from copies of the weights and gradients of the first step, to 1e-9."""
     with torch.no_grad():
         model[0].weight[0] = 0  # with its bias at 100 this unit is saturated: exact zeros in the gradient
         model[0].bias[0] = 100
@@ -254,25 +251,24 @@ def test_update_ratio_and_zeros_are_those_of_the_first_step_of_the_window(model,
     assert values(keep, "train/params/zero_share/0")[4] == pytest.approx(5 / 40)
 
 
-def test_half_precision_is_taken_in_float32_and_float64_stays():
-    """Figures of bfloat16, float16, float32, float64 and complex gradients, mixed in one model, are exact for their dtype."""
+def test_half_precision_is_computed_in_float32_and_float64_stays():
+    """In a model of bfloat16, float16, float32, float64 and complex gradients each norm is exact for its dtype."""
     kinds = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64]
     model = nn.Module()
     for kind in kinds:
         model.register_parameter(f"of_{str(kind)[6:]}", nn.Parameter(torch.ones(300, dtype=kind)))
     gradients = [(torch.randn(300, dtype=torch.complex64) if k.is_complex else torch.randn(300).to(k)) for k in kinds]
-    for p in (2.0, 3.0):
-        logged = stepped(model, [gradients], norm_type=p)
-        exact = [torch.linalg.vector_norm(g.to(torch.complex128).abs(), p).item() for g in gradients]
-        for kind, norm in zip(kinds, exact, strict=True):
-            precision = 1e-12 if kind == torch.float64 else 1e-6
-            assert pytest.approx(norm, rel=precision) == logged[f"train/params/grad_norm/of_{str(kind)[6:]}"]
-        total = torch.linalg.vector_norm(torch.tensor(exact).double(), p).item()
-        assert pytest.approx(total, rel=1e-6) == logged["train/optim/grad_norm"]
+    logged = stepped(model, [gradients])
+    exact = [torch.linalg.vector_norm(g.to(torch.complex128).abs()).item() for g in gradients]
+    for kind, norm in zip(kinds, exact, strict=True):
+        precision = 1e-12 if kind == torch.float64 else 1e-6
+        assert pytest.approx(norm, rel=precision) == logged[f"train/params/grad_norm/of_{str(kind)[6:]}"]
+    total = torch.linalg.vector_norm(torch.tensor(exact).double()).item()
+    assert pytest.approx(total, rel=1e-6) == logged["train/optim/grad_norm"]
 
 
-def test_a_nan_in_one_layer_leaves_the_others_their_figures():
-    """Only the layer with the NaN, and the total, show it; infinities too."""
+def test_a_nan_in_one_layer_does_not_reach_the_others():
+    """Only the total and the layer with the NaN or infinity show it."""
     model = nn.ModuleDict({"a": nn.Linear(2, 1, bias=False), "b": nn.Linear(2, 1, bias=False)}).double()
     for bad in (float("nan"), float("inf")):
         logged = stepped(model, [[torch.full((1, 2), bad).double(), torch.ones(1, 2).double()]])
@@ -281,7 +277,7 @@ def test_a_nan_in_one_layer_leaves_the_others_their_figures():
 
 
 def test_tied_weights_are_read_once(data):
-    """A parameter that two modules share counts once, under its first name."""
+    """A parameter shared by two modules counts once, under its first name."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)).double()
     model[1].weight = model[0].weight
     keep = run(model, data, log_every=8)
@@ -290,14 +286,13 @@ def test_tied_weights_are_read_once(data):
     assert pytest.approx(sum(norms) / 8, rel=1e-12) == values(keep, "train/optim/grad_norm")[8]
 
 
-@pytest.mark.parametrize("p", [2.0, float("inf")])
-def test_a_sparse_gradient_without_elements(p):
-    """An embedding that gets an empty batch has the norm 0 and a share of zeros of 1."""
+def test_a_sparse_gradient_without_elements():
+    """An embedding that gets an empty batch has a norm of 0 and a zero share of 1."""
     model = nn.Embedding(10, 3, sparse=True)
     empty = torch.sparse_coo_tensor(
         torch.empty(1, 0, dtype=torch.long), torch.empty(0, 3), (10, 3), check_invariants=True
     )
-    logged = stepped(model, [[empty]], norm_type=p)
+    logged = stepped(model, [[empty]])
     assert logged["train/optim/grad_norm"] == 0
     assert logged["train/params/zero_share/weight"] == 1
 
@@ -310,14 +305,14 @@ def layers_of(keep):
     return list(dict.fromkeys(r.name.rpartition("/")[2] for r in keep.records if "params/grad_norm/" in r.name))
 
 
-def test_layers_by_depth_and_by_pattern(data):
-    """Depth cuts the module path; a pattern takes what it finds or its group, and what it does not find is no layer."""
+def test_layers_by_pattern(data):
+    """A pattern's match or first group names the layer; parameters without a match are in the total only."""
 
     def fresh():
         return nn.Sequential(block(), block(), nn.Linear(4, 3)).double()
 
     assert layers_of(run(fresh(), data)) == ["0.0", "0.2", "1.0", "1.2", "2"]
-    assert layers_of(run(fresh(), data, depth=1)) == ["0", "1", "2"]
+    assert layers_of(run(fresh(), data, layers=r"^[^.]+")) == ["0", "1", "2"]
     assert layers_of(run(fresh(), data, layers="weight|bias")) == ["weight", "bias"]
     keep = run(fresh(), data, layers=r"^(\d)\.\d\.weight", log_every=1)
     assert layers_of(keep) == ["0", "1"]
@@ -327,8 +322,28 @@ def test_layers_by_depth_and_by_pattern(data):
     assert pytest.approx(torch.nn.utils.get_total_norm(g.values()).item()) == values(keep, "train/optim/grad_norm")[1]
 
 
+def test_layers_thawed_within_an_open_window():
+    """A window left open when the layers change is closed with the layers it was measured with."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(requires_grad=False)
+    state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1), loss=None)
+    norm = fw.GradientNorm()
+    norm.on_fit_start(state)
+    for _ in range(2):
+        norm.on_epoch_start(state)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        norm.on_gradients_ready(state)
+        model.requires_grad_()
+    state.flush()
+    logged = [(r.name, pytest.approx(r.value)) for r in state.records if "params/grad_norm/" in r.name]
+    assert [("train/params/grad_norm/1", 3**0.5)] + [
+        (f"train/params/grad_norm/{layer}", n**0.5) for layer, n in (("1", 3), ("0", 6))
+    ] == logged
+
+
 def test_a_deep_model_has_at_most_twenty_series():
-    """Of 40 layers the 15 with the largest norms in the first window are drawn, later those in trouble, 20 in all."""
+    """Of 40 layers, the 15 with the largest norms in the first window are drawn, then those in trouble, up to 20."""
     model = nn.ParameterList(nn.Parameter(torch.ones(2).double()) for _ in range(40))
     state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters(), 1e-6), loss=None)
     norm = fw.GradientNorm()
@@ -350,19 +365,17 @@ def test_a_deep_model_has_at_most_twenty_series():
     assert len(shown[2]) == 20
 
 
-def test_a_suggested_clip_norm_is_a_quantile_over_the_running_median():
-    """After 200 steps it is the 0.95 quantile of norms over their median of 20, times the largest median, in two digits."""
+def test_the_suggested_clip_norm_is_a_quantile_over_the_running_median():
+    """It is the 0.95 quantile of norms over medians of 20 steps, times the largest median, rounded to two digits."""
     model = nn.Linear(1, 1, bias=False)
     norms = torch.rand(200).add(0.5).tolist()
     state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.0), loss=None)
-    norm, other = fw.GradientNorm(), fw.GradientNorm(norm_type=1)
+    norm = fw.GradientNorm()
     assert norm.suggested_clip_norm is None
-    for callback in (norm, other):
-        callback.on_fit_start(state)
+    norm.on_fit_start(state)
     for step, value in enumerate(norms, 1):
         model.weight.grad = torch.full((1, 1), value)
-        for callback in (norm, other):
-            callback.on_gradients_ready(state)
+        norm.on_gradients_ready(state)
         if step % 50 == 0:
             state.flush()
     blocks = torch.tensor(norms, dtype=torch.float64).view(10, 20)
@@ -371,11 +384,10 @@ def test_a_suggested_clip_norm_is_a_quantile_over_the_running_median():
     expected = (relative[189] * levels.max()).item()
     assert pytest.approx(expected, rel=0.05) == norm.suggested_clip_norm
     assert norm.suggested_clip_norm == float(f"{norm.suggested_clip_norm:.2g}")
-    assert other.suggested_clip_norm is None
 
 
 def test_the_report_has_norms_clipping_and_layers(model, data):
-    """What the end report will say is kept up to date in state.report."""
+    """state.report always holds the current lines of the end report."""
     trainer = fw.Trainer(
         model,
         torch.optim.SGD(model.parameters(), 0.1),
@@ -393,7 +405,7 @@ def test_the_report_has_norms_clipping_and_layers(model, data):
 
 
 def test_histograms_on_request(model, data):
-    """Every second window each layer has a histogram whose counts are those of the first gradient of that window."""
+    """With histogram_every=2, every second window has a histogram of each layer's first gradient."""
     keep = run(model, data, log_every=2, histogram_every=2)
     found = [(r.name, r.step, r.value) for r in keep.records if isinstance(r.value, fw.records.Histogram)]
     assert [(f"train/params/gradient/{n}", s) for s in (2, 6) for n in ("0", "2")] == [(n, s) for n, s, _ in found]
@@ -411,8 +423,8 @@ def test_histograms_on_request(model, data):
         assert pytest.approx(elements.square().sum().item()) == histogram.sum_squares
 
 
-def test_a_histogram_is_of_a_sample():
-    """Of a layer with 300,000 elements some 10,000 are counted; a layer of NaN has none, and one of zeros one bucket."""
+def test_a_histogram_counts_a_sample():
+    """About 10,000 of 300,000 elements are counted; a NaN layer has no histogram, a zero layer one bucket."""
     model = nn.ParameterDict({n: nn.Parameter(torch.zeros(s)) for n, s in (("big", 300_000), ("nan", 3), ("zero", 3))})
     logged = stepped(model, [[torch.randn(300_000), torch.full((3,), float("nan")), torch.zeros(3)]], histogram_every=1)
     assert 9000 < sum(logged["train/params/gradient/big"].counts) <= 10_001
@@ -421,23 +433,13 @@ def test_a_histogram_is_of_a_sample():
 
 
 def test_options_are_checked():
-    """Options out of range are refused, with what is allowed."""
+    """An invalid option raises an error that says what is allowed."""
     with pytest.raises(ValueError, match="every must be 1 or more, got 0"):
         fw.GradientNorm(every=0)
-    with pytest.raises(ValueError, match="norm_type must be greater than 0, or inf, got 0"):
-        fw.GradientNorm(norm_type=0)
-    with pytest.raises(ValueError, match="norm_type must be greater than 0, or inf, got nan"):
-        fw.GradientNorm(norm_type=float("nan"))
-    with pytest.raises(TypeError, match="norm_type must be a number greater than 0 or inf, got '2'"):
-        fw.GradientNorm(norm_type="2")
     with pytest.raises(ValueError, match=r"layers must be a regular expression, got '\('"):
         fw.GradientNorm(layers="(")
     with pytest.raises(TypeError, match="layers must be a regular expression or None, got 3"):
         fw.GradientNorm(layers=3)
-    with pytest.raises(ValueError, match="depth or layers, not both"):
-        fw.GradientNorm(layers="a", depth=1)
-    with pytest.raises(ValueError, match="depth must be 1 or more"):
-        fw.GradientNorm(depth=0)
     with pytest.raises(ValueError, match="histogram_every must be 1 or more"):
         fw.GradientNorm(histogram_every=0)
     with pytest.raises(TypeError, match="rule must be of type GradientRule"):

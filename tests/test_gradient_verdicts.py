@@ -1,4 +1,4 @@
-"""Trainings with planted faults, and healthy ones: what the gradient inspector says of them."""
+"""What the gradient inspector reports about faulty and healthy trainings."""
 
 import importlib.util
 import itertools
@@ -14,7 +14,7 @@ import fitwatch as fw
 
 
 class Texts(fw.Callback):
-    """Keeps what was logged as text, by name, and in which window."""
+    """Keeps the logged texts with their step and name."""
 
     def __init__(self):
         self.seen = []
@@ -42,7 +42,7 @@ def batches():
 
 
 def fit(model, batches, *, epochs=1, log_every=5, optimizer=None, lr=0.1, options=None, **trainer_options):
-    """The texts of a training, and its trainer."""
+    """Train and return the texts and the trainer."""
     texts = Texts()
     optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
     trainer = fw.Trainer(
@@ -63,7 +63,7 @@ def mlp(*sizes, act=nn.ReLU):
 
 
 class BadGradient(torch.autograd.Function):
-    """The identity, whose gradient becomes NaN at one call."""
+    """The identity, with a NaN gradient at one call."""
 
     @staticmethod
     def forward(ctx, x, bad):
@@ -76,7 +76,7 @@ class BadGradient(torch.autograd.Function):
 
 
 class Planted(nn.Module):
-    """Three layers; at call ``at`` (from 1) the weight of the middle one gets a NaN gradient, or what is before it too."""
+    """Three layers; at call ``at`` (from 1) the middle weight, or everything before it, gets a NaN gradient."""
 
     def __init__(self, at, where="weight"):
         super().__init__()
@@ -96,40 +96,40 @@ class Planted(nn.Module):
 
 
 def test_a_planted_nan_is_named_by_parameter_step_and_batch(batches, caplog):
-    """A NaN in one parameter's gradient at step 23 is named with parameter, step, epoch and batch, at the end of its window, once."""
+    """A NaN gradient at step 23 is reported once, with its parameter, step, epoch and batch."""
     texts, _ = fit(Planted(23), batches, epochs=2)
     first, *later = texts.of("warnings")
     assert first[0] == 25
     assert first[1].startswith(
         "At step 23 (epoch 1, batch 2, counted from 0) the gradient of `middle.weight` is not finite."
     )
-    assert "1 of the 5 read" not in first[1]  # the weights are NaN from then on, and all gradients with them
+    assert "contains 1 in 5" not in first[1]  # the weights are NaN from then on, and all gradients with them
     assert [text for _, text in later if "not finite" in text] == []
     assert [r.levelname for r in caplog.records if "middle.weight" in r.message] == ["WARNING"]
 
 
 def test_a_nan_that_spreads_is_named_where_it_began(batches):
-    """Of the parameters that are not finite in the first such step, the last is named first: backward came from there."""
+    """The last non-finite parameter of the first bad step is named first, since the backward pass came from there."""
     texts, _ = fit(Planted(7, where="before"), batches)
     (step, text), *_ = texts.of("warnings")
     assert step == 10
     assert "At step 7 (epoch 0, batch 6, counted from 0) the gradient of `first.bias` is not finite" in text
-    assert "and with it `first.weight`" in text
+    assert "nor are those of `first.weight`" in text
     assert "middle" not in text
 
 
 def test_a_batch_with_a_nan_is_named(batches):
-    """A NaN in the input makes every gradient one: the sentence points at the batch; under accumulation at its batches."""
+    """A NaN in the input makes every gradient NaN; the warning names the batch, or the accumulated batches."""
     batches[11] = (torch.full((16, 6), float("nan")), batches[11][1])
     for accumulate, where in ((1, "At step 12 (epoch 0, batch 11,"), (4, "At step 3 (epoch 0, batches 8 to 11,")):
         texts, _ = fit(mlp(6, 8, 2, act=nn.Tanh), batches, accumulate=accumulate)
         text = texts.of("warnings")[0][1]
         assert text.startswith(where)
-        assert "no gradient is finite, from `2.bias` back to `0.weight`: look at the loss and this batch" in text
+        assert "no gradient is finite, from `2.bias` back to `0.weight`: check the loss and this batch" in text
 
 
 def test_finite_again(batches):
-    """Where the weights survive, the end of the trouble is said as well."""
+    """If the weights survive, the return to finite gradients is reported too."""
 
     class Mend(fw.Callback):
         def on_gradients_ready(self, state):
@@ -142,13 +142,13 @@ def test_finite_again(batches):
     fw.Trainer(model, optimizer, callbacks=callbacks, log_every=5, device="cpu").fit(batches, epochs=1)
     (begin, bad), (end, good) = texts.of("warnings")
     assert (begin, end) == (10, 15)
-    assert bad.endswith("It is the first such step; 1 of the 5 read in this window.")
+    assert bad.endswith("It is the first non-finite step; this window contains 1 in 5.")
     assert good == "All gradients are finite again, since step 11 at the latest."
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_a_vanishing_gradient_is_named_in_the_first_window(optimizer, batches, caplog):
-    """In a deep sigmoid network the first layers are named after one window, with the ratio of the norms, and once."""
+    """In a deep sigmoid network the first layers are reported once, after one window, with the ratio of the norms."""
     model = mlp(6, *[16] * 11, 2, act=nn.Sigmoid)
     texts, trainer = fit(model, batches, optimizer=optimizer(model.parameters(), 1e-2))
     (step, text), *later = texts.of("warnings")
@@ -161,7 +161,7 @@ def test_a_vanishing_gradient_is_named_in_the_first_window(optimizer, batches, c
 
 
 def test_a_dead_layer_is_named_in_the_first_window(batches):
-    """A ReLU layer that is off for every input is named, and so is what is before it; not the layer after it."""
+    """A ReLU layer that is off for every input is reported with the layers before it, but not the one after it."""
     model = mlp(6, 8, 8, 2)
     with torch.no_grad():
         model[2].bias.fill_(-100)
@@ -172,7 +172,7 @@ def test_a_dead_layer_is_named_in_the_first_window(batches):
 
 
 def test_a_layer_that_dies_and_comes_back(batches):
-    """A layer that dies in mid-training is named within a window, and so is its recovery, once each."""
+    """A layer that dies during training is reported once within a window, and so is its recovery."""
     model = mlp(6, 8, 2)
 
     class Kill(fw.Callback):
@@ -197,7 +197,7 @@ def test_a_layer_that_dies_and_comes_back(batches):
 
 
 def test_a_part_without_a_gradient_is_named(batches):
-    """A layer that the forward pass does not use has no gradient, which is said once in a fit of two epochs."""
+    """A layer that the forward pass does not use is reported once in a fit of two epochs."""
     model = mlp(6, 8, 2)
     model.extra = nn.Linear(3, 3)
     model.forward = lambda x: model[2](model[1](model[0](x)))
@@ -208,7 +208,7 @@ def test_a_part_without_a_gradient_is_named(batches):
 
 
 def test_frozen_layers_are_notes_with_their_reason(batches, caplog):
-    """requires_grad=False and a parameter that the optimizer lacks are said with the reason, and are no warning."""
+    """Frozen layers and layers outside the optimizer are noted with the reason, without a warning."""
     model = mlp(6, 8, 8, 2)
     model[0].requires_grad_(requires_grad=False)
     optimizer = torch.optim.SGD(model[4].parameters(), 0.1)
@@ -224,7 +224,7 @@ def test_frozen_layers_are_notes_with_their_reason(batches, caplog):
 
 
 def test_weights_that_rounding_holds_still_are_named(batches):
-    """In bfloat16 an update far below a weight's rounding changes nothing: that is a warning; a rate of 0 is a note."""
+    """A bfloat16 update that rounding swallows gives a warning; a learning rate of 0 gives a note."""
     model = mlp(6, 8, 2).bfloat16()
     halved = [(x.bfloat16(), y) for x, y in batches]
     with torch.no_grad():
@@ -239,8 +239,8 @@ def test_weights_that_rounding_holds_still_are_named(batches):
     assert "its learning rate is 0" in texts.of("gradients")[0][1]
 
 
-def test_thawing_a_layer_is_said(batches):
-    """Layers that join in a later epoch are noted, get their curves, and leave no warning."""
+def test_thawing_a_layer_is_noted(batches):
+    """Layers that are thawed in a later epoch are noted without a warning."""
     model = mlp(6, 8, 2)
     model[0].requires_grad_(requires_grad=False)
 
@@ -257,17 +257,17 @@ def test_thawing_a_layer_is_said(batches):
 
 
 def test_a_diverging_training_is_named_before_its_nan(batches):
-    """Too large a learning rate is called exploding, with the norms, in the window in which the norms explode."""
+    """An excessive learning rate is reported as exploding in the window in which the norms explode."""
     wild = [(x * 10, x[:, :1]) for x, _ in batches]
     texts, _ = fit(nn.Linear(6, 1), wild, lr=0.05, loss=nn.MSELoss(), log_every=20)
     assert texts.of("warnings")[0][1].count("Exploding gradients: the median norm of the last") == 1
 
 
 def test_under_a_scaler_an_overflow_is_no_fault(batches):
-    """Steps that the GradScaler leaves out are a share in a curve; a window of nothing else is a warning."""
+    """Steps that the GradScaler skips only appear in a curve, unless it skips a whole window."""
 
     class Overflow(fw.Callback):
-        """Puts an infinity into the gradient of the steps ``at``, as a scale that is too large would."""
+        """Puts an infinity into the gradients of the steps ``at``, like an excessive scale."""
 
         def __init__(self, at):
             self.at = at
@@ -300,12 +300,12 @@ def test_under_a_scaler_an_overflow_is_no_fault(batches):
             assert numbers["train/optim/skipped_share", 5] == 2 / 5
             assert 0 < numbers["train/optim/grad_norm", 5] < numbers["train/optim/grad_norm_max", 5] < 10
             assert ("train/params/update_ratio/0", 5) not in numbers  # step 1 did not happen
-    assert texts.of("warnings")[0][1].startswith("The GradScaler left out every step of this window. At step 6 ")
+    assert texts.of("warnings")[0][1].startswith("The GradScaler skipped every step of this window. At step 6 ")
     assert ("train/optim/grad_norm", 10) not in numbers
 
 
 def test_a_resumed_fit_says_nothing_twice(batches, tmp_path):
-    """Statuses, the norms seen and the layers drawn are in the checkpoint: the fault is not named again."""
+    """The checkpoint holds statuses, norms and drawn layers, so a fault is not reported again."""
 
     def run(epochs):
         torch.manual_seed(1)
@@ -330,7 +330,7 @@ def test_a_resumed_fit_says_nothing_twice(batches, tmp_path):
 
 
 class TextModel(nn.Module):
-    """An embedding whose rows are mostly unused, a transformer layer, and an output tied to the embedding."""
+    """An embedding with mostly unused rows, a transformer layer, and an output tied to the embedding."""
 
     def __init__(self):
         super().__init__()
@@ -354,7 +354,7 @@ class Recurrent(nn.Module):
 
 
 class Residual(nn.Module):
-    """Branches that begin at zero: at the first step what is in them has a gradient of exactly 0."""
+    """Residual branches scaled by zero, whose first gradient is exactly 0."""
 
     def __init__(self):
         super().__init__()
@@ -405,7 +405,7 @@ HEALTHY = {
 @pytest.mark.parametrize("rate", ["sgd", "adam", "warm-up"])
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_trainings_are_silent(name, rate, batches, caplog):
-    """Ordinary small models give no text and no warning, also at a window of one step and with a rate that begins at 0."""
+    """Ordinary small models give no warning, even with one-step windows and a rate that starts at 0."""
     make, schedule = HEALTHY[name], None
     if name.startswith(("embedding", "sparse")):
         tokens = torch.randint(0, 50, (320, 6))
@@ -426,8 +426,8 @@ def test_healthy_trainings_are_silent(name, rate, batches, caplog):
     assert caplog.records == []
 
 
-def test_single_examples_are_no_dead_layers(batches):
-    """With one example a step and a window of one step, a step that switches a small layer off is no warning."""
+def test_single_examples_do_not_make_dead_layers(batches):
+    """With one example per step and window, a step that switches off a small layer gives no warning."""
     x, y = (torch.cat(part) for part in zip(*batches, strict=True))
     texts, _ = fit(mlp(6, 4, 2), list(zip(x.split(1), y.split(1), strict=True)), log_every=1, lr=0.01)
     assert texts.seen == []
@@ -458,7 +458,7 @@ def test_the_demo_is_healthy(monkeypatch, caplog):
 
 
 def test_histograms_and_warnings_reach_tensorboard(batches, tmp_path):
-    """The event file has the sentence as text, the summary in the end report, and histograms with all their values."""
+    """The event file holds the warning, the summary in the end report, and complete histograms."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     model = mlp(6, 8, 8, 2)
     with torch.no_grad():

@@ -23,7 +23,7 @@ CODE = textwrap.dedent(
 
 
 def test_on_a_terminal_it_shows_epochs_steps_and_losses():
-    """Each epoch ends with a full bar of optimizer steps, and the losses stand beside it."""
+    """Each epoch ends with a full bar of optimizer steps and the losses."""
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # a terminal of no width shows nothing
     with subprocess.Popen([sys.executable, "-c", CODE], stdout=child, stderr=child) as process:
@@ -45,7 +45,7 @@ def test_on_a_terminal_it_shows_epochs_steps_and_losses():
     assert "val=" in shown
 
 
-def test_it_is_silent_where_the_output_is_no_terminal():
-    """With standard error in a pipe, nothing is written."""
+def test_it_is_silent_without_a_terminal():
+    """Nothing is written if standard error is a pipe."""
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True)
     assert (run.stdout, run.stderr) == (b"", b"")

@@ -1,4 +1,4 @@
-"""What `RealWorldCost` measures is what counting by hand gives, and its pictures show it."""
+"""`RealWorldCost` agrees with counting by hand, in its values and pictures."""
 
 import io
 import math
@@ -28,7 +28,7 @@ def trainer_of(*callbacks, outputs=3, **options):
 
 
 def test_both_costs_are_those_of_the_decisions_and_can_be_monitored():
-    """val/cost is the cost of arg-max, val/cost_optimal that of least expected cost, over ragged batches, at any epoch."""
+    """In every epoch val/cost is the cost of arg-max and val/cost_optimal that of the least expected cost."""
     x, y = data()
     loader = list(zip(x.split(50), y.split(50), strict=True))
     trainer = trainer_of(fw.RealWorldCost(COSTS), fw.EarlyStopping("val/cost", patience=3, restore_best=False))
@@ -46,7 +46,7 @@ def test_both_costs_are_those_of_the_decisions_and_can_be_monitored():
 
 
 def test_one_logit_positions_weights_and_ignored_labels():
-    """One logit, segmentation outputs, weights of examples and ignored labels give the cost of what counts."""
+    """The cost is right for a single logit, segmentation outputs, sample weights and ignored labels."""
     x, y = data(num_classes=2)
     weight = (torch.arange(120) % 3).float()
     costs = fw.CostMatrix(20, 1)
@@ -72,7 +72,7 @@ def test_one_logit_positions_weights_and_ignored_labels():
 
 
 def test_pictures_and_table_of_the_best_evaluation(tmp_path):
-    """At each new best evaluation TensorBoard gets both confusion matrices as PNG, and a table with the savings."""
+    """Each new best evaluation logs both confusion matrices as PNG and a table of the savings."""
     x, y = data()
     trainer = trainer_of(fw.RealWorldCost(COSTS), fw.TensorBoard(tmp_path, show_link=False))
     trainer.fit([(x, y)], [(x, y)], epochs=3)
@@ -90,7 +90,7 @@ def test_pictures_and_table_of_the_best_evaluation(tmp_path):
 
 
 def test_it_is_refused_before_the_first_step():
-    """Without a validation set, beside a metric of the same name, and with costs of other classes, it says so."""
+    """A missing validation set, a metric of the same name and unsuitable costs raise a descriptive error."""
     x, y = data()
     with pytest.raises(ValueError, match="no val_loader"):
         trainer_of(fw.RealWorldCost(COSTS)).fit([(x, y)], epochs=1)
@@ -98,13 +98,13 @@ def test_it_is_refused_before_the_first_step():
         trainer_of(fw.RealWorldCost(COSTS), metrics={"cost": lambda o, t: 0.0}).fit([(x, y)], [(x, y)], epochs=1)
     with pytest.raises(ValueError, match="zero diagonal"):
         fw.RealWorldCost([[1, 1], [1, 0]])
-    with pytest.raises(ValueError, match=r"outputs of shape \(120, 3\) are of 3 classes, the costs of 2"):
+    with pytest.raises(ValueError, match=r"outputs of shape \(120, 3\) have 3 classes, the costs have 2"):
         trainer_of(fw.RealWorldCost([[0, 1], [1, 0]])).fit([(x, y)], [(x, y)], epochs=1)
 
 
 @pytest.mark.parametrize("number", [2, 5, 12, 13, 40])
 def test_the_picture_is_blue_on_the_diagonal_and_orange_where_it_costs(number):
-    """The cell of the dearest mistake is orange, a diagonal cell with all of its row blue, an empty one white."""
+    """The costliest mistake is orange, a diagonal cell with its whole row blue, an empty cell white."""
     counts = torch.diag(torch.full((number,), 50.0))
     counts[0, 1] = 25
     picture = confusion_image(counts, [f"a long name of class {i}" for i in range(number)], 1 - torch.eye(number))
@@ -121,14 +121,14 @@ def test_the_picture_is_blue_on_the_diagonal_and_orange_where_it_costs(number):
 
 
 def test_the_picture_takes_empty_rows_large_numbers_and_weights():
-    """Rows without examples, millions and fractions are drawn, with and without costs."""
+    """Empty rows, millions and fractions are drawn, with and without costs."""
     counts = torch.tensor([[1234567.0, 2.5], [0, 0]])
     for costs in (None, torch.tensor([[0.0, 3], [1, 0]])):
         assert confusion_image(counts, ["a", "b"], costs, title="a title").png.startswith(b"\x89PNG")
 
 
 def test_early_stopping_follows_the_cost():
-    """Training stops once the cost, which cannot fall at this rate, has not done so, and the cheapest weights come back."""
+    """Training stops when the cost does not fall, and the weights with the lowest cost are restored."""
     x, y = data()
     for name in ("val/cost", "val/cost_optimal"):
         # also where the callback that measures stands behind the one that monitors
@@ -142,7 +142,7 @@ def test_early_stopping_follows_the_cost():
 
 
 def test_no_target_that_counts_has_no_cost():
-    """Where all validation targets are ignored, or weigh nothing, the cost is nan, nothing is drawn, and the fit goes on."""
+    """If all validation targets are ignored or have weight 0, the cost is nan and nothing is drawn."""
     x, y = data()
     for val in ((x, torch.full_like(y, -100)), (x, y, torch.zeros(120))):
         callbacks = fw.RealWorldCost(COSTS), fw.EarlyStopping("train/loss", patience=9)
@@ -152,7 +152,7 @@ def test_no_target_that_counts_has_no_cost():
 
 
 def test_nothing_waits_for_the_device_before_the_end():
-    """A batch is taken in without a look at a value: tensors that have none are taken in, for both decisions."""
+    """Both decisions accept batches of meta tensors, so no value is read before the end."""
     callback = fw.RealWorldCost(COSTS)
     state = trainer_of().state
     state.val_loader = [()]
@@ -167,7 +167,7 @@ def test_nothing_waits_for_the_device_before_the_end():
 
 
 def test_targets_are_checked_once_at_the_end():
-    """A target that is no class is named at the end of the validation; one of weight 0 may be anything."""
+    """An invalid target is reported at the end of the validation, unless its weight is 0."""
     callback = fw.RealWorldCost(COSTS)
     state = trainer_of().state
     state.val_loader = [()]
@@ -178,8 +178,10 @@ def test_targets_are_checked_once_at_the_end():
     paid = COSTS.matrix[0, 1].item() * 2
     assert float(metric.compute()) == pytest.approx(paid / 4)
     metric.update(outputs, targets.float() / 2, torch.tensor([0.0, 0, 0, 3, 0, 0]))
-    with pytest.raises(ValueError, match=r"targets of weight 3 of 7 are no class: allowed are 0\.\.2 and -100"):
+    with pytest.raises(
+        ValueError, match=r"targets with weight 3 of 7 are not class indices: allowed are 0\.\.2 and -100"
+    ):
         metric.compute()
     metric.reset()
-    with pytest.raises(ValueError, match="there are 5 targets for 6 decisions"):
+    with pytest.raises(ValueError, match="got 5 targets for 6 decisions"):
         metric.update(outputs, targets[:5])

@@ -24,7 +24,7 @@ from fitwatch.losses.weighting import SCHEMES
 
 
 def fit(model, loader, spec="balanced", loss=None, **options):
-    """One epoch at learning rate 0; gives the loss in force."""
+    """Train one epoch at learning rate 0 and return the current loss."""
     callback = fw.WeightedLoss(spec, **options)
     trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.0), loss, callbacks=[callback], device="cpu")
     result = trainer.fit(loader, loader, epochs=1)
@@ -32,7 +32,7 @@ def fit(model, loader, spec="balanced", loss=None, **options):
 
 
 class Images(Dataset):
-    """Reading an example is an error: its targets are exposed."""
+    """Exposes its targets and raises if an example is read."""
 
     def __init__(self, targets):
         self.targets = targets
@@ -45,7 +45,7 @@ class Images(Dataset):
 
 
 class Hidden(Dataset):
-    """Exposes nothing."""
+    """Exposes no targets."""
 
     def __init__(self, data):
         self.data = data
@@ -68,7 +68,7 @@ class Stream(IterableDataset):
 
 
 def weighed(loss, loader, spec="balanced", **options):
-    """The loss with the weights that the callback gives it."""
+    """Return the loss with the weights set by the callback."""
     model = nn.Linear(1, 1)
     state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters()), loss=loss, train_loader=loader)
     fw.WeightedLoss(spec, **options).on_fit_start(state)
@@ -76,7 +76,7 @@ def weighed(loss, loader, spec="balanced", **options):
 
 
 def formula(scheme, counts):
-    """The published weights, in a loop."""
+    """Compute the published weights in a loop."""
     total, size = sum(counts), len(counts)
     of = {
         "balanced": lambda n: total / (size * n),
@@ -89,7 +89,7 @@ def formula(scheme, counts):
 
 
 def as_loaders(x, y):
-    """The same examples, from everything that can be counted."""
+    """Return the same examples in every form that can be counted."""
     data = TensorDataset(x, y)
     return {
         "loader": DataLoader(data, 16, shuffle=True),
@@ -106,7 +106,7 @@ EXPECTED = torch.tensor([64 / (3 * 40), 64 / (3 * 16), 64 / (3 * 8)])
 
 @pytest.mark.parametrize("kind", ["tensors", "subset", "list of batches", "hidden"])
 def test_balanced_weights_are_counted_from_any_loader(model, data, kind):
-    """Counts 40, 16, 8 give weights N / (K n_c), read from the data set or by a pass."""
+    """Counts 40, 16, 8 give weights N / (K n_c), whether the data set exposes them or not."""
     loaders = {
         "tensors": DataLoader(data, 16),
         "subset": DataLoader(Subset(data, list(range(40)) + list(range(40, 64))), 16),
@@ -132,7 +132,7 @@ def test_exposed_targets_are_not_read_one_by_one(model):
 
 @pytest.mark.parametrize("generator", [None, torch.Generator()])
 def test_a_counting_pass_leaves_the_random_generators_alone(model, data, generator):
-    """Training after a counting pass over a shuffling loader is that without one, to the bit."""
+    """A counting pass over a shuffling loader does not change training by a bit."""
 
     def run(spec):
         torch.manual_seed(5)
@@ -157,8 +157,8 @@ def test_binary_cross_entropy_gets_a_pos_weight(data):
         assert used.pos_weight.item() == pytest.approx(56 / 8)
 
 
-def test_given_weights_and_the_unweighted_loss_beside(model, data):
-    """A dict is taken as it is, torch's own loss gets it, and history has the loss with and without weights."""
+def test_given_weights_and_the_unweighted_loss(model, data):
+    """Weights given as a dict reach torch's own loss, and the history has the loss with and without weights."""
     loss, result = fit(model, DataLoader(data, 16), {0: 1.0, 1: 2.0, 2: 5.0}, loss=nn.CrossEntropyLoss())
     x, y = data.tensors
     weight = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_given_weights_and_the_unweighted_loss_beside(model, data):
 
 
 def test_an_absent_class_is_an_error_or_gets_weight_0(data):
-    """A class without examples is named; with absent="zero" its weight is 0 and training goes on."""
+    """A class without examples is an error that names it, or gets weight 0 with absent="zero"."""
     x, y = data.tensors
     model = nn.Linear(4, 4).double()
     loader = [(x, torch.where(y == 1, 3, y))]
@@ -188,7 +188,7 @@ def test_an_absent_class_is_an_error_or_gets_weight_0(data):
     ids=lambda loss: type(loss).__name__,
 )
 def test_a_last_class_that_the_loss_knows_is_counted_as_absent(data, loss):
-    """What the loss has for each of four classes says that a fourth one is missing, before step 1; or it gets weight 0."""
+    """A loss with values for four classes reveals before step 1 that the fourth is absent."""
     x, y = data.tensors
     model = nn.Linear(4, 4).double()
     trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loss, device="cpu")
@@ -202,7 +202,7 @@ def test_a_last_class_that_the_loss_knows_is_counted_as_absent(data, loss):
 
 
 def test_more_outputs_than_counted_classes_are_explained(data):
-    """Where only the outputs tell C, the error at step 1 names the classes without an example, and what to give."""
+    """If only the outputs reveal C, the error at step 1 names the absent classes and the options to set."""
     x, y = data.tensors
     with pytest.raises(ValueError, match=r"WeightedLoss counted .* class 3 did not.* num_classes=4 and absent='zero'"):
         fit(nn.Linear(4, 4).double(), [(x, y)])
@@ -226,19 +226,19 @@ def test_more_outputs_than_counted_classes_are_explained(data):
     ids=str,
 )
 def test_bad_weights_are_refused_when_built(spec, named):
-    """Unknown schemes, and weights that are negative, NaN, all zero or incomplete, are refused at once."""
+    """Unknown schemes and negative, NaN, all-zero or incomplete weights are refused by the constructor."""
     with pytest.raises(ValueError, match=named):
         fw.WeightedLoss(spec)
 
 
 def test_weights_of_the_wrong_length_are_refused(model, data):
-    """Two weights for three classes are an error that names both numbers."""
+    """Two weights for three classes raise an error that names both numbers."""
     with pytest.raises(ValueError, match="(?s)2.*3|3.*2"):
         fit(model, DataLoader(data, 16), [1.0, 2.0])
 
 
 def test_losses_that_take_no_weights_are_refused(model, data):
-    """A function, a loss of another kind and a loss that carries costs are refused by name, before any counting."""
+    """A function, an unsuitable loss and a loss with costs are refused by name before any counting."""
     for loss, name in ((nn.MSELoss(), "MeanSquaredError"), (nn.functional.cross_entropy, "function")):
         with pytest.raises(TypeError, match=f"class weights.*{name}"):
             fit(model, iter([1]), loss=loss)  # which counting would refuse
@@ -248,8 +248,8 @@ def test_losses_that_take_no_weights_are_refused(model, data):
         fit(model, DataLoader(data, 16), loss=fw.RealWorldCrossEntropy(torch.ones(3), torch.zeros(3, 3)))
 
 
-def test_an_iterator_is_not_used_up_by_counting(model, data):
-    """A generator can't be counted without using it up: an error, and it is still whole."""
+def test_an_iterator_is_not_exhausted_by_counting(model, data):
+    """A generator, which counting would exhaust, is refused before its first batch is read."""
     generator = (batch for batch in DataLoader(data, 16))
     with pytest.raises(TypeError, match="iterator"):
         fit(model, generator)
@@ -257,22 +257,22 @@ def test_an_iterator_is_not_used_up_by_counting(model, data):
 
 
 def test_counts_come_from_the_data_not_from_the_sampler(model, data, caplog):
-    """A sampler that balances the batches does not hide the imbalance of the data set, and a warning says what it does."""
+    """The counts ignore a sampler that balances the batches, and a warning says that both weight rare classes."""
     sampler = WeightedRandomSampler([1.0] * 40 + [2.5] * 16 + [5.0] * 8, 64)
     loss, _ = fit(model, DataLoader(data, 16, sampler=sampler))
     assert torch.allclose(EXPECTED, loss.weight)
-    assert "rare classes are weighed twice" in caplog.text
+    assert "rare classes are weighted twice" in caplog.text
 
 
 def test_a_split_by_sampler_is_counted_as_drawn(model, data):
-    """A SubsetRandomSampler that draws a part of the data set has that part counted."""
+    """With a SubsetRandomSampler only the examples it draws are counted."""
     part = [*range(20), *range(40, 50), *range(56, 60)]  # 20, 10 and 4 examples
     loss, _ = fit(model, DataLoader(data, 16, sampler=SubsetRandomSampler(part)))
     assert torch.allclose(torch.tensor([34 / 60, 34 / 30, 34 / 12]), loss.weight)
 
 
 def test_a_resumed_run_keeps_the_weights_it_counted(tmp_path, model, data):
-    """On resume with other data the counted weights stay; weights given anew are taken."""
+    """Resuming with other data keeps the counted weights, but uses new weights if they are given."""
 
     def run(spec, loader, resume=None):
         trainer = fw.Trainer(
@@ -300,7 +300,7 @@ PAIRS = [[24, 40], [56, 8], [40, 24]]
 
 
 def sources(y, source, counts):
-    """A loader, and the counts where they are given in place of counting."""
+    """Return a loader, and the counts if they are given instead of counted."""
     if source == "counts":
         return iter([]), {"counts": counts}  # counting an iterator would be refused
     return as_loaders(X, y)[source], {}
@@ -308,8 +308,8 @@ def sources(y, source, counts):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_classes_are_weighed_by_every_scheme(scheme, source):
-    """Class indices, with some of them ignored or not, give each class the formula of its count."""
+def test_classes_are_weighted_by_every_scheme(scheme, source):
+    """Class weights follow the formula of the scheme, with and without ignored targets."""
     loader, given = sources(Y, source, [40, 16, 8])
     assert weighed(fw.CrossEntropy(), loader, scheme, **given).weight.tolist() == pytest.approx(
         formula(scheme, [40, 16, 8]), rel=1e-6
@@ -322,8 +322,8 @@ def test_classes_are_weighed_by_every_scheme(scheme, source):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_labels_are_weighed_by_every_scheme(scheme, source):
-    """Binary cross-entropy gets one pos_weight for one label, and one for each of K labels."""
+def test_labels_are_weighted_by_every_scheme(scheme, source):
+    """Binary cross-entropy gets one pos_weight per label."""
     loader, given = sources(LABELS[:, 1].double(), source, [56, 8])
     low, high = formula(scheme, [56, 8])
     assert weighed(fw.BinaryCrossEntropy(), loader, scheme, **given).pos_weight.item() == pytest.approx(high / low)
@@ -338,13 +338,13 @@ def test_labels_are_weighed_by_every_scheme(scheme, source):
     "y", [LABELS[:, 1].double(), LABELS[:, 1:2].float(), LABELS[:, 1].long()], ids=["N", "N1", "int"]
 )
 def test_losses_of_one_logit_get_the_weights_of_two_classes(y):
-    """A loss with class weights and one logit gets two of them from targets that are 0 or 1."""
+    """A loss with one logit and class weights gets two of them from targets of 0 and 1."""
     loss = weighed(Focal(), as_loaders(X, y)["loader"], "inverse")
     assert loss.weight.tolist() == pytest.approx([64 / 56, 64 / 8])
 
 
 def test_masks_of_one_label_are_one_problem_of_two_classes():
-    """Binary cross-entropy over pixels weighs all pixels together."""
+    """Binary cross-entropy over pixels gets a single pos_weight for all pixels."""
     y = torch.zeros(2, 1, 4, 4)
     y[0, 0, 0, :2] = 1
     for shape in ((2, 1, 4, 4), (2, 4, 4)):
@@ -352,7 +352,7 @@ def test_masks_of_one_label_are_one_problem_of_two_classes():
 
 
 def test_weights_of_the_examples_count():
-    """The counts are sums of the weights of the examples: a masked half halves the count of its class."""
+    """Counts are sums of sample weights, so masking half of a class halves its count."""
     w = torch.where((Y == 0) & (torch.arange(64) % 2 == 0), 0.0, 1.0)
     for loader in (DataLoader(TensorDataset(X, Y, w), 16), list(DataLoader(TensorDataset(X, Y, w), 16))):
         loss = weighed(fw.CrossEntropy(), loader)
@@ -364,7 +364,7 @@ def test_weights_of_the_examples_count():
 
 
 def test_a_label_that_lacks_a_class_is_an_error_or_keeps_weight_1():
-    """A label without positives is named; with absent="zero" its pos_weight is 1."""
+    """A label without positives is an error that names it, or gets pos_weight 1 with absent="zero"."""
     y = LABELS.double() * torch.tensor([1, 0, 1])
     with pytest.raises(ValueError, match="the positives of label 1 are absent"):
         weighed(fw.BinaryCrossEntropy(), [(X, y)])
@@ -374,7 +374,7 @@ def test_a_label_that_lacks_a_class_is_an_error_or_keeps_weight_1():
 
 @pytest.mark.parametrize("counts", [[1, -1], [[1, 2, 3]], [math.nan, 1], []], ids=str)
 def test_bad_counts_are_refused_when_built(counts):
-    """Counts that are none, and counts beside given weights, are refused at once."""
+    """Invalid counts, and counts together with weights, are refused by the constructor."""
     with pytest.raises(ValueError, match="counts must"):
         fw.WeightedLoss(counts=counts)
     with pytest.raises(ValueError, match="the weights are given"):
@@ -382,7 +382,7 @@ def test_bad_counts_are_refused_when_built(counts):
 
 
 def test_counts_that_do_not_fit_the_loss_are_refused():
-    """Counts of labels for a loss of classes, and of three classes for a binary loss, are errors that say so."""
+    """Label counts for a loss over classes, or three class counts for a binary loss, raise a descriptive error."""
     with pytest.raises(ValueError, match=r"shape \(C,\).*\(3, 2\)"):
         weighed(fw.CrossEntropy(), [], counts=PAIRS)
     with pytest.raises(ValueError, match="two classes"):
@@ -394,7 +394,7 @@ def test_counts_that_do_not_fit_the_loss_are_refused():
 
 @pytest.mark.parametrize("spec", [*SCHEMES, [1.0, 5.0, 2.0]], ids=str)
 def test_normalize_gives_classes_a_mean_weight_of_1(spec):
-    """With normalize the mean weight over the examples is 1, for every scheme and for given weights."""
+    """With normalize the mean weight over the examples is 1, for schemes and for given weights."""
     for loader in (as_loaders(X, Y)["loader"], as_loaders(X, Y)["stream"]):
         weight = weighed(fw.CrossEntropy(), loader, spec, normalize=True).weight
         assert weight[Y].double().mean().item() == pytest.approx(1, rel=1e-6)
@@ -405,7 +405,7 @@ def test_normalize_gives_classes_a_mean_weight_of_1(spec):
 @pytest.mark.parametrize("spec", [*SCHEMES, [1.0, 5.0]], ids=str)
 @pytest.mark.parametrize("labels", [1, 3])
 def test_normalize_gives_labels_a_mean_weight_of_1(spec, labels):
-    """With normalize the weights of the positives and negatives of each label have a mean of 1; their ratio stays."""
+    """With normalize the weights of each label have a mean of 1 and keep their ratio."""
     y = LABELS[:, :labels].double()
     loss = weighed(fw.BinaryCrossEntropy(), [(X, y)], spec, normalize=True)
     losses, _ = loss.unreduced(torch.zeros_like(y), y)
@@ -421,7 +421,7 @@ def test_normalize_gives_labels_a_mean_weight_of_1(spec, labels):
 
 
 class Watch(fw.Callback):
-    """Records the weights in force in each epoch, the validation loss computed by hand, and the texts."""
+    """Records the weights of each epoch, the validation loss computed by hand, and the texts."""
 
     def __init__(self, x, y, full):
         self.x, self.y, self.full = x, y, full
@@ -443,7 +443,7 @@ class Watch(fw.Callback):
 
 
 def scheduled(data, epochs, *, lr=0.1, folder=None, resume=None, spec="balanced", **options):
-    """A fit with a schedule, from the same start each time."""
+    """Fit with a schedule, always from the same initial weights."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)).double()
     watch = Watch(*data.tensors, EXPECTED.double())
@@ -463,8 +463,8 @@ def scheduled(data, epochs, *, lr=0.1, folder=None, resume=None, spec="balanced"
     ],
     ids=str,
 )
-def test_weights_come_in_by_the_schedule(data, options, powers):
-    """Every batch of an epoch has the weights to the power of that epoch; power 0 is the loss without weights."""
+def test_weights_follow_the_schedule(data, options, powers):
+    """Every batch of an epoch uses the weights to the power of that epoch; power 0 is the unweighted loss."""
     watch, _ = scheduled(data, 4, **options)
     for epoch, power in enumerate(powers):
         for weight in watch.weights[epoch]:
@@ -475,7 +475,7 @@ def test_weights_come_in_by_the_schedule(data, options, powers):
 
 
 def test_validation_has_the_full_weights_from_the_first_epoch(data):
-    """val/loss is the loss under the full weights in every epoch, beside that without."""
+    """val/loss uses the full weights in every epoch, next to the unweighted loss."""
     watch, _ = scheduled(data, 4, start_epoch=1, ramp_epochs=2)
     assert len(watch.validated) == 4
     for metrics, expected, unweighted in watch.validated:
@@ -484,7 +484,7 @@ def test_validation_has_the_full_weights_from_the_first_epoch(data):
 
 
 def test_without_a_schedule_validation_measures_the_loss_of_training(data):
-    """Only a schedule sets a loss for validation alone."""
+    """Only a schedule sets a separate validation loss."""
     _, trainer = scheduled(data, 1)
     assert trainer.state.eval_loss is None
     _, trainer = scheduled(data, 1, start_epoch=1)
@@ -493,7 +493,7 @@ def test_without_a_schedule_validation_measures_the_loss_of_training(data):
 
 
 def test_the_ramp_keeps_the_mean_weight_and_the_zeros(data):
-    """With normalize the mean weight is 1 in every epoch of a ramp, and a weight of 0 is 0 in all of it."""
+    """In every epoch of a ramp the normalized mean weight is 1 and a weight of 0 is 0."""
     watch, _ = scheduled(data, 4, spec=[1.0, 0.0, 4.0], normalize=True, start_epoch=1, ramp_epochs=2)
     y = data.tensors[1]
     assert watch.weights[0][0] is None
@@ -505,7 +505,7 @@ def test_the_ramp_keeps_the_mean_weight_and_the_zeros(data):
 
 
 def test_a_schedule_of_labels():
-    """Binary cross-entropy with K labels has a pos_weight of the power of the epoch; with normalize both sides grow."""
+    """With K labels pos_weight has the power of the epoch; with normalize the weights of both sides do."""
     for normalize in (False, True):
         model = nn.Linear(1, 3).double()
         state = fw.State(
@@ -527,23 +527,23 @@ def test_a_schedule_of_labels():
             assert (losses / math.log(2)).mean(0).tolist() == pytest.approx([1, 1, 1], rel=1e-6)
 
 
-def test_the_report_tells_the_schedule(data):
-    """The table has the counts and the plan, and the epochs in which the weights begin and are complete say so."""
+def test_the_report_describes_the_schedule(data):
+    """The report has counts and schedule, and a text when the weights start to grow and when they are complete."""
     watch, _ = scheduled(data, 5, start_epoch=1, ramp_epochs=2)
     table, begin, full = watch.texts
     assert "| 0 | 40 | 0.5333 |" in table
     assert table.endswith(
-        "In training the weights grow from epoch 1 on and are in force in full from epoch 3 on (the first is epoch 0). "
-        "Before, training is unweighted. Validation has them in full throughout."
+        "In training, the weights grow from epoch 1 and have their full values from epoch 3 (counted from 0). "
+        "Before that, training is unweighted. Validation always uses the full weights."
     )
-    assert begin == "Epoch 1: the class weights begin to grow."
-    assert full == "Epoch 3: the class weights are in force in full."
+    assert begin == "Epoch 1: the class weights start to grow."
+    assert full == "Epoch 3: the class weights reach their full values."
     assert len(scheduled(data, 3)[0].texts) == 1
     assert len(scheduled(data, 3, start_epoch=1)[0].texts) == 2
 
 
 def test_the_report_of_labels():
-    """Labels have a row each, with the counts and weights of both sides."""
+    """Each label has a row with the counts and weights of both sides."""
     model = nn.Linear(1, 1)
     state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters()), loss=fw.BinaryCrossEntropy())
     fw.WeightedLoss(counts=[[3_000_001, 10], [5, 15]]).on_fit_start(state)
@@ -556,8 +556,8 @@ def test_the_report_of_labels():
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_resumed_run_is_at_its_place_in_the_schedule(tmp_path, data, cut):
-    """Cut before, in and after the ramp, a run goes on with the same weights and ends in the same parameters."""
+def test_a_resumed_run_continues_the_schedule(tmp_path, data, cut):
+    """A run resumed before, in or after the ramp ends with the same parameters as an uninterrupted one."""
     options = {"start_epoch": 1, "ramp_epochs": 2, "normalize": True}
     whole, expected = scheduled(data, 5, **options)
     scheduled(data, cut, folder=tmp_path, **options)
@@ -571,8 +571,8 @@ def test_a_resumed_run_is_at_its_place_in_the_schedule(tmp_path, data, cut):
     assert [e["val/loss"] for e in trainer.state.history] == [e["val/loss"] for e in expected.state.history]
 
 
-def test_a_resumed_run_keeps_the_counts_it_scaled_given_weights_with(tmp_path, data):
-    """Given weights that were normalised stay as they were when the data set has changed in between."""
+def test_a_resumed_run_keeps_the_counts_that_normalized_given_weights(tmp_path, data):
+    """Normalized given weights do not change if the data set has changed before resuming."""
     before, _ = scheduled(data, 1, folder=tmp_path, spec=[1.0, 2.0, 5.0], normalize=True)
     other = TensorDataset(data.tensors[0][::3], data.tensors[1][::3])
     after, _ = scheduled(other, 2, folder=tmp_path, resume="auto", spec=[1.0, 2.0, 5.0], normalize=True)
@@ -588,14 +588,14 @@ def test_a_resumed_run_keeps_the_counts_it_scaled_given_weights_with(tmp_path, d
     ],
 )
 def test_options_out_of_range_are_refused(options, error, match):
-    """Epochs are integers of 0 or more."""
+    """start_epoch and ramp_epochs must be integers of 0 or more."""
     with pytest.raises(error, match=match):
         fw.WeightedLoss(**options)
 
 
 @pytest.mark.parametrize("start_epoch", [0, 1, 2])
-def test_what_a_loss_learns_is_learned(start_epoch):
-    """A temperature in the loss, held by the optimizer, goes where a loop by hand takes it, with and without a schedule."""
+def test_parameters_of_the_loss_are_trained(start_epoch):
+    """A temperature in the loss is trained as in a loop by hand, with and without a schedule."""
 
     class Tempered(fw.CrossEntropy):
         def __init__(self):
@@ -636,8 +636,8 @@ def test_what_a_loss_learns_is_learned(start_epoch):
 
 
 @pytest.mark.parametrize("asks", [False, True])
-def test_weights_that_reach_no_training_step_are_told_of(model, data, caplog, asks):
-    """A training_step with a loss of its own trains without the weights, which one warning says."""
+def test_unused_weights_give_a_warning(model, data, caplog, asks):
+    """A training_step that uses self.loss directly gives a single warning that the weights are unused."""
 
     class Own(fw.Trainer):
         def training_step(self, batch):
@@ -649,4 +649,4 @@ def test_weights_that_reach_no_training_step_are_told_of(model, data, caplog, as
     trainer.fit(loader, loader, epochs=3)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (not asks)
-    assert all("don't reach training: training_step does not call compute_loss" in one for one in said)
+    assert all("training does not use the class weights of WeightedLoss: training_step does not" in one for one in said)

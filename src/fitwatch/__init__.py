@@ -30,8 +30,7 @@ from fitwatch.trainer import Trainer
 from fitwatch.version import __version__
 from fitwatch.watch import Watch
 
-__all__ = [
-    "LDAM",
+__all__ = [  # noqa: RUF022 - sorted() order, not isort's
     "BinaryCrossEntropy",
     "Callback",
     "Callbacks",
@@ -42,6 +41,7 @@ __all__ = [
     "ExpectedCost",
     "Focal",
     "GradientNorm",
+    "LDAM",
     "LogitAdjusted",
     "LossSum",
     "MeanSquaredError",

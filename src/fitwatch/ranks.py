@@ -1,6 +1,6 @@
-"""Several processes that train one model, each a *rank*: what they have to tell each other.
+"""Communication between the processes (ranks) that train one model together.
 
-Every function is the same on one rank, where it costs nothing. On several it has to be called by all of them.
+All ranks must call each function. With a single rank they cost nothing.
 """
 
 import atexit
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 logger = logging.getLogger("fitwatch")
 
-_BUCKET = 1 << 23  # numbers that travel together: enough to fill a link, little beside the gradients themselves
+_BUCKET = 1 << 23  # numbers per transfer: enough to saturate a link, few compared with all gradients
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes that ``torchrun`` started, unless the script has done so, or there are none."""
+    """Join the process group that ``torchrun`` launched, unless the script has already done so or there is none."""
     if not dist.is_available():
         return
     if not dist.is_initialized() and _launched() and "RANK" in os.environ:
@@ -42,61 +42,60 @@ def start(device: torch.device) -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-        # A thread of gloo frees the tensors of the last exchange, for which it needs the interpreter. If that has ended
-        # by then, the process is aborted, so give it the time.
+        # A gloo thread needs the interpreter to free the tensors of the last exchange; without it the process aborts.
         time.sleep(0.2)
 
 
 def _only_main(record: logging.LogRecord) -> bool:
-    """The same warning from every rank is noise."""
+    """Filter out the warnings of all ranks but rank 0, which gives the same ones."""
     return not rank() or record.levelno >= logging.ERROR
 
 
 def size() -> int:
-    """How many ranks there are."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0; rank 0 writes the files."""
+    """Return the number of this rank, from 0; rank 0 writes the files."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def local_device() -> str:
-    """The GPU that is this process's own: under ``torchrun`` by its number, else the current one of a group."""
+    """Return the GPU of this process: under ``torchrun`` the one with its local rank, else the current one."""
     if _launched() and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return f"cuda:{torch.cuda.current_device()}" if size() > 1 else "cuda"
 
 
 def _launched() -> bool:
-    """Whether the environment is that of one of several processes."""
+    """Return whether a launcher started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-# -- small things ------------------------------------------------------------------------------------------------------
+# -- values ------------------------------------------------------------------------------------------------------------
 
 
 def gather(value: T) -> list[T]:
-    """That of every rank, in their order."""
+    """Return every rank's value, in rank order."""
     if size() == 1:
         return [value]
-    values: list[Any] = [None] * size()
+    values: list[T | None] = [None] * size()
     dist.all_gather_object(values, value)
-    return values
+    return cast("list[T]", values)
 
 
 def from_main(value: T) -> T:
-    """That of rank 0."""
+    """Return rank 0's value."""
     if size() == 1:
         return value
-    values: list[Any] = [value]
+    values = [value]
     dist.broadcast_object_list(values, src=0)
-    return values[0]  # type: ignore[no-any-return] # what rank 0 had
+    return values[0]
 
 
 def sums(values: Sequence[float]) -> list[float]:
-    """The sum of each value over the ranks, the same to the bit on all of them."""
+    """Sum each value over the ranks; the result is bit-identical on all of them."""
     if size() == 1:
         return list(values)
     own = torch.tensor(values, dtype=torch.float64, device=_device())
@@ -106,24 +105,24 @@ def sums(values: Sequence[float]) -> list[float]:
 
 
 def exact_sum(values: Sequence[float]) -> float:
-    """The sum, rounded once; NaN or infinite where some values are or it is too large."""
+    """Sum with a single rounding; NaN or infinite if a value is, or on overflow."""
     try:
         return math.fsum(values)
-    except (OverflowError, ValueError):  # beyond the largest number, or inf - inf
+    except (OverflowError, ValueError):  # overflow, or inf - inf
         return sum(values)
 
 
 def agree(reason: str | None) -> str | None:
-    """The first reason that a rank has, in their order; None if none has one."""
+    """Return the first rank's reason that is not None, in rank order, or None."""
     return next((r for r in gather(reason) if r is not None), None)
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Raise on all ranks what one of them raises within; else the others would wait for it.
+    """Raise on all ranks if one of them raises within the context; the others would wait for it forever.
 
     Raises:
-        RuntimeError: Another rank failed; the message says how.
+        RuntimeError: Another rank failed; the message includes its error.
     """
     try:
         yield
@@ -134,8 +133,8 @@ def failing_together() -> Iterator[None]:
         raise RuntimeError(f"another rank failed: {failed}")
 
 
-def refuse_differences(facts: dict[str, Any]) -> None:
-    """Raise ValueError if a fact is not the same on all ranks: they would wait for each other without end."""
+def refuse_differences(facts: dict[str, object]) -> None:
+    """Raise ValueError if a fact differs between ranks, which would wait for each other forever."""
     first, *others = gather(facts)
     for number, other in enumerate(others, 1):
         for name in first:
@@ -149,13 +148,14 @@ def refuse_differences(facts: dict[str, Any]) -> None:
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def align(modules: Iterable[Any], parameters: Iterable[Tensor] = (), *, buffers_only: bool = False) -> None:
-    """Give every rank the parameters and buffers that rank 0 has in these modules, and these parameters.
+def align(modules: Iterable[object], parameters: Iterable[Tensor] = (), *, buffers_only: bool = False) -> None:
+    """Copy rank 0's ``parameters``, and its parameters and buffers in ``modules``, to all ranks.
 
-    The buffers, such as the running means of a batch norm, are of each rank's own data.
+    Objects that are not modules are skipped. Buffers, such as the running means of a BatchNorm, differ between ranks
+    because each rank sees other data.
 
     Raises:
-        TypeError: A parameter is split over devices.
+        TypeError: A parameter is sharded over devices.
     """
     tensors: dict[int, Tensor] = {id(p): p for p in parameters}
     for module in modules:
@@ -164,18 +164,18 @@ def align(modules: Iterable[Any], parameters: Iterable[Tensor] = (), *, buffers_
             tensors |= {id(t): t for t in own}
     for tensor in tensors.values():
         if size() > 1 and hasattr(tensor, "device_mesh"):
-            raise TypeError("a model that is split over devices (FSDP, DTensor) can't be trained: give the plain one")
+            raise TypeError("a model sharded over devices (FSDP, DTensor) can't be trained: pass the plain model")
     _broadcast(tensors.values())
 
 
 def in_step(model: nn.Module) -> bool:
-    """Whether a layer waits for all ranks in every forward pass."""
+    """Return whether a layer waits for all ranks in every forward pass."""
     return any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
 
 
 @contextmanager
 def unsynchronised(model: nn.Module) -> Iterator[None]:
-    """Keep a `DistributedDataParallel` from exchanging anything: `add_gradients` does, and a rank may have no batch."""
+    """Keep `DistributedDataParallel` from synchronizing: `add_gradients` does so, and a rank may have no batch."""
     found = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
     before = [(m.require_backward_grad_sync, m.require_forward_param_sync) for m in found]
     for m in found:
@@ -190,8 +190,8 @@ def unsynchronised(model: nn.Module) -> Iterator[None]:
 def add_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace each gradient by its sum over the ranks.
 
-    A parameter has one afterwards if it had one on some rank: a rank may have had no batch, or another path through
-    the model.
+    A parameter that has a gradient on any rank gets one on all ranks: some may have had no batch, or taken another path
+    through the model.
 
     Raises:
         TypeError: A gradient is sparse.
@@ -204,25 +204,25 @@ def add_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def total(weights: Iterable[Tensor | float], like: Tensor) -> Tensor | float:
-    """The sum of weights over this rank and all others; ``like`` says on which device the others' arrive."""
+    """Sum the weights over all ranks, on the device of ``like``; with a single rank, where they are."""
     own = sum(weights)
     if size() == 1:
         return own
     if isinstance(own, Tensor):
         whole = own.detach().to(like.device, torch.float64, copy=True)
-    else:  # filled on the device: a copy from the host would wait for it
+    else:  # filled on the device, since a copy from the host would wait for it
         whole = torch.full((), own, dtype=torch.float64, device=like.device)
     dist.all_reduce(whole)
     return whole
 
 
 def _add(bucket: list[Tensor]) -> None:
-    """Add up the gradients of these parameters, in one transfer."""
+    """Sum the gradients of these parameters over the ranks in one transfer."""
     for p in bucket:
         if p.grad is not None and p.grad.layout is not torch.strided:
-            raise TypeError(f"a sparse gradient, of shape {tuple(p.shape)}, can't be added over several ranks")
+            raise TypeError(f"a sparse gradient, of shape {tuple(p.shape)}, can't be summed over ranks")
     missing = [i for i, p in enumerate(bucket) if p.grad is None]
-    here = bucket[0].new_ones(len(bucket))  # filled on the device: a copy from the host would wait for it
+    here = bucket[0].new_ones(len(bucket))  # filled on the device, as in `total`
     for i in missing:
         here[i] = 0
     flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket), here])
@@ -231,7 +231,7 @@ def _add(bucket: list[Tensor]) -> None:
     for p, new in zip(bucket, sums, strict=True):
         if p.grad is not None:
             p.grad.copy_(new.view_as(p))
-    if missing:  # a look at the device, which only a model with parts that go unused pays for
+    if missing:  # waits for the device, but only in a model with unused parts
         elsewhere = found.tolist()
         for i in missing:
             if elsewhere[i]:
@@ -239,7 +239,7 @@ def _add(bucket: list[Tensor]) -> None:
 
 
 def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one device and dtype, some megabytes together."""
+    """Group parameters by device and dtype into buckets of a few megabytes."""
     filling: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for p in parameters:
@@ -258,10 +258,10 @@ def _broadcast(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         own = tensor.detach()
         for dim, stride in enumerate(own.stride()):
-            own = own.narrow(dim, 0, 1) if stride == 0 and own.shape[dim] > 1 else own  # expanded: one number in memory
+            own = own.narrow(dim, 0, 1) if stride == 0 and own.shape[dim] > 1 else own  # expanded
         if own.numel():
             copy = torch.empty(own.shape, dtype=own.dtype, device=own.device).copy_(own)
-            dist.broadcast(copy.view(-1).view(torch.uint8), src=0)  # as bytes, since not every dtype can be sent
+            dist.broadcast(copy.view(-1).view(torch.uint8), src=0)  # as bytes, since some dtypes can't be sent
             own.copy_(copy)
 
 

@@ -6,19 +6,21 @@ from typing import Any
 
 import torch
 
+RngState = dict[str, Any]  # primitives and tensors, by library
+
 
 def seed_all(seed: int) -> None:
-    """Seed torch, Python and (where it is in use) NumPy."""
+    """Seed torch, Python and, if it is imported, NumPy."""
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of torch's, Python's and (where it is in use) NumPy's global generators, as primitives."""
+def rng_state() -> RngState:
+    """Return the state of the global generators of torch, Python and, if it is imported, NumPy."""
     kind, python, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [kind, list(python), gauss]}
+    state: RngState = {"torch": torch.get_rng_state(), "python": [kind, list(python), gauss]}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
@@ -27,15 +29,15 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Take back what `rng_state` gave."""
+def set_rng_state(state: RngState) -> None:
+    """Restore a state returned by `rng_state`."""
     torch.set_rng_state(state["torch"])
     kind, python, gauss = state["python"]
     random.setstate((kind, tuple(python), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     if "numpy" in state:
-        import numpy as np  # noqa: PLC0415 - tensorboard brings it along; not worth an import where unused
+        import numpy as np  # noqa: PLC0415 - a dependency of tensorboard, imported only if it was in use
 
         name, keys, *rest = state["numpy"]
         np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - the global one

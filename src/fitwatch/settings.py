@@ -1,7 +1,7 @@
 """The settings of a fit, described for reports and compared between ranks and with a checkpoint."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -57,11 +57,10 @@ def warn_of_changes(state: State, before: Mapping[str, str]) -> None:
         )
 
 
-def shared_facts(state: State) -> dict[str, Any]:
+def shared_facts(state: State, callbacks: Iterable[object]) -> dict[str, Any]:
     """Return what must be equal on all ranks, or they would wait for each other forever."""
-    assert state.callbacks is not None
     return {
-        "callbacks": [type(c).__name__ for c in state.callbacks.callbacks],
+        "callbacks": [type(c).__name__ for c in callbacks],
         "train_loader": _shape(state.train_loader),
         "val_loader": _shape(state.val_loader),
         "metrics": sorted(state.validation.metrics),

@@ -1,7 +1,7 @@
 """What hooks read: where training stands, what was measured, and the few things a callback may ask for."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from attrs import define, field, frozen
@@ -18,8 +18,15 @@ from fitwatch.rules.overfitting import Verdict
 from fitwatch.schedule import Scheduler
 from fitwatch.validation import Validation
 
-if TYPE_CHECKING:
-    from fitwatch.callback import Callbacks
+
+class Resumable(Protocol):
+    """Has a state that a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
 
 
 @define(kw_only=True)
@@ -107,7 +114,7 @@ class State:
     train_loader: Iterable[Any] = ()
     val_loader: Iterable[Any] | None = None
     device: torch.device = field(factory=lambda: torch.device("cpu"))
-    callbacks: "Callbacks | None" = None
+    callbacks: Resumable | None = None
     plan: Plan = field(factory=Plan)
     progress: Progress = field(factory=Progress)
     history: History = field(init=False)

@@ -182,7 +182,7 @@ class Watch:
     def _prepare(self) -> None:
         state, progress, held = self.state, self.state.progress, parameters(self.state.optimizer)
         ranks.start(state.device)
-        ranks.refuse_differences(shared_facts(state))
+        ranks.refuse_differences(shared_facts(state, self._hooks.callbacks))
         self._place()
         progress.first_epoch, progress.first_step = progress.epoch, progress.step
         if not {id(p) for p in held} & {id(p) for p in state.model.parameters()}:

@@ -1,50 +1,44 @@
-"""What the decisions on the validation set cost."""
+"""The cost of decisions on the validation set."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
 from fitwatch.callback import Callback
-from fitwatch.losses.costs import (
-    CostMatrix,
-    as_cost_matrix,
-    decide,
-    probabilities_of,
-)
+from fitwatch.losses.costs import CostMatrix, as_cost_matrix, decide, probabilities_of
 from fitwatch.state import State
 from fitwatch.tensorboard.confusion import confusion_image
 
 
 @define(eq=False, slots=False)
 class RealWorldCost(Callback):
-    """Measures the cost of the model's decisions on the validation set, per example and in units of the costs.
+    """Measures the mean cost of the model's decisions on the validation set, in units of the costs.
 
-    ``val/cost`` is the cost of the most probable class (of one logit: whether it is above 0), ``val/cost_optimal`` that
-    of the class with the least expected cost under the model's probabilities (`cost_optimal_decision`). Either can be
-    monitored by `EarlyStopping`. At every new best evaluation both confusion matrices are logged, with the cost of
-    each cell, and a table with the savings against the best single answer for all examples.
+    ``val/cost`` is the cost of predicting the most probable class (for a single logit: whether it is above 0),
+    ``val/cost_optimal`` that of predicting the class with the least expected cost under the model's probabilities
+    (`cost_optimal_decision`). `EarlyStopping` can monitor either. Each new best evaluation logs both confusion matrices
+    with the cost of each cell, and a table of the savings over the best constant decision.
 
-    The second decision takes the probabilities at their word. A loss with class weights or costs moves them already:
-    then the first decision is the one that was trained for, and the second counts the costs twice.
+    The second decision relies on the probabilities. A loss with class weights or costs has already shifted them: then
+    the first decision is the one trained for, and the second counts the costs twice.
 
-    The outputs are logits of shape (N, C), (N, C, d1, ...), or one logit of shape (N,) or (N, 1), the targets class
-    indices; ignored ones (the loss's ``ignore_index``) don't count, and weights of the examples do.
+    Outputs are logits of shape (N, C) or (N, C, d1, ...), or a single logit of shape (N,) or (N, 1). Targets are class
+    indices; those equal to the loss's ``ignore_index`` are skipped. Sample weights count.
 
     Args:
-        costs: A `CostMatrix`, or what it is made from: a matrix of shape (C, C), row true, column predicted.
+        costs: A `CostMatrix`, or a matrix of shape (C, C) to make one from; rows are true classes, columns predictions.
 
     Raises:
-        ValueError: The costs are not valid; when fitting starts: there is no validation set, or another metric is named
-            ``cost`` or ``cost_optimal``; at the end of a validation: a target that counts is no class.
+        ValueError: The costs are invalid; when fitting starts: there is no validation set, or another metric is named
+            ``cost`` or ``cost_optimal``; at the end of a validation: a target is not a class index.
     """
 
     costs: CostMatrix = field(converter=as_cost_matrix)
 
     def on_fit_start(self, state: State) -> None:
-        """Add the two metrics."""
+        """Add both metrics."""
         ignore = getattr(state.loss, "ignore_index", None)
         self._matrix = self.costs.matrix
         self._decisions = {
@@ -55,7 +49,7 @@ class RealWorldCost(Callback):
             state.add_metric(name, metric)
 
     def on_validation_end(self, state: State) -> None:
-        """Draw the confusion matrices of the best evaluation so far."""
+        """After a new best evaluation, log the confusion matrices and the table."""
         if not state.history.is_best or not bool(self._decisions["cost"].counts.any()):  # no target counts
             return
         rows = ["| decision | cost per example | savings |", "|---|---|---|"]
@@ -73,16 +67,16 @@ class RealWorldCost(Callback):
     def _least_cost(self, outputs: Tensor) -> Tensor:
         probabilities = probabilities_of(outputs)
         self._matrix = self._matrix.to(probabilities)  # copied once
-        return (probabilities @ self._matrix).argmin(1)  # `cost_optimal_decision` looks at the values, which waits
+        return (probabilities @ self._matrix).argmin(1)  # `cost_optimal_decision` would wait for the device
 
 
 class _Decisions:
-    """A metric: the cost of one way to decide, from the confusion matrix of the whole set.
+    """Metric for the mean cost of a decision rule, from the confusion matrix of the whole set.
 
-    What `update` sees stays on its device, and nothing waits for it; `compute` checks the targets.
+    `update` accumulates on the device without waiting for it; `compute` checks the targets.
 
     Attributes:
-        counts: The confusion matrix, as `compute` has left it: shape (C, C), float64, on the host.
+        counts: The confusion matrix from the last `compute`: shape (C, C), float64, on the host.
     """
 
     def __init__(self, costs: CostMatrix, ignore_index: int | None, decide: Callable[[Tensor], Tensor]) -> None:
@@ -90,25 +84,25 @@ class _Decisions:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything seen."""
+        """Clear the confusion matrix."""
         self.counts = torch.zeros(self.costs.matrix.shape, dtype=torch.float64)
-        self._sums: Tensor | None = None  # (C + 1, C); the last row has the targets that are no class
+        self._sums: Tensor | None = None  # (C + 1) * C cells; the last row counts invalid targets
 
     def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         classes = 2 if outputs.dim() == 1 or outputs.shape[1] == 1 else outputs.shape[1]
         if classes != self.costs.num_classes:
             raise ValueError(
-                f"outputs of shape {tuple(outputs.shape)} are of {classes} classes, "
-                f"the costs of {self.costs.num_classes}"
+                f"outputs of shape {tuple(outputs.shape)} have {classes} classes, the costs have "
+                f"{self.costs.num_classes}"
             )
-        if outputs.dim() > 2:  # every position decides for itself
+        if outputs.dim() > 2:  # one decision per position
             if sample_weight is not None and sample_weight.shape != targets.shape:
                 sample_weight = sample_weight.reshape(-1, *[1] * (targets.dim() - 1)).expand_as(targets)
             outputs = outputs.movedim(1, -1).flatten(0, -2)
         targets, decisions = targets.reshape(-1), self.decide(outputs)
         if targets.shape != decisions.shape:
-            raise ValueError(f"there are {len(targets)} targets for {len(decisions)} decisions")
+            raise ValueError(f"got {len(targets)} targets for {len(decisions)} decisions")
         wide = torch.float32 if outputs.device.type == "mps" else torch.float64
         weight = torch.ones_like(targets, dtype=wide) if sample_weight is None else sample_weight.reshape(-1).to(wide)
         labels = targets.long()
@@ -120,11 +114,11 @@ class _Decisions:
             self._sums = weight.new_zeros((classes + 1) * classes)
         self._sums.index_add_(0, cells, weight)
 
-    def compute(self) -> Any:
-        """The mean cost per example.
+    def compute(self) -> Tensor:
+        """Return the mean cost per example.
 
         Raises:
-            ValueError: A target that counts is no class.
+            ValueError: A target with weight is not a class index.
         """
         if self._sums is not None:
             classes = self.costs.num_classes
@@ -132,7 +126,7 @@ class _Decisions:
             self.counts = sums[:-1]
             if bool(sums[-1].any()):
                 raise ValueError(
-                    f"RealWorldCost: the targets of weight {sums[-1].sum():g} of {sums.sum():g} are no class: allowed "
-                    f"are 0..{classes - 1}" + ("" if self.ignore_index is None else f" and {self.ignore_index}")
+                    f"RealWorldCost: targets with weight {sums[-1].sum():g} of {sums.sum():g} are not class indices: "
+                    f"allowed are 0..{classes - 1}" + ("" if self.ignore_index is None else f" and {self.ignore_index}")
                 )
         return (self.counts * self.costs.matrix).sum() / self.counts.sum()

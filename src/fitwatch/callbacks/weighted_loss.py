@@ -4,14 +4,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from attrs import define, field
-from torch import Tensor, nn
+from attrs import Attribute, define, field
+from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import WeightedRandomSampler
 
 from fitwatch.callback import Callback
+from fitwatch.data.batches import sampler_of
 from fitwatch.data.counting import count_over_ranks
-from fitwatch.data.sharding import sampler_of
 from fitwatch.losses import BinaryCrossEntropy, Loss
 from fitwatch.losses.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
 from fitwatch.options import instance, integer, one_of
@@ -19,8 +19,10 @@ from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
 
+_Found = tuple[Tensor, Tensor | None]  # full weights, and the counts if they are known
 
-def _weights(spec: Any) -> str | Tensor:
+
+def _weights(spec: str | Tensor | Sequence[float] | Mapping[int, float]) -> str | Tensor:
     if isinstance(spec, str):
         if spec not in SCHEMES:
             raise ValueError(f"weights must be one of {', '.join(SCHEMES)}, a tensor or a dict, got {spec!r}")
@@ -28,51 +30,49 @@ def _weights(spec: Any) -> str | Tensor:
     return as_class_weights(spec)
 
 
-def _counts(given: Any) -> Tensor | None:
+def _counts(given: Tensor | Sequence[float] | Sequence[Sequence[float]] | None) -> Tensor | None:
     return None if given is None else as_counts(given)
 
 
 @define(eq=False, slots=False)
 class WeightedLoss(Callback):
-    """Gives the loss class weights when fitting starts, and logs them as a table beside the class counts.
+    """Gives the loss class weights when fitting starts, and logs them in a table with the class counts.
 
-    The classes are counted as `count_classes` says: without reading an example where the training data set shows its
-    targets, else by one pass over the loader, which leaves the random generators as they were. Weights of the examples
-    count where they are seen. Counts are those of the data set: a sampler that balances the batches already is not
-    taken into account.
+    Classes are counted as by `count_classes`: without reading an example if the training data set exposes its targets,
+    else in one pass over the loader that leaves the random generators unchanged. Sample weights count where they are
+    seen. The counts describe the data set; a sampler that balances the batches does not affect them.
 
-    `BinaryCrossEntropy` gets ``pos_weight`` = w_1 / w_0: for targets of shape (N, K) with K >= 2 one for each label,
-    for any other one for all.
+    `BinaryCrossEntropy` gets ``pos_weight`` = w_1 / w_0: one per label for targets of shape (N, K) with K >= 2, else a
+    single one.
 
-    With ``start_epoch`` or ``ramp_epochs`` the weights come late (deferred re-weighting, Cao et al. 2019, arXiv
-    1906.07413, section 3.3). Training is unweighted before ``start_epoch``. From there on it has the weights to the
-    power t = (epoch - start_epoch + 1) / (ramp_epochs + 1), and in full once t is 1: class weights are ratios, and
-    ``"sqrt_inverse"`` is half-way to ``"inverse"``. A weight of 0 is 0 from ``start_epoch`` on. ``val/loss`` has the
-    full weights from the first epoch on, so that it means the same throughout; ``train/loss`` has those of its epoch.
+    ``start_epoch`` and ``ramp_epochs`` defer the weights (deferred re-weighting, Cao et al. 2019, arXiv 1906.07413,
+    section 3.3). Training is unweighted before ``start_epoch``. From then on it uses the weights to the power
+    t = (epoch - start_epoch + 1) / (ramp_epochs + 1), at most 1: class weights are ratios, and ``"sqrt_inverse"`` is
+    half-way to ``"inverse"``. A weight of 0 is 0 from ``start_epoch`` on. ``val/loss`` always has the full weights, so
+    that it is comparable between epochs; ``train/loss`` has those of its epoch.
 
-    A resumed run keeps the weights of a scheme as they were, even if the data set has changed since.
+    A resumed run keeps the weights of a scheme, even if the data set has changed.
 
     Args:
         weights: ``"balanced"``, ``"inverse"``, ``"sqrt_inverse"``, ``"median_frequency"`` or ``"effective_number"``
-            (see `class_weights`), or the weights themselves: a tensor or sequence of shape (C,), or a dict
-            class -> weight.
-        counts: Counts to use for a scheme in place of counting: shape (C,), or (K, 2) for the negatives and positives
-            of K labels.
-        num_classes: C, where the training data may lack the last classes. Default: that of the weights, costs or
-            counts that the loss has itself, else the largest label + 1.
-        absent: What a class without examples means: ``"error"``, or ``"zero"`` to give it weight 0 (see
+            (see `class_weights`), or the weights: a tensor or sequence of shape (C,), or a dict class -> weight.
+        counts: Counts for a scheme, instead of counting: shape (C,), or (K, 2) for the negatives and positives of K
+            labels.
+        num_classes: C, if the training data may lack the last classes. Default: that of the loss's own weights, costs
+            or counts, else the largest label + 1.
+        absent: How to treat a class without examples: ``"error"``, or ``"zero"`` to give it weight 0 (see
             `class_weights` for labels).
-        beta: Of ``"effective_number"``, in [0, 1).
-        normalize: Whether to scale the weights to a mean of 1 over the data, so that they leave the scale of a loss
-            that does not divide by their sum. `BinaryCrossEntropy` then weighs the negatives too.
+        beta: Parameter of ``"effective_number"``, in [0, 1).
+        normalize: Whether to scale the weights to a mean of 1 over the data, which preserves the scale of a loss that
+            does not divide by their sum. `BinaryCrossEntropy` then weights the negatives too.
         start_epoch: First epoch with weights, from 0.
-        ramp_epochs: Epochs from ``start_epoch`` on in which they grow.
+        ramp_epochs: Number of epochs, from ``start_epoch`` on, in which they grow.
 
     Raises:
-        ValueError: An unknown scheme; weights or counts that are negative or not finite; weights that are all 0;
-            counts beside given weights; when fitting starts: a class without examples.
-        TypeError: When fitting starts: the loss takes no class weights, or the loader is an iterator, which counting
-            would use up.
+        ValueError: The scheme is unknown; weights or counts are negative or not finite; all weights are 0; counts are
+            given together with weights; when fitting starts: a class has no examples.
+        TypeError: When fitting starts: the loss does not support class weights, or the loader is an iterator, which
+            counting would exhaust.
     """
 
     weights: str | Tensor | Sequence[float] | Mapping[int, float] = field(default="balanced", converter=_weights)
@@ -85,36 +85,41 @@ class WeightedLoss(Callback):
     ramp_epochs: int = field(default=0, kw_only=True, validator=integer(0))
 
     @counts.validator
-    def _check_counts(self, _: Any, value: Any) -> None:
+    def _check_counts(self, _: "Attribute[Tensor | None]", value: Tensor | None) -> None:
         if value is not None and isinstance(self.weights, Tensor):
-            raise ValueError("counts are for a scheme, and the weights are given: leave one of them out")
+            raise ValueError("counts are for a scheme, but the weights are given: omit one of them")
 
     @beta.validator
-    def _check_beta(self, _: Any, value: Any) -> None:
+    def _check_beta(self, _: "Attribute[float]", value: float) -> None:
         if not 0 <= value < 1:
             raise ValueError(f"beta must be in [0, 1), got {value!r}")
 
     def __attrs_post_init__(self) -> None:
-        self._saved: dict[str, Any] | None = None
-        self._loss: Any = None  # as it was given
+        self._found: _Found | None = None
+        self._warned = False
+        self._loss: Loss  # as given to the Trainer
 
     @property
     def _full_epoch(self) -> int:
-        """The first epoch with the full weights; 0 without a schedule."""
+        """First epoch with the full weights; 0 without a schedule."""
         return self.start_epoch + self.ramp_epochs
 
     def on_fit_start(self, state: State) -> None:
-        """Count, weigh, and put the weights into ``state.loss``, or, with a schedule, into ``state.eval_loss``."""
+        """Compute the weights and set ``state.loss`` and, with a schedule, ``state.eval_loss``."""
+        if not isinstance(state.loss, Loss) or type(state.loss).weighted is Loss.weighted:
+            raise TypeError(
+                "WeightedLoss needs a loss that supports class weights, such as fitwatch.CrossEntropy or "
+                f"torch.nn.CrossEntropyLoss, got {type(state.loss).__name__}"
+            )
         self._loss = state.loss
-        self._check_loss()
-        self._saved = self._find(state)
+        self._found = self._find(state)
         if isinstance(self.weights, str) and isinstance(sampler_of(state.train_loader), WeightedRandomSampler):
             logger.warning(
-                "train_loader has a WeightedRandomSampler beside the class weights of WeightedLoss, which are those of "
-                "the whole data set: rare classes are weighed twice"
+                "train_loader has a WeightedRandomSampler, and WeightedLoss weights the classes of the whole data set: "
+                "rare classes are weighted twice"
             )
         state.settings["class_weights"] = self.weights if isinstance(self.weights, str) else "given"
-        text = _table(**self._saved)
+        text = _table(*self._found)
         state.loss = self._loss_in(state.progress.epoch)
         if self._full_epoch:
             state.eval_loss = self._loss_in(self._full_epoch)
@@ -122,49 +127,38 @@ class WeightedLoss(Callback):
         state.log("train/report/class_weights", text)
 
     def on_epoch_start(self, state: State) -> None:
-        """Put in the weights of this epoch, if they have a schedule."""
+        """With a schedule, set the loss with the weights of this epoch."""
         if not self._full_epoch:
             return
         epoch = state.progress.epoch
-        loss = self._loss_in(epoch)
-        state.loss = loss.to(state.device) if isinstance(loss, nn.Module) else loss
+        state.loss = self._loss_in(epoch).to(state.device)
         if epoch == self._full_epoch:
-            state.log("train/report/class_weights", f"Epoch {epoch}: the class weights are in force in full.")
+            state.log("train/report/class_weights", f"Epoch {epoch}: the class weights reach their full values.")
         elif epoch == self.start_epoch:
-            state.log("train/report/class_weights", f"Epoch {epoch}: the class weights begin to grow.")
+            state.log("train/report/class_weights", f"Epoch {epoch}: the class weights start to grow.")
 
     def state_dict(self) -> dict[str, Any]:
-        """The full weights and the counts."""
-        return {"saved": self._saved}
+        """Return the full weights and the counts."""
+        return {"saved": self._found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back."""
-        self._saved = state_dict["saved"]
+        """Restore what `state_dict` returned."""
+        self._found = state_dict["saved"]
 
-    def _check_loss(self) -> None:
-        loss = self._loss
-        takes = hasattr(loss, "weighted") and (not self._full_epoch or hasattr(loss, "unweighted"))
-        if not takes or (isinstance(loss, Loss) and type(loss).weighted is Loss.weighted):
-            raise TypeError(
-                "WeightedLoss needs a loss that takes class weights, such as fitwatch.CrossEntropy or "
-                f"torch.nn.CrossEntropyLoss, got {type(loss).__name__}"
-            )
-
-    def _find(self, state: State) -> dict[str, Any]:
-        """The full weights, and the counts where they are known."""
-        saved = self._saved if state.resumed and self._saved is not None else {}
+    def _find(self, state: State) -> _Found:
+        """Compute the full weights, and the counts if they are needed."""
+        saved = self._found if state.resumed else None
         if isinstance(self.weights, Tensor):
             if not self.normalize:
-                return {"weights": self.weights, "counts": None}
-            counts = saved.get("counts")
-            if counts is None:
-                counts = self._count(state, len(self.weights))
-            return {"weights": normalized(self.weights, counts), "counts": counts}
-        if saved and self.counts is None:
+                return self.weights, None
+            known = None if saved is None else saved[1]
+            counts = self._count(state, len(self.weights)) if known is None else known
+            return normalized(self.weights, counts), counts
+        if saved is not None and self.counts is None:
             return saved
         counts = self._count(state, self.num_classes) if self.counts is None else self.counts
         weights = class_weights(counts, str(self.weights), beta=self.beta, absent=self.absent, normalize=self.normalize)
-        return {"weights": weights, "counts": counts}
+        return weights, counts
 
     def _count(self, state: State, num_classes: int | None) -> Tensor:
         if isinstance(self._loss, BinaryCrossEntropy):
@@ -172,31 +166,32 @@ class WeightedLoss(Callback):
             return counts[0] if len(counts) == 1 else counts
         ignore_index = getattr(self._loss, "ignore_index", None)
         counts = count_over_ranks(state.train_loader, num_classes=num_classes, ignore_index=ignore_index)
-        own = self._loss._per_class() if isinstance(self._loss, Loss) else None  # noqa: SLF001 - nothing else tells C
+        own = self._loss._per_class()  # noqa: SLF001 - nothing else tells C
         if num_classes is None and own is not None and len(counts) < len(own):
-            counts = torch.cat([counts, counts.new_zeros(len(own) - len(counts))])  # the last classes are absent
+            counts = functional.pad(counts, (0, len(own) - len(counts)))  # the last classes are absent
         return counts
 
-    def _loss_in(self, epoch: int) -> Any:
-        """The loss with the weights of an epoch."""
-        assert self._saved is not None
-        weights, counts = self._saved["weights"], self._saved["counts"]
-        if epoch < self.start_epoch:
+    def _loss_in(self, epoch: int) -> Loss:
+        """Return the loss with the weights of an epoch."""
+        assert self._found is not None
+        weights, counts = self._found
+        power = (epoch - self.start_epoch + 1) / (self.ramp_epochs + 1)
+        if power <= 0:
             return self._loss.unweighted()
-        if epoch < self._full_epoch:
-            weights = weights ** ((epoch - self.start_epoch + 1) / (self.ramp_epochs + 1))
-            if self.normalize:
+        if power < 1:
+            weights = weights**power
+            if counts is not None and self.normalize:
                 weights = normalized(weights, counts)
         if isinstance(self._loss, BinaryCrossEntropy):
             return self._loss.weighted(weights, keep_scale=self.normalize)
         return self._loss.weighted(weights)
 
     def _plan(self) -> str:
-        ramp = f"grow from epoch {self.start_epoch} on and " if self.ramp_epochs else ""
-        before = " Before, training is unweighted." if self.start_epoch else ""
+        ramp = f"grow from epoch {self.start_epoch} and " if self.ramp_epochs else ""
+        before = " Before that, training is unweighted." if self.start_epoch else ""
         return (
-            f"In training the weights {ramp}are in force in full from epoch {self._full_epoch} on (the first is epoch "
-            f"0).{before} Validation has them in full throughout."
+            f"In training, the weights {ramp}have their full values from epoch {self._full_epoch} (counted from 0)."
+            f"{before} Validation always uses the full weights."
         )
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from tqdm.auto import tqdm
 
 from fitwatch import ranks
-from fitwatch.data.batches import generators_of, length, parts
+from fitwatch.data.batches import generators_of, length, parts, sampler_of
 from fitwatch.data.sharding import gives_part, split
 from fitwatch.losses.base import as_sample_weight, without_masked
 from fitwatch.rng import rng_state, set_rng_state
@@ -213,7 +213,7 @@ def exposed_targets(data: Any) -> _Known | None:
     """All targets, where no example has to be read for them."""
     if isinstance(data, DataLoader):
         known = _exposed(data.dataset)
-        sampler = getattr(data.batch_sampler, "sampler", data.sampler)
+        sampler = sampler_of(data)
         return _rows(known, sampler.indices) if isinstance(sampler, SubsetRandomSampler) else known
     if isinstance(data, Dataset):
         return _exposed(data)

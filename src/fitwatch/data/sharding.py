@@ -1,4 +1,4 @@
-"""Which rank gets which batches: each example once, whatever their number."""
+"""Distributes batches over ranks: each example goes to one rank, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from weakref import WeakKeyDictionary
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from fitwatch import ranks
-from fitwatch.data.batches import length
+from fitwatch.data.batches import length, sampler_of
 
 ABSENT: Final = object()
-"""In place of a batch, on a rank that has none where others still have."""
+"""Stands for a batch on a rank that has none left while others have."""
 
-_known: WeakKeyDictionary[DataLoader[Any], DataLoader[Any]] = WeakKeyDictionary()  # workers may persist in them
+_known: WeakKeyDictionary[DataLoader[object], DataLoader[object]] = WeakKeyDictionary()  # may hold persistent workers
 
 
 class Rounds:
-    """The batches of this rank, in as many rounds as the rank with most of them needs.
+    """Iterates over this rank's batches in as many rounds as the rank with the most batches needs.
 
     Args:
-        loader: That which `split` takes.
-        together: Whether no rank may lack a batch.
+        loader: As for `split`.
+        together: Whether every rank needs a batch in every round.
 
     Attributes:
-        total: Rounds, where the loaders of all ranks know their length; else None.
+        total: Number of rounds, or None unless the loaders of all ranks know their length.
         certain: Whether this rank's loader can't give another number of batches than its length.
 
     Raises:
-        ValueError: A rank lacks a batch, or may lack one, and must not.
+        ValueError: A rank lacks a batch, or may lack one, although ``together``.
     """
 
-    def __init__(self, loader: Iterable[Any], *, together: bool = False) -> None:
+    def __init__(self, loader: Iterable[object], *, together: bool = False) -> None:
         self._batches = split(loader)
         self.total = length(self._batches)
         self.certain = isinstance(self._batches, Sequence) or _is_indexed(self._batches)  # a length may be wrong
@@ -42,14 +42,14 @@ class Rounds:
             if together and (None in lengths or len(set(lengths)) > 1):
                 raise ValueError(
                     "SyncBatchNorm waits for all ranks in every batch, so they need the same number of batches, got "
-                    f"{lengths}: choose a batch size, or drop_last=True, that gives them as many"
+                    f"{lengths}: choose a batch size, or drop_last=True, that makes them equal"
                 )
             self.total = None if None in lengths else max(n for n in lengths if n is not None)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter(self._batches) if ranks.size() == 1 else self._together()
 
-    def _together(self) -> Iterator[Any]:
+    def _together(self) -> Iterator[object]:
         done = 0
         batches = iter(self._batches)
         while self.total is None or done < self.total:
@@ -60,13 +60,13 @@ class Rounds:
             done += 1
 
 
-def split(loader: Iterable[Any]) -> Iterable[Any]:
-    """The part of ``loader`` that is this rank's.
+def split(loader: Iterable[object]) -> Iterable[object]:
+    """Return this rank's part of ``loader``.
 
-    A `DataLoader` whose data set has indices gives every n-th batch to the same rank, in the order that rank 0 draws.
-    So does a list of batches. The last round may be short of some. If its sampler is a `DistributedSampler`, its part
-    is taken, without the examples that it repeats to make all parts equal; that of another sampler with
-    ``num_replicas`` as it is. Any other iterable, and a loader without a length, is to give each rank its own part.
+    A list, or a `DataLoader` over an indexed data set, is dealt out batch by batch, in the order that rank 0 draws; the
+    last round may be incomplete. With a `DistributedSampler` each rank takes the part it is given, without the examples
+    repeated to make all parts equal; with another sampler that has ``num_replicas``, the part as it is. Any other
+    iterable, including a loader without a length, must yield each rank's own part.
     """
     if ranks.size() == 1:
         return loader
@@ -79,69 +79,61 @@ def split(loader: Iterable[Any]) -> Iterable[Any]:
     return _known[loader]
 
 
-def split_length(loader: Iterable[Any]) -> int | None:
-    """Batches that ``split`` gives a rank at most, without asking the others; None if that is not known."""
+def split_length(loader: Iterable[object]) -> int | None:
+    """Return the largest number of batches that `split` gives a rank, without communication; None if unknown."""
     batches = length(loader)
-    if batches is None or gives_part(loader):
-        return batches
-    return -(-batches // ranks.size())
+    return batches if batches is None or gives_part(loader) else -(-batches // ranks.size())
 
 
-def gives_part(loader: Any) -> bool:
-    """Whether ``loader`` gives this rank a part by itself, and would not give the whole."""
+def gives_part(loader: object) -> bool:
+    """Return whether ``loader`` yields only this rank's part by itself."""
     if ranks.size() == 1 or isinstance(loader, Sequence):
         return False
     return not _is_indexed(loader) or _deals_out(loader)
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the samplers of a loader the epoch: a `DistributedSampler` shuffles anew only then."""
-    for sampler in (sampler_of(loader), getattr(loader, "batch_sampler", None)):
-        tell = getattr(sampler, "set_epoch", None)
-        if tell is not None:
-            tell(epoch)
+def set_epoch(loader: object, epoch: int) -> None:
+    """Tell the samplers of a loader the epoch, on which the order of a `DistributedSampler` depends."""
+    for sampler in _samplers(loader):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
 
 
-def sampler_of(loader: Any) -> Any:
-    """The sampler of examples that a `DataLoader` asks, also through a batch sampler that was given; None of others."""
-    return getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
+def _samplers(loader: object) -> tuple[object, object]:
+    return sampler_of(loader), getattr(loader, "batch_sampler", None)
 
 
-def _deals_out(loader: Any) -> bool:
-    """Whether its sampler knows of ranks, as a `DistributedSampler` does."""
-    return any(hasattr(s, "num_replicas") for s in (sampler_of(loader), getattr(loader, "batch_sampler", None)))
+def _deals_out(loader: object) -> bool:
+    """Return whether a sampler knows the ranks, as a `DistributedSampler` does."""
+    return any(hasattr(sampler, "num_replicas") for sampler in _samplers(loader))
 
 
-def _is_indexed(loader: Any) -> bool:
-    """Whether it is a `DataLoader` that a sampler tells what to read, and when to end."""
+def _is_indexed(loader: object) -> bool:
+    """Return whether this is a `DataLoader` whose sampler decides what to read and when to stop."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or length(loader) is None:
         return False
     return type(loader).__iter__ is DataLoader.__iter__
 
 
-def _rebuilt(loader: DataLoader[Any]) -> DataLoader[Any]:
-    options: dict[str, Any] = {
-        name: getattr(loader, name)
-        for name in ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator")
-    }
-    if loader.num_workers:
-        for name in ("multiprocessing_context", "prefetch_factor", "persistent_workers"):
-            options[name] = getattr(loader, name)
+def _rebuilt(loader: DataLoader[object]) -> DataLoader[object]:
+    same = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator")
+    workers = ("multiprocessing_context", "prefetch_factor", "persistent_workers")
+    options: dict[str, Any] = {name: getattr(loader, name) for name in (*same, *workers)}
     if _deals_out(loader):
-        sampler, batches = sampler_of(loader), loader.batch_sampler
+        sampler, batches = _samplers(loader)
         if type(sampler) is DistributedSampler and type(batches) is BatchSampler:
             real = BatchSampler(_WithoutPadding(sampler), batches.batch_size, batches.drop_last)
             return DataLoader(loader.dataset, batch_sampler=real, **options)
-        return loader  # one of the user's own may repeat examples on purpose
+        return loader  # a custom one may repeat examples on purpose
     if loader.batch_sampler is None:
         return DataLoader(loader.dataset, batch_size=None, sampler=_EveryNth(loader.sampler), **options)
     return DataLoader(loader.dataset, batch_sampler=_EveryNth(loader.batch_sampler), **options)
 
 
 class _EveryNth(Sampler[Any]):
-    """What of ``source`` is this rank's: all ranks see the order that rank 0 draws, with its random numbers."""
+    """Gives this rank its part of ``source``, in the order that rank 0 draws with its random numbers."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Iterable[object]) -> None:
         self._source = source
 
     def __iter__(self) -> Iterator[Any]:
@@ -150,13 +142,13 @@ class _EveryNth(Sampler[Any]):
         yield from order[ranks.rank() :: ranks.size()]
 
     def __len__(self) -> int:
-        return len(range(ranks.rank(), len(self._source), ranks.size()))
+        return len(range(ranks.rank(), len(self._source), ranks.size()))  # type: ignore[arg-type] # see _is_indexed
 
 
 class _WithoutPadding(Sampler[Any]):
-    """A `DistributedSampler` up to where it begins to repeat examples."""
+    """Cuts off the examples that a `DistributedSampler` repeats at the end."""
 
-    def __init__(self, source: DistributedSampler[Any]) -> None:
+    def __init__(self, source: DistributedSampler[object]) -> None:
         self._source = source
 
     def __iter__(self) -> Iterator[Any]:

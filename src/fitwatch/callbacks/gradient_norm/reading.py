@@ -1,224 +1,223 @@
-"""The figures of the gradients, taken on the device; nothing here makes the host wait for it."""
+"""Measures gradients on the device, without making the host wait for it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-SAMPLE = 10_000  # values of a layer's gradient in a histogram, at most
+from fitwatch.callbacks.gradient_norm.layers import NO_GRAD, Layers
+from fitwatch.records import Value
+from fitwatch.rules.gradients import LayerGradient
+
+SAMPLE = 10_000  # most gradient values of a layer in a histogram
 
 
 class Place(NamedTuple):
-    """Where in the training a reading was taken; epochs and batches count from 0."""
+    """The step at which gradients were read; epochs and batches count from 0."""
 
     step: int
     epoch: int
     first_batch: int
-    end_batch: int  # one past the last micro-batch of the step; 0 where the loop does not count them
+    end_batch: int  # one past the step's last micro-batch; 0 if the loop does not count them
 
 
 @frozen(kw_only=True)
 class Figures:
-    """What a log window measured, on the host; one entry for each step, parameter or layer."""
+    """The measurements of one log window of S steps, on the host."""
 
-    places: list[Place]  # of the steps read
-    norms: list[float]  # total norm of each
-    first_bad: list[int]  # of each parameter: the first of these steps with a norm that is not finite, or how many
-    mean: list[float]  # of each layer, over the steps
-    max: list[float]
-    zero_steps: list[float]  # of each layer: steps with a norm of 0
-    nonzero: list[float]  # of each layer, at the sampled step: elements of the gradient that are not 0
-    weight: list[float]  # 2-norm of the weights before that step
-    update: list[float]  # 2-norm of what it added to them
-    totals: list[float]  # 2-norm of each step as the clipping measured it; empty without clipping
-    silent: set[int]  # parameters that had no gradient in any of the steps
+    places: list[Place]
+    norms: list[float]  # total norm of each step
+    totals: list[float]  # total norm of each step as measured by the clipping; empty without clipping
+    first_bad: list[int]  # for each parameter, the first step with a non-finite norm, or S
+    parameters: list[str]
+    layers: dict[str, LayerGradient]
+    samples: dict[str, Tensor]  # gradient values of some layers at the first step
+    skips: bool  # whether steps with a non-finite gradient are skipped
 
 
 class Reading:
-    """Reads a fixed set of parameters that belong to layers.
+    """Measures the gradients of a fixed set of parameters, window after window.
 
     Args:
-        parameters: P of them, none of them empty.
-        layers: The number of the layer of each parameter, or -1 for none.
-        norm_type: The p of the norm.
-        device: Where the figures are gathered.
-        skips: Whether steps with a gradient that is not finite are left out, as a GradScaler does: then the means and
-            maxima leave them out too.
+        layers: The parameters, at least one, and their layers.
+        write: Returns what to log for a window, by name.
+        skips: Whether steps with a non-finite gradient are skipped, as by a GradScaler. Means and maxima then exclude
+            them.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        layers: Sequence[int],
-        *,
-        norm_type: float,
-        device: torch.device,
-        skips: bool,
-    ) -> None:
-        self.parameters, self.norm_type, self.device, self.skips = list(parameters), norm_type, device, skips
-        self.layers = max(layers, default=-1) + 1
-        self._layer_of = list(layers)
-        self._layer = torch.tensor([i if i >= 0 else self.layers for i in layers], device=device)
-        # float64 on the way from parameters to layers and steps: squares of tiny or huge norms stay in its range
-        self._wide = torch.float32 if device.type == "mps" else torch.float64
-        kinds = {(p.dtype, p.device) for p in parameters}
-        alike = len(kinds) == 1 and parameters[0].device == device
-        plain = alike and parameters[0].dtype in (torch.float32, torch.float64)
-        self._dtype = parameters[0].dtype if plain else None  # that all share, where one call takes all their norms
-        self._zero = torch.zeros((), device=device)
+    def __init__(self, layers: Layers, write: Callable[[Figures], Mapping[str, Value]], *, skips: bool) -> None:
+        self.layers, self._parameters, self._write, self._skips = layers, layers.parameters, write, skips
+        first = self._parameters[0]
+        self._device = first.device
+        self._index = torch.tensor(layers.index, device=self._device)
+        # Squares of tiny or huge norms stay in the range of float64.
+        self._wide = torch.float32 if self._device.type == "mps" else torch.float64
+        alike = all(p.dtype is first.dtype and p.device == first.device for p in self._parameters)
+        # The dtype of all parameters if a single call can measure them, else None.
+        self._dtype = first.dtype if alike and first.dtype in (torch.float32, torch.float64) else None
+        self._zero = torch.zeros((), device=self._device)
         self._open_window()
 
     def _open_window(self) -> None:
         self.places: list[Place] = []
-        self._seen: set[int] = set()  # parameters that had a gradient
-        self._all_seen = False
         self._totals: list[Tensor] = []
-        self._before: list[Tensor] = []
-        self._nonzero: Tensor | None = None
-        self._sample: list[Tensor] = []
+        self._silent = set(range(len(self._parameters)))  # no gradient so far
+        # At the first step of the window:
+        self._rates: list[float | Tensor] = []  # learning rate of each layer
+        self._before: list[Tensor] = []  # weights, until the end of the step
+        self._sample: list[Tensor] = []  # for each layer: non-zero elements, norm of the weights, norm of the update
+        self._values: dict[str, Tensor] = {}
 
-    # -- within the step -----------------------------------------------------------------------------------------
+    # -- within a step -------------------------------------------------------------------------------------------
 
     def norms(self, place: Place) -> Tensor:
-        """The norm of each parameter's gradient, (P,); 0 where there is none."""
+        """Return the norm of each parameter's gradient, shape (P,); 0 without a gradient."""
         self.places.append(place)
-        gradients = [p.grad for p in self.parameters]
+        gradients = [p.grad for p in self._parameters]
         dense = [g for g in gradients if g is not None and g.dtype is self._dtype and not g.is_sparse]
         if len(dense) == len(gradients):
-            self._all_seen = True
-            return torch.stack(torch._foreach_norm(dense, self.norm_type))  # noqa: SLF001 - one kernel for all
+            self._silent = set()
+            return torch.stack(torch._foreach_norm(dense))  # noqa: SLF001 - one kernel for all
         values = {i: _values(g) for i, g in enumerate(gradients) if g is not None}
-        self._seen.update(values)
-        filled = [i for i, v in values.items() if v.numel()]  # a sparse gradient may have no element
+        self._silent -= values.keys()
+        filled = [i for i, v in values.items() if v.numel()]  # a sparse gradient may have no elements
         norms = [self._zero] * len(gradients)
-        for i, norm in zip(filled, _norms([values[i] for i in filled], self.norm_type), strict=True):
-            norms[i] = norm.to(self.device)
+        for i, norm in zip(filled, _norms([values[i] for i in filled]), strict=True):
+            norms[i] = norm.to(self._device)
         return torch.stack(norms)
 
-    def begin_sample(self) -> None:
-        """Before a step: count the zeros of the gradients, and keep the weights until `end_sample`."""
-        self._nonzero = self._sum_by_layer(
-            [self._zero if p.grad is None else torch.count_nonzero(_values(p.grad)) for p in self.parameters]
-        )
-        self._before = [p.detach().clone() for p in self.parameters]
+    def begin_sample(self, histograms: Collection[str]) -> None:
+        """Sample the step about to be taken: copy the weights, count zeros, keep the values of some layers."""
+        rates = [group["lr"] for group in self.layers.groups]  # tensors may change in place
+        self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        nonzero = [self._zero if p.grad is None else torch.count_nonzero(_values(p.grad)) for p in self._parameters]
+        self._sample = [self._by_layer(self._stack(nonzero))]
+        self._before = [p.detach().clone() for p in self._parameters]
+        for layer, members in zip(self.layers.names, self.layers.members, strict=True):
+            gradients = [g for i in members if (g := self._parameters[i].grad) is not None]
+            if layer in histograms and gradients:
+                self._values[layer] = self._spread([_values(g).detach().reshape(-1) for g in gradients])
 
-    def end_sample(self) -> None:
-        """After the step: what it did to the weights."""
-        if not self._before:
-            return
-        before, self._before = self._before, []
-        weight = self._sum_by_layer([norm.square() for norm in _norms(before, 2.0, wide=True)])
-        torch._foreach_sub_(before, [p.detach() for p in self.parameters])  # in place: no third copy
-        update = self._sum_by_layer([norm.square() for norm in _norms(before, 2.0, wide=True)])
-        self._sample = [weight.sqrt(), update.sqrt()]
+    def end_step(self, total: Tensor | None) -> None:
+        """Keep ``total``, the norm that the clipping measured, and measure the update of a sampled step."""
+        if total is not None and len(self._totals) < len(self.places):
+            self._totals.append(total)
+        if self._before:
+            before, self._before = self._before, []
+            weights = _norms(before)
+            torch._foreach_sub_(before, [p.detach() for p in self._parameters])  # in place: no third copy
+            self._sample += [self._by_layer(self._stack(n).square()).sqrt() for n in (weights, _norms(before))]
 
-    def add_total(self, total: Tensor) -> None:
-        """Keep the 2-norm that the clipping measured at this step."""
-        self._totals.append(total)
+    def _stack(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([v.to(self._device, self._wide) for v in values])
 
-    def values(self, layer: int) -> Tensor | None:
-        """Evenly spaced values of a layer's gradient, about `SAMPLE` at most; None if it has none."""
-        gradients = [
-            _values(p.grad).detach().reshape(-1)
-            for p, i in zip(self.parameters, self._layer_of, strict=True)
-            if i == layer and p.grad is not None
-        ]
+    def _by_layer(self, values: Tensor) -> Tensor:
+        """Sum values of parameters, shape (..., P), over each layer, shape (..., L)."""
+        shape = *values.shape[:-1], len(self.layers.names) + 1
+        return values.new_zeros(shape).index_add(-1, self._index, values)[..., :-1]
+
+    def _spread(self, gradients: list[Tensor]) -> Tensor:
+        """Return about `SAMPLE` evenly spaced values at most."""
         stride = math.ceil(sum(g.numel() for g in gradients) / SAMPLE)
-        return torch.cat([g[::stride].to(self.device, self._wide) for g in gradients]) if gradients else None
+        return torch.cat([g[::stride].to(self._device, self._wide) for g in gradients])
 
     # -- at the end of a log window ------------------------------------------------------------------------------
 
     def reduce(self, norms: Tensor) -> Tensor:
-        """From norms by step and parameter, (S, P), to the flat tensor that `close_window` takes apart."""
+        """Reduce norms by step and parameter, shape (S, P), to the flat tensor that `receive` unpacks."""
         norms = norms.to(self._wide)
         finite = norms.isfinite()
-        first_bad = finite.cumprod(0).sum(0)
-        total = torch.linalg.vector_norm(norms, self.norm_type, dim=1)
-        parts = [total, first_bad]
-        if self.layers:
-            parts += self._reduce_layers(norms, finite)
+        parts = [torch.linalg.vector_norm(norms, dim=1), finite.cumprod(0).sum(0)]
+        if self.layers.names:
+            parts += self._reduce_layers(self._layer_norms(norms), finite.all(1, keepdim=True))
         if len(self._totals) == len(norms):
-            parts.append(torch.stack([t.to(self.device) for t in self._totals]))
+            parts.append(self._stack(self._totals))
         return torch.cat([part.to(self._wide) for part in parts])
 
     def _reduce_layers(self, norms: Tensor, finite: Tensor) -> list[Tensor]:
-        layers = self._by_layer(norms)
-        zero = (layers == 0).sum(0)
-        if self.skips:
-            made = finite.all(1, keepdim=True)
-            layers = torch.where(made, layers, 0)
-            largest = torch.where(made.any(), layers.amax(0), math.nan)  # as the mean: of no step at all
-            parts = [layers.sum(0) / made.sum(), largest, zero]
+        zero = (norms == 0).sum(0)
+        if self._skips:
+            norms = torch.where(finite, norms, 0)
+            largest = torch.where(finite.any(), norms.amax(0), math.nan)  # like the mean, if every step was skipped
+            parts = [norms.sum(0) / finite.sum(), largest, zero]
         else:
-            parts = [layers.mean(0), layers.amax(0), zero]
-        if self._nonzero is None or not self._sample:
-            return [*parts, torch.full((3 * self.layers,), math.nan, device=self.device)]
-        return [*parts, self._nonzero, *self._sample]
+            parts = [norms.mean(0), norms.amax(0), zero]
+        unknown = torch.full((3 * len(self.layers.names),), math.nan, device=self._device)
+        return parts + (self._sample if len(self._sample) == 3 else [unknown])
 
-    def close_window(self, numbers: list[float]) -> Figures:
-        """What `reduce` gave, on the host; and begin anew."""
-        sizes = [len(self.places), len(self.parameters), *([self.layers] * 6)]
-        parts, start = [], 0
-        for size in sizes:
-            parts.append(numbers[start : start + size])
-            start += size
-        norms, first_bad, mean, largest, zero_steps, nonzero, weight, update = parts
+    def _layer_norms(self, norms: Tensor) -> Tensor:
+        """Return the norm of each layer, shape (S, L), from those of its parameters, shape (S, P)."""
+        index = self._index.expand(len(norms), -1)
+        # Relative to the layer's largest, so that squares stay in range. A product with a 0-1 matrix would spread a NaN
+        # to all layers.
+        largest = norms.new_zeros(len(norms), len(self.layers.names) + 1).scatter_reduce(1, index, norms, "amax")
+        scale = torch.where(largest.isfinite() & (largest > 0), largest, 1)
+        return self._by_layer((norms / scale.gather(1, index)).square()).sqrt() * scale[:, :-1]
+
+    def receive(self, numbers: list[float]) -> Mapping[str, Value]:
+        """Unpack the result of `reduce`, now on the host, open a new window, and return what to log."""
+        rest = iter(numbers)
+        sizes = [len(self.places), len(self._parameters), *[len(self.layers.names)] * 6]
+        norms, first_bad, *by_layer = [list(islice(rest, size)) for size in sizes]
         figures = Figures(
             places=self.places,
             norms=norms,
-            first_bad=[int(i) for i in first_bad],
-            mean=mean,
-            max=largest,
-            zero_steps=zero_steps,
-            nonzero=nonzero,
-            weight=weight,
-            update=update,
-            totals=numbers[start:],
-            silent=set(range(len(self.parameters))) - self._seen if not self._all_seen else set(),
+            totals=list(rest),
+            first_bad=[int(step) for step in first_bad],
+            parameters=self.layers.parameter_names,
+            layers=self._layer_gradients(by_layer, sampled=math.isfinite(norms[0])),
+            samples=self._values,
+            skips=self._skips,
         )
         self._open_window()
-        return figures
+        return self._write(figures)
 
-    def _by_layer(self, norms: Tensor) -> Tensor:
-        """The norm of each layer, (S, L), from those of its parameters, (S, P)."""
-        steps, index = len(norms), self._layer.expand(len(norms), -1)
-        # A NaN in one layer must not reach the others, as it would in a product with a matrix of 0 and 1.
-        largest = norms.new_zeros(steps, self.layers + 1).scatter_reduce(1, index, norms, "amax")
-        if math.isfinite(self.norm_type):
-            # relative to the largest of the layer: a power of a small number must not leave the range
-            scale = torch.where(largest.isfinite() & (largest > 0), largest, 1)
-            powers = (norms / scale.gather(1, index)).pow(self.norm_type)
-            sums = torch.zeros_like(largest).index_add(1, self._layer, powers)
-            largest = sums.pow(1 / self.norm_type) * scale
-        return largest[:, :-1]
+    def _layer_gradients(self, by_layer: list[list[float]], *, sampled: bool) -> dict[str, LayerGradient]:
+        """Describe each layer; not ``sampled``: a GradScaler skipped the sampled step, so that no weight moved."""
+        layers = self.layers
+        gradients = {name: LayerGradient(untrained=reason) for name, reason in layers.untrained.items()}
+        means = by_layer[0]
+        for i, (mean, largest, zero_steps, nonzero, weight, update) in enumerate(zip(*by_layer, strict=True)):
+            members = layers.members[i]
+            has_gradient = not self._silent.issuperset(members)
+            if not has_gradient and not any(self._parameters[j].requires_grad for j in members):
+                gradients[layers.names[i]] = LayerGradient(untrained=NO_GRAD)  # since the epoch started
+                continue
+            rate = float(self._rates[i])
+            gradients[layers.names[i]] = LayerGradient(
+                mean=mean,
+                max=largest,
+                has_gradient=has_gradient,
+                zero_share=1 - nonzero / sum(self._parameters[j].numel() for j in members),
+                weight_norm=weight if sampled else math.nan,
+                update_norm=update if sampled else math.nan,
+                lr=rate,
+                lr_rises=float(layers.groups[i]["lr"]) > rate,
+                zero_steps=int(zero_steps),
+                module_mean=max(means[j] for j in layers.siblings[i]),
+            )
+        return gradients
 
-    def _sum_by_layer(self, values: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack([v.to(self.device, self._wide) for v in values])
-        return stacked.new_zeros(self.layers + 1).index_add(0, self._layer, stacked)[:-1]
 
-
-def _values(gradient: Tensor | None) -> Tensor:
-    """The elements of a gradient that may differ from 0."""
-    assert gradient is not None
+def _values(gradient: Tensor) -> Tensor:
+    """Return the elements of a gradient that may differ from 0."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _norms(tensors: Sequence[Tensor], p: float, *, wide: bool = False) -> list[Tensor]:
-    """The norm of each tensor, in float32 (float64 stays): half precision would overflow and round.
-
-    ``wide``: the norms, not the elements, as float64 where there is one, so that their squares stay in range.
-    """
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norm of each tensor; half precision, which would overflow and round, is summed in float32."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(tensors):
         groups.setdefault((t.device, t.dtype), []).append(i)
     norms: list[Tensor] = [torch.empty(())] * len(tensors)
-    for (device, dtype), members in groups.items():
+    for (_, dtype), members in groups.items():
         half = dtype in (torch.float16, torch.bfloat16)
         same = [tensors[i] for i in members]
-        taken = torch._foreach_norm(same, p, dtype=torch.float32 if half else None)  # noqa: SLF001 - as above
-        for i, norm in zip(members, taken, strict=True):
-            norms[i] = norm.double() if wide and device.type != "mps" else norm
+        found = torch._foreach_norm(same, dtype=torch.float32 if half else None)  # noqa: SLF001 - as above
+        for i, norm in zip(members, found, strict=True):
+            norms[i] = norm
     return norms

@@ -141,8 +141,7 @@ def _is_indexed(loader: Any) -> TypeGuard[DataLoader[Any]]:
 
 def _indices(loader: DataLoader[Any]) -> Tensor:
     """The examples that the loader may draw: those of a sampler over a part of the data set, else all."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)  # a batch sampler given by hand has its own
-    part = getattr(sampler, "indices", None)  # SubsetRandomSampler
+    part = getattr(batches.sampler_of(loader), "indices", None)  # SubsetRandomSampler
     if part is not None:
         return torch.as_tensor(part)
     return torch.arange(len(loader.dataset))  # type: ignore[arg-type] # it has a length: see _is_indexed
