@@ -1,35 +1,38 @@
-"""A confusion matrix as a picture, drawn with Pillow, which TensorBoard brings."""
+"""A confusion matrix as an image, drawn with Pillow, which TensorBoard depends on."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fitwatch.records import Image
 
+if TYPE_CHECKING:
+    from PIL.ImageDraw import ImageDraw as Draw
+
 MOST_CLASSES = 12
-"""With more, cells are plain blocks: the picture would not fit a screen."""
+"""With more classes, cells are plain blocks, so that the image fits a screen."""
 
 _WHITE, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (95, 99, 104)
-_RIGHT, _WRONG = (66, 133, 244), (230, 81, 0)  # blue on the diagonal, orange beside it
+_RIGHT, _WRONG = (66, 133, 244), (230, 81, 0)  # blue on the diagonal, orange elsewhere
 
 
 def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None = None, *, title: str = "") -> Image:
     """Draw a confusion matrix: rows true, columns predicted.
 
-    Each cell has its count, its share of the row, and with costs what it cost. The diagonal is the bluer the larger its
-    share of the row; the others are the more orange the larger their part of all costs (without costs, mistakes).
+    Each cell shows its count, its share of the row and, with costs, its total cost. Diagonal cells are bluer the larger
+    their share of the row; the others are more orange the larger their part of all costs (without costs, mistakes).
 
     Args:
-        counts: Shape (C, C): counts, or sums of weights.
+        counts: Counts or sums of weights, shape (C, C).
         classes: C names.
-        costs: What one example of each cell costs, shape (C, C).
-        title: Above the matrix.
+        costs: Cost of one example in each cell, shape (C, C).
+        title: Text above the matrix.
     """
-    from PIL import Image as Pillow  # noqa: PLC0415 - only who draws pays for it
+    from PIL import Image as Pillow  # noqa: PLC0415 - import it only to draw
     from PIL import ImageDraw  # noqa: PLC0415
 
     table = counts.detach().cpu().double()
@@ -47,8 +50,8 @@ def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None
     worst = float(off.max()) or 1.0
     for i in range(number):
         for j in range(number):
-            strength = float(shares[i, j]) if i == j else float(off[i, j]) / worst
-            colour = _mix(_RIGHT if i == j else _WRONG, 0.85 * strength)
+            part = float(shares[i, j]) if i == j else float(off[i, j]) / worst
+            colour = _mix(_RIGHT if i == j else _WRONG, 0.85 * part)
             x, y = left + j * cell, top + i * height
             draw.rectangle((x, y, x + cell - 2 * (not blocks), y + height - 2 * (not blocks)), fill=colour)
             if not blocks:
@@ -70,9 +73,9 @@ def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None
 
 
 def _fill(
-    draw: Any, top: tuple[int, int], colour: tuple[int, ...], count: float, *, share: float, cost: float | None
+    draw: Draw, top: tuple[int, int], colour: tuple[int, ...], count: float, *, share: float, cost: float | None
 ) -> None:
-    """The numbers of a cell."""
+    """Write the numbers of a cell."""
     x, y = top
     ink = _INK if sum(colour) > 420 else _WHITE
     _write(draw, (x, y + 24), _number(count), 19, ink=ink)
@@ -82,16 +85,16 @@ def _fill(
 
 
 def _write(
-    draw: Any, place: tuple[int, int], text: str, size: int, *, ink: tuple[int, ...] = _INK, anchor: str = "mm"
+    draw: Draw, place: tuple[int, int], text: str, size: int, *, ink: tuple[int, ...] = _INK, anchor: str = "mm"
 ) -> None:
-    from PIL import ImageFont  # noqa: PLC0415 - as above
+    from PIL import ImageFont  # noqa: PLC0415 - import it only to draw
 
     draw.text(place, text, fill=ink, font=ImageFont.load_default(size=size), anchor=anchor)
 
 
-def _short(draw: Any, name: str, width: int) -> str:
-    """The name, cut to so many pixels."""
-    from PIL import ImageFont  # noqa: PLC0415 - as above
+def _short(draw: Draw, name: str, width: int) -> str:
+    """Return the name, shortened to ``width`` pixels."""
+    from PIL import ImageFont  # noqa: PLC0415 - import it only to draw
 
     font = ImageFont.load_default(size=13)
     if draw.textlength(name, font=font) <= width:
@@ -107,5 +110,6 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
 
 
-def _mix(colour: tuple[int, int, int], strength: float) -> tuple[int, ...]:
-    return tuple(round(255 + (part - 255) * min(max(strength, 0.0), 1.0)) for part in colour)
+def _mix(colour: tuple[int, int, int], share: float) -> tuple[int, ...]:
+    """Return a mixture of white and a share of ``colour``."""
+    return tuple(round(255 + (part - 255) * min(max(share, 0.0), 1.0)) for part in colour)
