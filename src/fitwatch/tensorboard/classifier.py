@@ -45,11 +45,8 @@ class ClassCounts:
 
     def reset(self) -> None:
         """Start a new pass."""
-        loss = self._state.loss
-        kinds = (ClassLoss, BinaryCrossEntropy, ExpectedCost, RealWorldCrossEntropy)
-        self._ignore_index: int | None = getattr(loss, "ignore_index", None)
-        self._multi_label = isinstance(loss, BinaryCrossEntropy)
-        self._applies = isinstance(loss, kinds)
+        self._loss: object = self._state.loss
+        self._applies = isinstance(self._loss, (ClassLoss, BinaryCrossEntropy, ExpectedCost, RealWorldCrossEntropy))
         self.counts: Counts | None = None
 
     def update(self, outputs: object, targets: object, sample_weight: Tensor | None = None) -> None:
@@ -76,8 +73,9 @@ class ClassCounts:
         columns = 1 if logits.dim() == 1 else logits.shape[1]
         if logits.dim() <= 2 and columns == 1 and targets.numel() == len(logits):
             logits, positive = logits.reshape(-1, 1), targets.reshape(-1, 1).to(wide)
-            if self._ignore_index is not None:
-                weights = weights * (positive[:, 0] != self._ignore_index)
+            ignore_index = getattr(self._loss, "ignore_index", None)
+            if ignore_index is not None:
+                weights = weights * (positive[:, 0] != ignore_index)
             matrix = _matrix((logits[:, 0] > 0).long(), torch.cat([1 - positive, positive], 1), weights)
             return Counts(matrix, _scores(logits.sigmoid(), positive, weights))
         if logits.dim() == 2 and targets.dim() == 1 and not targets.is_floating_point() and columns <= MOST_CLASSES:
@@ -87,7 +85,7 @@ class ClassCounts:
             matrix = _matrix(logits.argmax(1), is_k, weights)
             shown = slice(1, 2) if columns == 2 else slice(None)  # the curve of class 1 has all that class 0 has
             return Counts(matrix, _scores(logits.softmax(1)[:, shown], is_k[:, shown], weights))
-        if self._multi_label and logits.dim() == 2 and targets.shape == logits.shape:
+        if isinstance(self._loss, BinaryCrossEntropy) and logits.dim() == 2 and targets.shape == logits.shape:
             return Counts(None, _scores(logits.sigmoid(), targets.to(wide), weights))
         return None  # soft labels, or a class per position
 

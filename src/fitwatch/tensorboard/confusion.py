@@ -32,7 +32,7 @@ def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None
         costs: Cost of one example in each cell, shape (C, C).
         title: Text above the matrix.
     """
-    from PIL import Image as Pillow  # noqa: PLC0415 - import it only to draw
+    from PIL import Image as Pillow  # noqa: PLC0415 - only drawing needs it
     from PIL import ImageDraw  # noqa: PLC0415
 
     table = counts.detach().cpu().double()
@@ -87,19 +87,14 @@ def _fill(
 def _write(
     draw: Draw, place: tuple[int, int], text: str, size: int, *, ink: tuple[int, ...] = _INK, anchor: str = "mm"
 ) -> None:
-    from PIL import ImageFont  # noqa: PLC0415 - import it only to draw
-
-    draw.text(place, text, fill=ink, font=ImageFont.load_default(size=size), anchor=anchor)
+    draw.text(place, text, fill=ink, font_size=size, anchor=anchor)
 
 
 def _short(draw: Draw, name: str, width: int) -> str:
     """Return the name, shortened to ``width`` pixels."""
-    from PIL import ImageFont  # noqa: PLC0415 - import it only to draw
-
-    font = ImageFont.load_default(size=13)
-    if draw.textlength(name, font=font) <= width:
+    if draw.textlength(name, font_size=13) <= width:
         return name
-    while name and draw.textlength(name + "…", font=font) > width:
+    while name and draw.textlength(name + "…", font_size=13) > width:
         name = name[:-1]
     return name + "…"
 

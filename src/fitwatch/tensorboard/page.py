@@ -68,23 +68,19 @@ def metrics(state: State) -> list[str]:
     return [tag for tag in tags if tag.startswith("metrics/")]
 
 
-def link(port: int, name: str, metrics: Sequence[str]) -> str:
-    """Return the address of one run, with its loss, first metric, gap and gradient norm pinned."""
-    only = "^" + re.sub(r"[.^$*+?{}\[\]|()]", r"\\\g<0>", name) + "/"
-    return _address(port, ["loss", *metrics[:1], "overfit/gap", "optim/grad_norm_max"], f"runFilter={quote(only)}")
+def link(port: int, name: str | None, metrics: Sequence[str]) -> str:
+    """Return the address of one run, or with ``name=None`` of a comparison of all runs.
 
-
-def compare_link(port: int, metrics: Sequence[str]) -> str:
-    """Return the address that compares all runs: validation curves and best epochs, one colour per run.
-
-    The share of the baseline comes first, because losses with different weights have different scales. The page omits
-    its pin if no run has a baseline.
+    The page of a run pins its loss, first metric, gap and gradient norm. The comparison shows validation curves and
+    best epochs, one colour per run. It pins the share of the baseline first, because losses with different weights
+    have different scales; the page omits this pin if no run has a baseline.
     """
-    query = f"runFilter={quote('/(val|best)$')}&runColorGroup={quote('regex:^([^/]+)/')}"
-    return _address(port, ["loss_left", "loss", *metrics[:2], "overfit/gap"], query)
-
-
-def _address(port: int, tags: Sequence[str], query: str) -> str:
+    if name is None:
+        tags = ["loss_left", "loss", *metrics[:2], "overfit/gap"]
+        query = f"runFilter={quote('/(val|best)$')}&runColorGroup={quote('regex:^([^/]+)/')}"
+    else:
+        tags = ["loss", *metrics[:1], "overfit/gap", "optim/grad_norm_max"]
+        query = "runFilter=" + quote("^" + re.sub(r"[.^$*+?{}\[\]|()]", r"\\\g<0>", name) + "/")
     cards = json.dumps([{"plugin": "scalars", "tag": tag} for tag in tags], separators=(",", ":"))
     # smoothing=0: the default of 0.6 shifts the apparent minimum by epochs
     return f"http://localhost:{port}/?smoothing=0&{query}&pinnedCards={quote(cards)}#timeseries"

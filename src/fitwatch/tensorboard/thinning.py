@@ -10,7 +10,10 @@ from fitwatch.data.sharding import split_length
 from fitwatch.state import State
 
 LIMIT = 1000
-"""Points that a curve should not exceed."""
+"""Points of a curve that the fits share."""
+
+LEAST = 20
+"""Room for points of a fit that comes when fewer are left."""
 
 
 @define
@@ -34,7 +37,7 @@ class _Curve:
 
     def plan(self, horizon: int) -> int:
         """Return how many values the next point stands for if the fit ends at step ``horizon``."""
-        room = max(0, LIMIT - self.before)
+        room = max(LEAST, LIMIT - self.before)
         if self.written < self.before + room // 2 or self.seen < 2 or self.step <= self.first:
             return 1
         left = self.before + room * 3 // 4 - self.written
@@ -47,10 +50,10 @@ class _Curve:
 class Thinner:
     """Merges consecutive values of long curves, so that a fit writes at most 1,000 points of each.
 
-    The rule: a fit has the room that earlier fits left of `LIMIT` points. The values that fill the first half of the
-    room are written as they come. Then values are merged so that the fit ends with three quarters of the room filled:
-    500 and 750 points in the first fit. If the fit runs on, or no room is left, each further point stands for as many
-    values as the fit has logged so far. So no written point ever changes, and even the tenth fit has a few points.
+    The rule: a fit has the room that earlier fits left of `LIMIT` points, but at least `LEAST`. The values that fill
+    the first half of the room are written as they come. Then values are merged so that the fit ends with three quarters
+    of the room filled: 500 and 750 points in the first fit. If the fit runs on, each further point stands for as many
+    values as the fit has logged so far. Written points never change.
 
     Maxima are merged by their maximum, other values by their mean or by the last one.
     """

@@ -106,13 +106,7 @@ class RunWriter:
             self._end_baseline()
 
     def finish(self, state: State, counts: Counts | None, group: str | None) -> None:
-        """Write the waiting points and the sub-run ``best``, and close the files.
-
-        Args:
-            state: State at the end of the fit.
-            counts: Counts of the best evaluation's outputs, for a classifier.
-            group: Group of the run in the HParams table.
-        """
+        """Write the waiting points and the sub-run ``best``, with ``counts`` of its outputs, and close the files."""
         waiting: _Values = defaultdict(list)
         for name, (at, value) in self._curves.rest():
             run, _, tag = name.partition("/")
@@ -126,13 +120,10 @@ class RunWriter:
             settings["seed"] = "any"  # a row has one value per setting, and the trials differ in this one
         best, name, seconds = state.best, self.run_dir.name, time.time() - self._started
         values = [] if best is None else [*_best_values(best), *_best_outputs(best, counts)]
-        values += [
-            events.scalar("report/seconds", seconds),
-            events.text("report/end", reports.end(state, name, seconds)),
-        ]
-        values += events.hparams(
-            settings, name if group is None else group, self._started, succeeded=state.error is None
-        )
+        values.append(events.scalar("report/seconds", seconds))
+        values.append(events.text("report/end", reports.end(state, name, seconds)))
+        row = name if group is None else group
+        values += events.hparams(settings, row, self._started, succeeded=state.error is None)
         self._write("best", state.progress.step if best is None else int(best["step"]), values)
         for file in self._files.values():
             with suppress(OSError):  # reported when writing failed
