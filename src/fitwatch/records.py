@@ -1,4 +1,4 @@
-"""What is logged: values wait on their device, and cross to the host together."""
+"""Logged values: they wait on their device and are copied to the host together."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -10,19 +10,24 @@ from torch import Tensor
 from fitwatch.metrics import to_host
 
 Name = str | tuple[str, ...]
-# Gets the reduced numbers on the host, and gives name -> value: where what is logged depends on what was measured.
+# Maps the reduced numbers, on the host, to the values to log by name.
 Receiver = Callable[[list[float]], Mapping[str, Any]]
 Reduction = Literal["mean", "max", "last"] | Callable[[Tensor], Tensor]
 _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
     "mean": lambda stacked: stacked.mean(0),
-    "max": lambda stacked: stacked.amax(0),  # amax keeps a NaN: it must not hide behind a larger number
+    "max": lambda stacked: stacked.amax(0),  # amax keeps a NaN, which must not be hidden by a larger number
     "last": lambda stacked: stacked[-1],
 }
 
 
 @frozen
 class Marker:
-    """A vertical bar on the loss chart, from ``low`` to ``high`` (both in units of the loss)."""
+    """An event on the loss chart, drawn as a vertical bar. The name of its `Record` is the name of the event.
+
+    Attributes:
+        low: Lower end of the bar, in units of the loss.
+        high: Upper end of the bar, in units of the loss.
+    """
 
     low: float
     high: float
@@ -30,7 +35,13 @@ class Marker:
 
 @frozen
 class Image:
-    """A picture: the bytes of a PNG file, and its size in pixels."""
+    """A picture.
+
+    Attributes:
+        png: The content of a PNG file.
+        width: Width in pixels.
+        height: Height in pixels.
+    """
 
     png: bytes = field(repr=False)
     width: int
@@ -39,13 +50,13 @@ class Image:
 
 @frozen
 class Histogram:
-    """How values are spread: one count for each bucket.
+    """A distribution of values as a histogram with n buckets.
 
     Attributes:
-        edges: The limits of the buckets, rising, one more than there are buckets.
-        counts: How many values lie in each bucket.
-        sum: Of the values.
-        sum_squares: Of the values.
+        edges: The n + 1 bucket edges, in ascending order.
+        counts: Number of values in each of the n buckets.
+        sum: Sum of all values.
+        sum_squares: Sum of the squares of all values.
     """
 
     edges: tuple[float, ...] = field(repr=False)
@@ -58,11 +69,26 @@ class Histogram:
 class Record:
     """One logged value, on the host.
 
+    A callback that writes to a tracker (set ``main_only``, so that only rank 0 writes) needs four hooks:
+
+    - ``on_fit_start``: open the tracker. ``state.settings`` holds the Trainer's settings; callbacks may add to it in
+      ``on_fit_start``, so it is complete at the first ``on_epoch_start``. If ``state.resumed``, everything logged
+      beyond ``state.progress.step`` is void.
+    - ``on_log``: write ``state.records``, which holds everything logged since the last ``on_log``, each value once.
+      Numbers have the current step. Texts, images, histograms and markers have the step at which they were logged, and
+      a name may occur several times. A number may be NaN or infinite. A marker may have a step long before the current
+      one. ``on_log`` may be called twice at one step, after a log window and after a validation.
+    - After a validation ``state.best`` is the best evaluation so far, or None; it is ``state.metrics`` if the newest
+      evaluation is the best.
+    - ``on_fit_end``: close the tracker. ``state.error`` is the exception that ended the fit, or None; otherwise
+      ``state.stop_reason`` says why the fit was stopped, or is None if it ran to its end.
+
     Attributes:
         name: ``train/...`` or ``val/...``; for a `Marker`, the name of the event.
-        step: Optimizer steps completed when it was measured.
+        step: Optimizer steps completed when the value was logged.
         value: A number, a Markdown text, a `Marker`, an `Image`, or a `Histogram`.
-        reduce: What stands for the window: ``"mean"``, ``"max"`` or ``"last"``; empty where a function did it.
+        reduce: How the values of the log window were reduced to this number: ``"mean"``, ``"max"`` or ``"last"``;
+            empty for a custom function, and for values that are not numbers.
     """
 
     name: str
@@ -72,18 +98,18 @@ class Record:
 
     @property
     def merge(self) -> str:
-        """What is to stand for several windows, as in ``reduce``; where that is empty, the name tells."""
+        """How to merge the numbers of several log windows: ``reduce``, or if that is empty, by the name."""
         return self.reduce or ("max" if "_max/" in f"{self.name}/" else "mean")
 
 
 class Window:
-    """The values logged since the window opened."""
+    """The values of the current log window."""
 
     def __init__(self) -> None:
         self._values: dict[Name | Receiver, tuple[Reduction, list[Any]]] = {}
 
     def add(self, name: Name | Receiver, value: float | Tensor, reduce: Reduction) -> None:
-        """Take a value in; costs no synchronisation."""
+        """Add a value, without waiting for the device."""
         how, values = self._values.get(name, (reduce, None))
         if values is None:
             if not (callable(reduce) or reduce in _REDUCTIONS):
@@ -92,11 +118,11 @@ class Window:
             self._values[name] = reduce, values
         elif isinstance(reduce, str) and reduce != how:
             raise ValueError(f"log({name!r}): reduce was {how!r} for earlier values of this window, now {reduce!r}")
-        # a copy: what it was taken from may change before the window closes
+        # a copy: the original may change before the window closes
         values.append(value.detach().clone() if isinstance(value, Tensor) else value)
 
     def close(self, step: int) -> list[Record]:
-        """Reduce everything on its device, move it to the host in one transfer, and open a new window."""
+        """Reduce all values on their device, copy them to the host in one transfer, and start a new window."""
         reduced, kinds = [], []
         for reduce, values in self._values.values():
             stacked = torch.stack([torch.as_tensor(v) for v in values])

@@ -57,16 +57,17 @@ def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None
             if not blocks:
                 cost = None if costs is None or i == j else float(costs[i, j])
                 _fill(draw, (x + cell // 2, y), colour, float(table[i, j]), share=float(shares[i, j]), cost=cost)
-    _write(draw, (left, 8), title, 15, anchor="la")
-    _write(draw, (left + number * cell // 2, top - (34 if not blocks else 16)), "predicted", 12, ink=_FAINT)
-    _write(draw, (14, top - 14), "true", 12, ink=_FAINT, anchor="la")
+    draw.text((left, 8), title, _INK, font_size=15)
+    draw.text((left + number * cell // 2, top - (16 if blocks else 34)), "predicted", _FAINT, font_size=12, anchor="mm")
+    draw.text((14, top - 14), "true", _FAINT, font_size=12)
     if not blocks:
         for k, name in enumerate(classes):
-            _write(draw, (left + k * cell + cell // 2, top - 12), _short(draw, name, cell - 6), 13)
-            _write(draw, (left - 8, top + k * height + height // 2), _short(draw, name, left - 16), 13, anchor="rm")
+            column, row = (left + k * cell + cell // 2, top - 12), (left - 8, top + k * height + height // 2)
+            draw.text(column, _short(draw, name, cell - 6), _INK, font_size=13, anchor="mm")
+            draw.text(row, _short(draw, name, left - 16), _INK, font_size=13, anchor="rm")
     if costs is not None and float(table.sum()):
         total, mean = float(spent.sum()), float(spent.sum() / table.sum())
-        _write(draw, (left, size[1] - 24), f"cost {_number(total)}, {mean:.4g} per example", 13, anchor="la")
+        draw.text((left, size[1] - 24), f"cost {_number(total)}, {mean:.4g} per example", _INK, font_size=13)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return Image(file.getvalue(), *size)
@@ -78,16 +79,10 @@ def _fill(
     """Write the numbers of a cell."""
     x, y = top
     ink = _INK if sum(colour) > 420 else _WHITE
-    _write(draw, (x, y + 24), _number(count), 19, ink=ink)
-    _write(draw, (x, y + 45), f"{share:.1%}", 12, ink=ink)
+    draw.text((x, y + 24), _number(count), ink, font_size=19, anchor="mm")
+    draw.text((x, y + 45), f"{share:.1%}", ink, font_size=12, anchor="mm")
     if cost is not None:
-        _write(draw, (x, y + 62), f"x {cost:g} = {_number(count * cost)}", 12, ink=ink)
-
-
-def _write(
-    draw: Draw, place: tuple[int, int], text: str, size: int, *, ink: tuple[int, ...] = _INK, anchor: str = "mm"
-) -> None:
-    draw.text(place, text, fill=ink, font_size=size, anchor=anchor)
+        draw.text((x, y + 62), f"x {cost:g} = {_number(count * cost)}", ink, font_size=12, anchor="mm")
 
 
 def _short(draw: Draw, name: str, width: int) -> str:

@@ -137,18 +137,14 @@ def hparams(settings: Mapping[str, object], group: str, started: float, *, succe
             start.hparams[name].string_value = str(value)
     # 1 and 2 are STATUS_SUCCESS and STATUS_FAILURE of the plug-in's Status.
     end = plugin_data_pb2.SessionEndInfo(status=1 if succeeded else 2, end_time_secs=time.time())
-    parts = {
-        hparams_metadata.SESSION_START_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_start_info=start),
-        hparams_metadata.SESSION_END_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_end_info=end),
-    }
-    return [
-        Summary.Value(
-            tag=tag,
-            metadata=hparams_metadata.create_summary_metadata(data),
-            tensor=hparams_metadata.NULL_TENSOR,
-        )
-        for tag, data in parts.items()
-    ]
+    values = []
+    for tag, data in (
+        (hparams_metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=start)),
+        (hparams_metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=end)),
+    ):
+        metadata = hparams_metadata.create_summary_metadata(data)
+        values.append(Summary.Value(tag=tag, metadata=metadata, tensor=hparams_metadata.NULL_TENSOR))
+    return values
 
 
 def _string(tag: str, metadata: SummaryMetadata, content: bytes, shape: TensorShapeProto) -> Summary.Value:

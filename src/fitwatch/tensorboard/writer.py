@@ -189,12 +189,8 @@ class RunWriter:
     def _thinned(self, run: str, step: int, points: _Points, horizon: int) -> list[Summary.Value]:
         """Return the points to write now; the others wait to be merged."""
         self._tags.update(points)
-        values = []
-        for tag, (value, how) in points.items():
-            point = self._curves.add(f"{run}/{tag}", step, value, how, horizon)
-            if point is not None:
-                values.append(events.scalar(tag, point[1]))
-        return values
+        merged = {tag: self._curves.add(f"{run}/{tag}", step, *point, horizon) for tag, point in points.items()}
+        return [events.scalar(tag, point[1]) for tag, point in merged.items() if point is not None]
 
 
 def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
