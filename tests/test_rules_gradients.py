@@ -12,14 +12,14 @@ HEALTHY = {"mean": 1.0, "max": 2.0, "zero_share": 0.1, "weight_norm": 5.0, "upda
 
 
 def layer(**changes):
-    return fw.LayerGradient(**{**HEALTHY, **changes})
+    return fw.rules.LayerGradient(**{**HEALTHY, **changes})
 
 
 class Run:
     """Feeds windows of ten steps to a rule."""
 
     def __init__(self, **options):
-        self.rule, self.step = fw.GradientRule(**options), 0
+        self.rule, self.step = fw.rules.GradientRule(**options), 0
 
     def __call__(self, layers=None, *, norms=None, steps=10, not_finite=""):
         norms = [1.0] * steps if norms is None else norms
@@ -101,11 +101,11 @@ def test_vanishing_does_not_come_and_go_at_the_threshold():
 def test_frozen_on_purpose_is_a_note():
     """What is left out of training is said at once, without a warning, and so is its return."""
     run = Run()
-    (finding,) = run(others(bad=fw.LayerGradient(untrained="requires_grad is False")), steps=1)
+    (finding,) = run(others(bad=fw.rules.LayerGradient(untrained="requires_grad is False")), steps=1)
     assert (finding.status, finding.trouble) == ("untrained", False)
     assert (run.rule.trouble(), run.rule.untrained()) == ("none", "`bad`")
     assert "requires_grad is False" in finding.evidence
-    assert run(others(bad=fw.LayerGradient(untrained="requires_grad is False"))) == []
+    assert run(others(bad=fw.rules.LayerGradient(untrained="requires_grad is False"))) == []
     (over,) = run(others(bad=layer()))
     assert (over.status, over.trouble) == ("trained", False)
     assert over.evidence.startswith("No longer frozen: `bad`.")
@@ -269,8 +269,8 @@ def test_the_summary_counts_spikes():
     run = Run()
     run(norms=[1.0] * 95 + [2.0] * 3 + [50.0, 3.0])
     assert run.rule.summary() == "median 1, 95 % up to 1, largest 50 at step 99, 1 step above 10 times the median"
-    assert fw.GradientRule().summary() == "no finite norm was seen"
-    assert fw.GradientRule().clip_norm is None
+    assert fw.rules.GradientRule().summary() == "no finite norm was seen"
+    assert fw.rules.GradientRule().clip_norm is None
 
 
 @pytest.mark.parametrize("window", [1, 7, 50])
@@ -327,4 +327,4 @@ def test_a_rule_goes_on_from_its_state():
 def test_options_are_checked(options, message):
     """Options out of range are refused, with what is allowed."""
     with pytest.raises(ValueError, match=message):
-        fw.GradientRule(**options)
+        fw.rules.GradientRule(**options)

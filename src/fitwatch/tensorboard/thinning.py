@@ -77,7 +77,7 @@ class Thinner:
 
         ``how`` is ``"mean"``, ``"max"`` or ``"last"``, ``horizon`` the step at which the fit is expected to end.
         """
-        curve = self._curves.setdefault(tag, _Curve())
+        curve = self._curves.get(tag) or self._curves.setdefault(tag, _Curve())
         if not curve.seen:
             curve.first = step
         if not curve.count:
