@@ -1,4 +1,4 @@
-"""A small training that overfits, and a TensorBoard server over what it wrote."""
+"""A small fit that overfits, and a TensorBoard server."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import fitwatch as fw
 
 
 def noisy_data(seed=3):
-    """Loaders of 96 and 96 examples, two classes as 2 to 1; a fifth of the labels is wrong, so that a net overfits."""
+    """Return loaders of 96 examples each, two classes at 2 to 1, with a fifth of the labels wrong, so that a net overfits."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(192, 10, generator=generator)
     y = (x[:, 0] + 0.5 * x[:, 1] > 0.5).long()
@@ -33,7 +33,7 @@ def accuracy(outputs, targets):
 
 
 def overfitting_trainer(folder, *, name="run", patience=12, lr=0.002, callbacks=()):
-    """A trainer with every plug-in that writes to TensorBoard; the TensorBoard callback is the last of its list."""
+    """Return a trainer with every callback that logs; TensorBoard is the last of its list."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 2))
     return fw.Trainer(
@@ -56,7 +56,7 @@ def overfitting_trainer(folder, *, name="run", patience=12, lr=0.002, callbacks=
 
 @contextmanager
 def serve(folder, *options):
-    """The address of a server that has read all of ``folder``; it ends with the block."""
+    """Yield the address of a server that has read all of ``folder``."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1", "--port", "0"]
     log = []
     with subprocess.Popen(
@@ -89,13 +89,13 @@ def _wait_for(address, runs):
 
 
 def get(address, path, **query):
-    """The JSON at ``path``."""
+    """Return the JSON at ``path``."""
     with urlopen(f"{address}/data/plugin/{path}?{urlencode(query)}", timeout=30) as answer:
         return json.load(answer)
 
 
 def post(address, path, body):
-    """The JSON that answers ``body``."""
+    """Post ``body`` and return the JSON answer."""
     request = Request(f"{address}/data/plugin/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=30) as answer:
         return json.load(answer)

@@ -1,4 +1,4 @@
-"""What a user sees: TensorBoard in a real browser, on the output of a real training."""
+"""TensorBoard in a real browser, with the event files of real fits."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ PINNED = "metrics-pinned-view scalar-card"
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """A finished run beside another, a server on both, and a page of a browser."""
+    """Serve two finished runs to a browser."""
     folder = tmp_path_factory.mktemp("runs")
     overfitting_trainer(folder, name="other", patience=2).fit(*noisy_data(), epochs=3)
     trainer = overfitting_trainer(folder)
@@ -47,28 +47,28 @@ def shown(tmp_path_factory):
 
 @pytest.fixture
 def page(shown):
-    """The page, empty: a new fragment alone would not load anything."""
+    """Return the empty page: a new fragment alone would not load anything."""
     shown.page.goto("about:blank")
     return shown.page
 
 
 def pinned(page, tag):
-    """The pinned card of a tag."""
+    """Return the pinned card of a tag."""
     return page.locator(PINNED).filter(has=page.locator(f'.tag[title="{tag}"]'))
 
 
 def lines(card):
-    """Its curves and bars."""
+    """Return the curves and bars of a card."""
     return card.locator("line-chart .series-view > svg path")
 
 
 def dots(card):
-    """Its single points."""
+    """Return the single points of a card."""
     return card.locator("line-chart .series-view > svg circle")
 
 
 def test_the_loss_card_shows_both_curves_the_dot_and_the_bars(page, shown):
-    """Pinned, on the first screen: the lines of train, val and the baseline, two bars and, by itself, the dot."""
+    """The loss card is pinned on the first screen, with train, val and baseline, two bars and the dot."""
     page.goto(shown.link)
     card = pinned(page, "loss")
     expect(dots(card)).to_have_count(1)
@@ -87,7 +87,7 @@ def test_the_loss_card_shows_both_curves_the_dot_and_the_bars(page, shown):
 
 
 def test_the_pinned_cards_have_lines(page, shown):
-    """The link pins four cards, in its order, and none of them is empty; the accuracy has the dot too."""
+    """The link pins four cards in order, each with lines; the accuracy has the dot too."""
     page.goto(shown.link)
     expect(page.locator(PINNED)).to_have_count(4)
     tags = [tag.get_attribute("title") for tag in page.locator(f"{PINNED} .tag").all()]
@@ -98,7 +98,7 @@ def test_the_pinned_cards_have_lines(page, shown):
 
 
 def test_the_first_group_of_charts_is_the_loss(page, shown):
-    """Below the pinned cards the first group is the loss alone; its variants, the metrics and the rest follow it."""
+    """Below the pinned cards the first group is the loss alone, followed by its variants, the metrics and the rest."""
     page.goto(shown.link)
     groups = page.locator("metrics-card-groups metrics-card-group-toolbar")
     expect(groups).to_contain_text(["loss", "loss_left", "loss_unweighted", "metrics", "optim", "overfit"])
@@ -106,7 +106,7 @@ def test_the_first_group_of_charts_is_the_loss(page, shown):
 
 
 def test_the_link_lists_this_run_alone(page, shown):
-    """Of the two runs in the folder, the run selector lists the six sub-runs of the one that the link names."""
+    """The run selector lists only the six sub-runs of the linked run."""
     page.goto(shown.link)
     rows = page.locator("runs-data-table tb-data-table-content-row")
     expect(rows).to_have_count(6)
@@ -115,14 +115,14 @@ def test_the_link_lists_this_run_alone(page, shown):
 
 
 def test_a_pin_without_data_shows_no_empty_card(page, shown):
-    """A pin of a tag that no run logged is left out, so that the link can be printed before anything is logged."""
+    """A pin without data shows no card, so that the link can be printed before anything is logged."""
     page.goto(shown.link.replace("overfit/gap", "overfit/nonesuch"))
     expect(lines(pinned(page, "optim/grad_norm_max"))).to_have_count(1)
     expect(page.locator(PINNED)).to_have_count(3)
 
 
 def test_every_chart_of_the_custom_page_has_lines(page, shown):
-    """Three categories; nine charts of lines, the first with both curves, the baseline and both bars, and the shaded gap."""
+    """The custom page has three categories, nine charts with lines, and the shaded gap."""
     page.goto(f"{shown.address}/#custom_scalars&_smoothingWeight=0&regexInput=%5Erun%2F")
     titles = page.locator("tf-custom-scalar-dashboard tf-category-paginated-view .heading")
     expect(titles).to_contain_text(["1 Overfitting", "2 Gradients", "3 Optimiser"])
@@ -134,7 +134,7 @@ def test_every_chart_of_the_custom_page_has_lines(page, shown):
 
 
 def test_the_hparams_table_has_a_row_a_run(page, shown):
-    """The table names both runs and has their settings as columns, and the best loss as a value."""
+    """The table has a row per run, with settings and the best loss."""
     page.goto(f"{shown.address}/#hparams")
     cells = page.locator("vaadin-grid-cell-content")
     for text in ("run", "other", "class_weights", "balanced", "report/best_epoch"):
@@ -144,7 +144,7 @@ def test_the_hparams_table_has_a_row_a_run(page, shown):
 
 
 def test_the_text_page_shows_the_tables(page, shown):
-    """The start report and the class weights are drawn as tables, the warning as text."""
+    """The start report and the class weights are rendered as tables, the warning as text."""
     page.goto(f"{shown.address}/#text&regexInput=%5Erun%2F")
     report = page.locator("tf-text-loader").filter(has_text="report/start")
     expect(report.get_by_role("cell", name="Adam", exact=True)).to_be_visible()
@@ -165,7 +165,7 @@ def test_the_end_report_is_a_table(page, shown):
 
 
 def test_the_precision_recall_curve_has_a_line(page, shown):
-    """The page of the PR curves has one chart for this run, of class 1, with a line that spans it."""
+    """The PR curves page has one chart for this run, of class 1, whose line spans it."""
     page.goto(f"{shown.address}/#pr_curves&regexInput=%5Erun%2F")
     lines = page.locator("tf-pr-curve-card path.line[d]")
     expect(page.locator("tf-pr-curve-card").filter(has_text="pr_curve/1")).to_have_count(1)
@@ -174,7 +174,7 @@ def test_the_precision_recall_curve_has_a_line(page, shown):
 
 
 def test_the_confusion_matrix_is_a_picture(page, shown):
-    """The Images page shows the matrix of the best epoch, loaded and as wide as it was drawn."""
+    """The Images page shows the matrix of the best epoch at full width."""
     page.goto(f"{shown.address}/#images&regexInput=%5Erun%2F")
     loader = page.locator("tf-image-loader").filter(has_text="report/confusion")
     expect(loader).to_have_count(1)
@@ -183,9 +183,9 @@ def test_the_confusion_matrix_is_a_picture(page, shown):
 
 
 def test_the_link_that_compares_shows_all_runs(page, shown):
-    """Validation curves and dots of both runs and nothing else; each run has one colour, and the runs differ.
+    """The comparison shows only validation curves and dots, one colour per run.
 
-    The first card is the share of the baseline that is left, which weights do not change the scale of.
+    The first card is the share of the baseline, whose scale does not depend on weights.
     """
     page.goto(shown.compare)
     expect(page.locator(PINNED)).to_have_count(4)

@@ -1,4 +1,4 @@
-"""What TensorBoard reads: event files of real trainings, read back from disk and through a running server."""
+"""Event files of real fits, read back from disk and through a running server."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ BARS = ("overfitting", "early stop")
 
 
 def served(address, run, tag):
-    """The points of a curve as the server gives them."""
+    """Return the points of a curve as served."""
     return [(step, value) for _, step, value in get(address, "scalars/scalars", run=run, tag=tag)]
 
 
@@ -32,7 +32,7 @@ def tensorboard(trainer):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One folder of trainings: a plain one, one resumed at epoch 10 of 18 after it had ended, one of two fits."""
+    """Return one folder of runs: a plain one, one resumed at epoch 10 of 18 after its end, and one of two fits."""
     folder, checkpoints = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("checkpoints")
     plain = overfitting_trainer(folder)
     result = plain.fit(*noisy_data(), epochs=60)
@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(runs):
-    """A server on all of them."""
+    """Serve all of them."""
     with serve(runs.folder) as address:
         yield address
 
@@ -61,7 +61,7 @@ def address(runs):
 
 
 def test_the_training_overfits_and_stops(runs):
-    """The training of these tests shows everything: a best epoch in the middle, overfitting, an early stop."""
+    """The fit of these tests has a best epoch in the middle, overfitting and an early stop."""
     assert runs.result.verdict.overfitting
     assert "early stopping" in runs.result.stop_reason
     assert 0 < runs.result.best.epoch < len(runs.result.history) - 1
@@ -76,7 +76,7 @@ def test_train_and_val_loss_share_a_tag_and_equal_the_history(runs):
 
 
 def test_optimizer_and_gradients_stand_in_train(runs):
-    """The rate and the gradient norms, total and per layer, have a point per window of 2 steps; max is never below mean."""
+    """Learning rate and gradient norms, total and per layer, have a point per log window; the maximum is never below the mean."""
     steps = list(range(2, runs.trainer.state.progress.step + 1, 2))
     layers = ["params/grad_norm/0", "params/grad_norm/2"]
     for tag in ("optim/lr", "optim/grad_norm", "optim/grad_norm_max", *layers):
@@ -87,7 +87,7 @@ def test_optimizer_and_gradients_stand_in_train(runs):
 
 
 def test_the_evidence_of_overfitting_stands_in_val(runs):
-    """The gap is validation minus probe loss at every evaluation; rise, threshold and both losses stand beside it."""
+    """The gap is validation minus probe loss at every evaluation; rise, threshold and both losses are there too."""
     gap, probe = (points(runs.run / "val", f"overfit/{name}") for name in ("gap", "train_loss"))
     assert [step for step, _ in probe] == [entry["step"] for entry in runs.result.history]
     expected = [entry["val/loss"] - loss for entry, (_, loss) in zip(runs.result.history, probe, strict=True)]
@@ -120,7 +120,7 @@ def test_a_bar_spans_the_two_losses(runs):
 
 
 def test_the_texts(runs):
-    """The settings, the class weights with their counts and the warning are Markdown tables and text."""
+    """Settings and class weights are Markdown tables, and the overfitting warning is a text."""
     [(step, report)] = texts(runs.run / "train", "report/start")
     assert step == 0
     for row in (
@@ -140,7 +140,7 @@ def test_the_texts(runs):
 
 
 def test_one_event_per_window_and_sub_run(runs):
-    """A file holds its version, two texts of step 0, one event for each window and evaluation, and the seconds of each epoch."""
+    """A file holds its version, the texts of step 0, one event per log window and evaluation, and the seconds of each epoch."""
     count = {}
     for folder in runs.run.iterdir():
         [file] = folder.iterdir()
@@ -157,7 +157,7 @@ def test_one_event_per_window_and_sub_run(runs):
 
 
 def test_the_baseline_is_a_line_of_few_points(runs):
-    """From step 0 to the end the baseline is one level, that of result.baseline, with points at evaluations 1, 4, 16, ..."""
+    """The baseline is a level line from step 0 to the end, with points at the evaluations 1, 4, 16, ..."""
     baseline = points(runs.run / "baseline", "loss")
     assert {value for _, value in baseline} == {float(np.float32(runs.result.baseline.constant))}
     last = runs.result.history[-1]["step"]
@@ -165,7 +165,7 @@ def test_the_baseline_is_a_line_of_few_points(runs):
 
 
 def test_the_baseline_ends_where_it_would_press_the_curves_down(tmp_path):
-    """Once the validation loss is less than half of it, the line of the baseline does not go on, and its last point is that."""
+    """The line of the baseline ends at the last evaluation whose loss is at least half of it."""
     x = torch.randn(64, 10)
     loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 8)
     trainer = overfitting_trainer(tmp_path, lr=0.02, patience=50)
@@ -177,7 +177,7 @@ def test_the_baseline_ends_where_it_would_press_the_curves_down(tmp_path):
 
 
 def test_a_hundred_epochs_leave_six_files(tmp_path):
-    """With every callback attached, an overfitting run that is stopped in its hundredth epoch has one file in each of six sub-runs."""
+    """With every callback attached, an overfitting run of a hundred epochs has one file in each of six sub-runs."""
 
     class Stop(fw.Callback):
         def on_validation_end(self, state):
@@ -201,7 +201,7 @@ def test_a_hundred_epochs_leave_six_files(tmp_path):
 
 
 def test_the_server_gives_the_same_curves(runs, address):
-    """Through HTTP, train and val loss under one tag are result.history, and dot and bars have their points."""
+    """The server returns train and validation loss under one tag, equal to result.history, and the dot and the bars."""
     for run in ("train", "val"):
         assert served(address, f"run/{run}", "loss") == curve(runs.result.history, f"{run}/loss")
     best = runs.result.best
@@ -224,7 +224,7 @@ def test_every_chart_of_the_custom_page_has_a_line(address):
 
 
 def test_the_hparams_row(runs, address):
-    """The HParams table has one row a run, named like it, with its settings and the metrics of its best evaluation."""
+    """The HParams table has one row per run, with its name, its settings and the metrics of its best evaluation."""
     statuses = [f"STATUS_{name}" for name in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNNING")]
     body = {"experimentName": "", "startIndex": 0, "sliceSize": 10, "colParams": [], "allowedStatuses": statuses}
     groups = {g["name"]: g for g in post(address, "hparams/session_groups", body)["sessionGroups"]}
@@ -252,7 +252,7 @@ def test_the_texts_are_served(address):
 
 
 def test_a_resumed_fit_goes_on_in_its_folder_without_overlap(runs, address):
-    """Resumed at epoch 10 of 18 to stop at 12: 12 points a curve, each once, those of the resumed history; disk and server agree."""
+    """A run resumed at epoch 10 of 18 to stop at 12 has 12 points per curve, those of the resumed history, on disk and served."""
     assert not (runs.folder / "resumed-2").exists()
     history = runs.again.history
     assert [entry["epoch"] for entry in history] == list(range(12))
@@ -264,7 +264,7 @@ def test_a_resumed_fit_goes_on_in_its_folder_without_overlap(runs, address):
 
 
 def test_a_resumed_fit_loses_the_bars_that_did_not_happen(runs, address):
-    """Both bars were decided after the point of resumption, one with an onset before it: both are gone, the dot is single."""
+    """Bars drawn after the point of resumption are removed, even one with an onset before it; there is a single dot."""
     assert runs.before == sorted(BARS)
     assert bars(runs.folder / "resumed") == []
     assert len(points(runs.folder / "resumed/best", "loss")) == 1
@@ -272,7 +272,7 @@ def test_a_resumed_fit_loses_the_bars_that_did_not_happen(runs, address):
 
 
 def test_bars_before_the_point_of_resumption_stay(tmp_path):
-    """A bar that the checkpoint knows is kept on resume, what a user keeps in the run's folder too, a later bar goes."""
+    """Resuming keeps earlier bars and the user's own files in the run's folder, and replaces later bars."""
 
     class Mark(fw.Callback):
         def on_epoch_end(self, state):
@@ -294,7 +294,7 @@ def test_bars_before_the_point_of_resumption_stay(tmp_path):
 
 
 def test_a_second_fit_continues_the_curve(runs):
-    """Two fits of one trainer are one curve in one folder; the second has its own bar, which no line joins to the first."""
+    """Two fits of one trainer continue one curve in one folder; the second fit has a separate bar."""
     folder = runs.folder / "twice"
     assert not (runs.folder / "twice-2").exists()
     history = [entry for result in runs.both for entry in result.history]
@@ -311,7 +311,7 @@ def test_a_second_fit_continues_the_curve(runs):
 
 
 def test_a_name_in_use_gets_a_number(tmp_path):
-    """A second and a third run of the same name stand beside the first, also when one callback serves several trainers."""
+    """Runs with the same name get numbered folders, also if one callback serves several trainers."""
     first = overfitting_trainer(tmp_path)
     first.fit(*noisy_data(), max_steps=2)
     for expected in ("run-2", "run-3"):
@@ -326,7 +326,7 @@ def test_a_name_in_use_gets_a_number(tmp_path):
 
 @pytest.mark.parametrize("obstacle", ["logs", "logs/run"])
 def test_a_path_that_cannot_be_a_folder_is_refused_before_step_1(tmp_path, obstacle):
-    """A file in the way of the folder or of its parent raises OSError that names the folder, and nothing is trained."""
+    """If a file blocks the folder or its parent, OSError names the folder before the first step."""
     (tmp_path / obstacle).parent.mkdir(exist_ok=True)
     (tmp_path / obstacle).write_text("in the way")
     trainer = overfitting_trainer(tmp_path / "logs")
@@ -336,7 +336,7 @@ def test_a_path_that_cannot_be_a_folder_is_refused_before_step_1(tmp_path, obsta
 
 
 def test_a_refused_fit_leaves_no_folder(tmp_path, capsys):
-    """A fit that is refused before its first step leaves no empty run, and a corrected one gets the plain name."""
+    """A fit that is refused before its first step leaves no empty folder, so the corrected fit gets the plain name."""
     trainer = overfitting_trainer(tmp_path, callbacks=[fw.EarlyStopping("val/nonesuch", mode="min")])
     with pytest.raises(ValueError, match="nonesuch"):
         trainer.fit(*noisy_data(), epochs=1)
@@ -348,7 +348,7 @@ def test_a_refused_fit_leaves_no_folder(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["", "a/b", "a\\b", 3])
 def test_a_name_that_is_no_folder_name_is_refused(name):
-    """The name of a run is one part of a path."""
+    """A run name must be a single path component."""
     with pytest.raises((ValueError, TypeError), match="name"):
         fw.TensorBoard("runs", name=name)
 
@@ -357,7 +357,7 @@ def test_a_name_that_is_no_folder_name_is_refused(name):
 
 
 def test_values_that_are_not_finite(tmp_path):
-    """NaN in validation and infinite or huge logged values end no training; the text says where they began, once each."""
+    """Non-finite and huge values do not end the fit; a text names the first of each curve once."""
 
     class Odd(fw.Callback):
         def on_step_end(self, state):
@@ -382,7 +382,7 @@ def test_values_that_are_not_finite(tmp_path):
 
 
 def test_two_warnings_at_one_step_are_both_kept(tmp_path):
-    """Texts logged under one tag in one window become one text, since the server keeps one a step."""
+    """Texts logged under one tag at one step become one text, since the server keeps one per step."""
 
     class Warn(fw.Callback):
         def on_validation_end(self, state):
@@ -394,7 +394,7 @@ def test_two_warnings_at_one_step_are_both_kept(tmp_path):
 
 
 def test_an_error_still_closes_the_run(tmp_path):
-    """A training that fails has its curves, its dot and a row that says that it failed."""
+    """A failed fit has its curves, its dot and a row with the status failure."""
 
     class Fail(fw.Callback):
         def on_epoch_start(self, state):
@@ -410,7 +410,7 @@ def test_an_error_still_closes_the_run(tmp_path):
 
 
 def test_without_a_validation_set_or_plug_ins(tmp_path):
-    """Train loss alone: one curve, its dot, and a custom page without charts that would stay empty."""
+    """A fit without validation has one loss curve, its dot, and a custom page without empty charts."""
     torch.manual_seed(0)
     model = nn.Linear(10, 2)
     trainer = fw.Trainer(
@@ -429,7 +429,7 @@ def test_without_a_validation_set_or_plug_ins(tmp_path):
 
 
 def test_the_start_report_waits_for_all_callbacks(tmp_path):
-    """The report names the class weights even if TensorBoard stands before WeightedLoss in the list."""
+    """The start report names the class weights even if TensorBoard precedes WeightedLoss in the list."""
     trainer = overfitting_trainer(tmp_path)
     trainer.callbacks.insert(0, trainer.callbacks.pop())
     trainer.fit(*noisy_data(), max_steps=2)
@@ -456,7 +456,7 @@ def test_the_link_opens_this_run_unsmoothed_with_pins(runs):
 
 @pytest.mark.parametrize("name", ["a+b (1)", "v1.0", "größe|x"])
 def test_the_link_takes_the_name_literally(name):
-    """A name with signs that mean something in a regular expression or an address matches itself and nothing else."""
+    """A name with special characters of regular expressions or addresses matches only itself."""
     link = fw.TensorBoard("runs", name=name).link()
     assert link.isascii()
     [only] = parse_qs(urlsplit(link).query)["runFilter"]
@@ -467,7 +467,7 @@ def test_the_link_takes_the_name_literally(name):
 
 
 def test_command_and_link_are_printed_at_start_and_end(tmp_path, capsys):
-    """The command names the folder, quoted for the shell, and the link is that of the run; both come twice."""
+    """The command, with the folder quoted for the shell, and the link of the run are printed twice."""
     folder = tmp_path / "all my runs"
     trainer = overfitting_trainer(folder)
     tensorboard(trainer).show_link = True

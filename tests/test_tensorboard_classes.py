@@ -13,7 +13,7 @@ from tests._server import noisy_data, overfitting_trainer
 
 
 def reference(probabilities, positive, weights):
-    """The six rows of a curve, threshold by threshold, from the definition, in float64."""
+    """Compute the six rows of a curve from the definition, in float64."""
     rows = []
     for i in range(STEPS + 1):
         yes = probabilities.double() >= i / STEPS
@@ -26,7 +26,7 @@ def reference(probabilities, positive, weights):
 
 
 def count(loss, outputs, targets, weights=None):
-    """What is counted over ragged batches."""
+    """Count ragged batches and return the counts."""
     state = fw.State(model=nn.Linear(1, 1), optimizer=None, loss=loss)
     counts = ClassCounts(state)
     for part in torch.arange(len(outputs)).split(7):
@@ -37,7 +37,7 @@ def count(loss, outputs, targets, weights=None):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["two logits", "one logit", "one column", "five classes", "three labels"])
 def test_the_counts_are_those_of_the_definition(kind, weighted):
-    """Matrix and curves equal a count threshold by threshold, also with weights, ignored targets and exact probabilities."""
+    """Matrix and curves equal their definitions, also with weights, ignored targets and probabilities on a threshold."""
     generator = torch.Generator().manual_seed(2)
     n = 200
     weights = torch.rand(n, generator=generator).double() if weighted else torch.ones(n, dtype=torch.float64)
@@ -86,27 +86,27 @@ def test_the_counts_are_those_of_the_definition(kind, weighted):
     ids=["regression", "own loss", "soft labels", "a class for each position", "a dict", "101 classes"],
 )
 def test_what_is_no_small_classifier_is_not_counted(loss, outputs, targets):
-    """Where the outputs are no logits of at most 100 classes, nothing is counted and nothing raised."""
+    """Outputs other than logits of at most 100 classes are not counted, without an error."""
     counts = ClassCounts(fw.State(model=nn.Linear(1, 1), optimizer=None, loss=loss))
     counts.update(outputs, targets)
     assert counts.counts is None
 
 
 def test_eleven_classes_have_a_matrix_and_no_curves():
-    """Curves are for up to ten classes: eleven would hide each other."""
+    """Eleven classes are too many for readable curves."""
     counts = count(fw.CrossEntropy(), torch.eye(11).repeat(3, 1), torch.arange(11).repeat(3))
     assert counts.scores is None
     assert counts.matrix.tolist() == (3 * torch.eye(11)).tolist()
 
 
 def shown(run):
-    """Tags of the sub-run best that hold a picture or a precision-recall curve."""
+    """Return the tags of images and precision-recall curves in the sub-run best."""
     tags = read(run / "best").Tags()
     return sorted([*tags["images"], *(tag for tag in tags["tensors"] if tag.startswith("pr_curve"))])
 
 
 def test_the_page_shows_the_best_epoch(tmp_path):
-    """The curve in the files is that of the restored best model on the validation set, at the step of the best epoch."""
+    """The curve on the page is that of the restored best model, at the step of the best epoch."""
     trainer = overfitting_trainer(tmp_path)
     train, val = noisy_data()
     result = trainer.fit(train, val, epochs=60)
@@ -140,7 +140,7 @@ def test_the_best_epoch_before_a_resumption_is_shown(tmp_path, later):
 
 
 def test_other_models_show_neither(tmp_path):
-    """A regression has no confusion matrix and no curve on its page, and nothing of it breaks."""
+    """A regression has neither a confusion matrix nor precision-recall curves."""
     model = nn.Linear(3, 1)
     x = torch.randn(20, 3)
     loader = DataLoader(TensorDataset(x, x[:, :1]), 6)

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 import fitwatch as fw
-from fitwatch.tensorboard.thinning import FULL, Thinner, horizon, merged
+from fitwatch.tensorboard.thinning import LIMIT, Thinner, horizon
 from tests._events import points
+
+FULL = LIMIT // 2  # points of a first fit before any are merged
 
 
 def loop(folder, windows, *, log_every=50, max_steps=None):
-    """A TensorBoard callback fed with so many windows of records, each a function of the window's number."""
+    """Feed a TensorBoard callback with records, one dict per log window, and return the run's folder."""
     model = nn.Linear(1, 1)
     state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters()), loss=fw.CrossEntropy())
     state.max_steps = max_steps
@@ -22,16 +24,14 @@ def loop(folder, windows, *, log_every=50, max_steps=None):
     page.on_epoch_start(state)
     for number, values in enumerate(windows):
         state.progress.step = log_every * (number + 1)
-        state.records = [
-            fw.records.Record(name, state.progress.step, v, reduce) for name, (v, reduce) in values.items()
-        ]
+        state.records = [fw.records.Record(name, state.progress.step, v, reduce) for name, (v, reduce) in values.items()]
         page.on_log(state)
     page.on_fit_end(state)
     return page.run_dir
 
 
 def test_a_million_steps_are_at_most_a_thousand_points(tmp_path):
-    """Of 20,000 windows a spike of a maximum survives, the means stay exact means, and the first 500 points are as logged."""
+    """Of 20,000 windows the spikes of a maximum survive, means stay exact, and the first 500 points are as logged."""
     rng = random.Random(0)  # noqa: S311 - no secret
     noise = [rng.random() for _ in range(20_000)]
     spikes = [17, 700, 12_345, 19_999]
@@ -66,7 +66,7 @@ def test_a_million_steps_are_at_most_a_thousand_points(tmp_path):
 
 @pytest.mark.parametrize("horizon", [1_000_000, None, 2_000])
 def test_a_million_values_are_at_most_a_thousand_points(horizon):
-    """With a window at each step too, and also where the end of the fit is unknown (taken for 4 times as far) or was wrong."""
+    """The limit also holds with a window per step, and if the end of the fit is unknown or was estimated wrongly."""
     thinner, written = Thinner(), []
     for step in range(1, 1_000_001):
         point = thinner.add("x", step, 1.0, "mean", 4 * step if horizon is None else horizon)
@@ -79,28 +79,26 @@ def test_a_million_values_are_at_most_a_thousand_points(horizon):
     assert steps[-1] == 1_000_000
 
 
-def test_a_curve_is_merged_evenly_into_500_points():
-    """Of 700 dense and 300 sparse points the sparse ones stay almost all, a NaN in a maximum stays, the last point is the last."""
-    curve = [
-        *((i, float(i)) for i in range(1, 701)),
-        *((700 + 100 * i, math.nan if i == 7 else 1.0) for i in range(1, 301)),
-    ]
-    values = merged(curve, "max", 0.0)
-    kept = [(step, value) for (step, _), value in zip(curve, values, strict=True) if value is not None]
-    assert 250 < len(kept) <= FULL
-    assert sum(step > 700 for step, _ in kept) >= 290
-    assert [step for step, value in kept if math.isnan(value)] == [1400]
-    assert kept[-1] == curve[-1]
-    assert max(value for step, value in kept if step <= 700) == 700
-
-
-def test_a_short_curve_is_not_merged():
-    """500 points stay as they are."""
-    assert merged([(i, float(i)) for i in range(FULL)], "mean", 0.0) == [float(i) for i in range(FULL)]
+def test_later_fits_share_the_points_that_are_left():
+    """Fits of 10,000 values each write 750 points, then 3/4 of the 250 left, and so on, but never fewer than 15."""
+    thinner, steps = Thinner(), []
+    for fit in range(8):
+        thinner.start(resumed=False)
+        points = [
+            thinner.add("x", s, 1.0, "mean", (fit + 1) * 10_000)
+            for s in range(fit * 10_000 + 1, (fit + 1) * 10_000 + 1)
+        ]
+        steps.append([step for step, _ in [*filter(None, points), *(point for _, point in thinner.rest())]])
+    counts = [len(fit) for fit in steps]
+    assert counts[0] == pytest.approx(750, abs=5)
+    assert counts[1] == pytest.approx(0.75 * (1000 - counts[0]), abs=5)
+    assert all(15 <= count <= 20 for count in counts[4:])
+    assert [fit[-1] for fit in steps] == [10_000 * (fit + 1) for fit in range(8)]
+    assert sum(counts) < 1000 + 8 * 20
 
 
 def test_a_nan_survives_in_a_maximum():
-    """A NaN that is merged with larger and smaller maxima stays a NaN, wherever it came among them."""
+    """A NaN merged with larger and smaller maxima stays NaN, whatever its position."""
     for place in range(4):
         thinner = Thinner()
         for step in range(1, FULL + 1):
@@ -113,13 +111,13 @@ def test_a_nan_survives_in_a_maximum():
 
 
 def test_a_curve_goes_on_from_its_state_and_its_first_value_is_a_point_at_once():
-    """After a round trip through the state the points are the same, and a fit that begins writes its first value, with what waits."""
+    """A round trip through the state keeps the points, and a resumed fit writes its first value at once, with the waiting ones."""
     first, second = Thinner(), Thinner()
     for step in range(1, 1003):
         first.add("x", step, float(step), "mean", 10_000)
     second.load_state_dict(first.state_dict())
     for thinner in (first, second):
-        thinner.begin()
+        thinner.start(resumed=True)
     points = [[t.add("x", step, float(step), "mean", 10_000) for step in range(1003, 3000)] for t in (first, second)]
     assert points[0] == points[1]
     step, value = points[0][0]
@@ -130,7 +128,7 @@ def test_a_curve_goes_on_from_its_state_and_its_first_value_is_a_point_at_once()
 
 @pytest.mark.parametrize("options", [{"epochs": 3}, {"max_steps": 7}, {"epochs": 3, "max_steps": 40}], ids=str)
 def test_the_end_of_a_fit_is_foreseen(options):
-    """From the first log window on, with two batches a step, the horizon is the step at which each of two fits ends."""
+    """From the first log window on, with two batches per step, the horizon is the last step of each of two fits."""
     seen = []
 
     class Ask(fw.Callback):
@@ -148,7 +146,7 @@ def test_the_end_of_a_fit_is_foreseen(options):
 
 
 def test_where_no_end_is_known_it_is_four_times_as_far():
-    """A loop of one's own says nothing about its end."""
+    """A custom loop that gives no end has a horizon of four times its steps."""
     state = fw.State(model=nn.Linear(1, 1), optimizer=None, loss=None)
     state.progress.step = 30
     assert horizon(state) == 120

@@ -1,4 +1,4 @@
-"""TensorBoard's files when things go wrong: a kill, a full disk, a folder that is not there, a resumption."""
+"""Event files after a kill, a full disk, a missing folder and a resumption."""
 
 import re
 import signal
@@ -15,14 +15,14 @@ from tests._server import get, noisy_data, overfitting_trainer, serve
 
 
 def python(code):
-    """Run code in a process of its own; what a user sees is in stderr."""
+    """Run code in a separate process and capture its stderr."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
     )
 
 
 def test_a_process_that_is_killed_loses_nothing_and_a_forked_child_writes_nothing(tmp_path):
-    """After SIGKILL in epoch 3, with a forked child that also had the files, every point of epochs 0 to 2 is there once."""
+    """After SIGKILL in epoch 3, every point of epochs 0 to 2 is there once, although a forked child had the files too."""
     ended = python(f"""
         import os, signal
         import fitwatch as fw
@@ -52,7 +52,7 @@ def test_a_process_that_is_killed_loses_nothing_and_a_forked_child_writes_nothin
 
 
 def test_workers_of_a_loader_do_not_hang_it(tmp_path):
-    """With two forked workers in both loaders, started while the files are open, a fit ends and its curves are whole."""
+    """With forked workers in both loaders, started while the files are open, a fit ends with complete curves."""
     ended = python(f"""
         from torch.utils.data import DataLoader
         from tests._server import noisy_data, overfitting_trainer
@@ -65,7 +65,7 @@ def test_workers_of_a_loader_do_not_hang_it(tmp_path):
 
 
 def test_a_full_disk_ends_the_fit_with_the_epoch_saved(tmp_path):
-    """When a file can't grow any more the error names it, the epoch is trained to its end and saved, and goes on from there."""
+    """On a full disk the error names the file, the epoch is completed and saved, and the fit can be resumed from it."""
     code = """
         import resource
         import fitwatch as fw
@@ -98,7 +98,7 @@ def test_a_full_disk_ends_the_fit_with_the_epoch_saved(tmp_path):
 
 
 def test_a_full_disk_in_the_last_epoch_is_an_error_too(tmp_path):
-    """A fit whose last points could not be written does not end as if all was well."""
+    """A fit whose last points could not be written ends with an error."""
     ended = python(f"""
         import resource
         import fitwatch as fw
@@ -114,9 +114,9 @@ def test_a_full_disk_in_the_last_epoch_is_an_error_too(tmp_path):
     assert re.search(rf"OSError: .*TensorBoard can't write to {re.escape(str(tmp_path))}/run/", ended.stderr)
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nobody can make a folder")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nobody can create a folder")
 def test_a_folder_that_cannot_be_written_to_is_refused_before_step_1():
-    """Where no folder can be made, whoever one is, the error names it and nothing is trained."""
+    """If the folder can't be created, even by root, the error names it before the first step."""
     trainer = overfitting_trainer("/proc/self/runs")
     with pytest.raises(OSError, match="/proc/self/runs/run"):
         trainer.fit(*noisy_data(), epochs=1)
@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_step_1():
 
 
 def test_a_disk_that_is_full_from_the_start_is_refused_before_step_1(tmp_path):
-    """Where the folder can be made but nothing written into it, nothing is trained."""
+    """If the folder can be created but not written, the fit fails before the first step."""
     ended = python(f"""
         import resource
         from tests._server import noisy_data, overfitting_trainer
@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_from_the_start_is_refused_before_step_1(tmp_path):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """A run of 18 epochs, resumed at 10 to stop at 12, with another log window and texts beyond; and its history."""
+    """Return the folder and the history of a run of 18 epochs, resumed at 10 to stop at 12 with a longer log window."""
     folder = tmp_path_factory.mktemp("runs")
 
     class Tell(fw.Callback):
@@ -169,7 +169,7 @@ LR_STEPS = [*range(2, 61, 2), *range(63, 73, 3)]
 
 
 def test_resumed_curves_in_the_files(resumed):
-    """EventAccumulator finds each point once, none of what did not happen, and no bar, text or dot of it."""
+    """EventAccumulator finds each point once, and no point, bar, text or dot from beyond the point of resumption."""
     folder, history = resumed
     for run in ("train", "val"):
         assert points(folder / "run" / run, "loss") == curve(history, f"{run}/loss")
@@ -180,14 +180,14 @@ def test_resumed_curves_in_the_files(resumed):
 
 
 def steps_of(folder):
-    """Steps of all scalars."""
+    """Return the steps of all scalars."""
     events = read(folder)
     return [event.step for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
 
 
 @pytest.mark.parametrize("options", [(), ("--load_fast=false",)], ids=["default", "slow"])
 def test_resumed_curves_in_the_server(resumed, options):
-    """Both of TensorBoard's servers show the same: each point once, and nothing beyond the point of resumption that is old."""
+    """Both TensorBoard servers show each point once and nothing old from beyond the point of resumption."""
     folder, history = resumed
     with serve(folder, *options) as address:
 

@@ -1,4 +1,4 @@
-"""Several runs beside each other: settings in one table, trials in one row, one link that compares."""
+"""Several runs: settings in one table, trials in one row, one link that compares them."""
 
 import json
 from urllib.parse import parse_qs, urlsplit
@@ -16,7 +16,7 @@ STATUSES = [f"STATUS_{name}" for name in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNN
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A full run, one of another kind that failed, and three trials of one group."""
+    """Return a folder with a complete run, a failed one of another kind, and three trials of one group."""
     folder = tmp_path_factory.mktemp("runs")
     overfitting_trainer(folder, name="full").fit(*noisy_data(), epochs=3)
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def table(address):
-    """The columns of the HParams page, and its rows by name."""
+    """Return the columns of the HParams page, and its rows by name."""
     body = {"experimentName": "", "startIndex": 0, "sliceSize": 50, "colParams": [], "allowedStatuses": STATUSES}
     experiment = post(address, "hparams/experiment", {"experimentName": ""})
     columns = [sorted(h["name"] for h in experiment["hparamInfos"])]
@@ -53,7 +53,7 @@ def table(address):
 
 
 def test_the_table_of_settings_stays_put(folder):
-    """Two starts of the server give the same columns and rows; every row has every setting, that of the failed run too."""
+    """Two server starts give the same columns and rows; every row has every setting, even that of the failed run."""
     tables = []
     for _ in range(2):
         with serve(folder) as address:
@@ -69,7 +69,7 @@ def test_the_table_of_settings_stays_put(folder):
 
 
 def test_a_group_has_the_mean_of_its_trials(folder):
-    """The loss in the row of the group is the mean of the best losses of its three runs."""
+    """The loss in a group's row is the mean of the best losses of its runs."""
     losses = [read(folder / f"trial-{seed}/best").Scalars("loss")[0].value for seed in range(3)]
     assert len(set(losses)) == 3
     with serve(folder) as address:
@@ -79,7 +79,7 @@ def test_a_group_has_the_mean_of_its_trials(folder):
 
 
 def test_the_link_that_compares(folder):
-    """It filters the validation curves and dots of all runs, gives each run one colour, and pins tags that have data."""
+    """The link shows validation curves and dots of all runs, one colour per run, and pins tags with data."""
     trainer = overfitting_trainer(folder, name="last")
     trainer.fit(*noisy_data(), epochs=1)
     parts = urlsplit(trainer.callbacks[-1].link(compare=True))
@@ -93,7 +93,7 @@ def test_the_link_that_compares(folder):
 
 
 def test_the_link_that_compares_is_printed_where_there_are_others(tmp_path, capsys):
-    """The first run of a folder prints its own link alone, the second one the link to both too."""
+    """The first run in a folder prints only its own link, the second also the link that compares."""
     for name, times in (("first", 0), ("second", 2)):
         trainer = overfitting_trainer(tmp_path, name=name)
         trainer.callbacks[-1].show_link = True
@@ -102,7 +102,7 @@ def test_the_link_that_compares_is_printed_where_there_are_others(tmp_path, caps
 
 
 def test_the_monitored_metric_is_pinned_first(tmp_path):
-    """Of several metrics the link pins the monitored one, else the first that the user named."""
+    """The link pins the monitored metric, or else the user's first."""
 
     def pins(**options):
         torch.manual_seed(0)
@@ -119,7 +119,7 @@ def test_the_monitored_metric_is_pinned_first(tmp_path):
 
 
 def test_the_layout_grows_with_the_curves(tmp_path):
-    """A curve that begins late gets its chart: the server shows the newest layout."""
+    """A curve that starts late gets its chart, since the server shows the newest layout."""
 
     class Late(fw.Callback):
         def on_step_end(self, state):
@@ -135,7 +135,7 @@ def test_the_layout_grows_with_the_curves(tmp_path):
 
 
 def test_the_end_report_is_a_table_to_paste(tmp_path):
-    """It has the best epoch's values, train beside validation, and how the fit ended, under the name of the run."""
+    """The end report has the best epoch's values, train beside validation, and how the fit ended, with the run's name."""
     result = (trainer := overfitting_trainer(tmp_path, name="mine")).fit(*noisy_data(), epochs=4)
     [event] = read(tmp_path / "mine/best").Tensors("report/end")
     report = event.tensor_proto.string_val[0].decode()
@@ -152,6 +152,6 @@ def test_the_end_report_is_a_table_to_paste(tmp_path):
 
 @pytest.mark.parametrize("group", [3, ["a"]])
 def test_a_group_that_is_no_name_is_refused(group):
-    """A group is a string."""
+    """A group must be a string."""
     with pytest.raises(TypeError, match="group"):
         fw.TensorBoard("runs", group=group)

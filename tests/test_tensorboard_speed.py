@@ -1,4 +1,4 @@
-"""What the page says about the optimizer and about speed."""
+"""Learning rates and speed on the page."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ def fit(folder, groups=1, *, trainer=fw.Trainer, batches=(4, 4, 4, 4, 2), epochs
 
 
 def test_each_group_of_parameters_has_its_learning_rate(tmp_path):
-    """Two groups give two curves, `optim/lr/0` and `optim/lr/1`, and a chart for both; one group gives `optim/lr` alone."""
+    """Two parameter groups give the curves `optim/lr/0` and `optim/lr/1` in one chart; one group gives `optim/lr` alone."""
     fit(tmp_path / "one")
     tags = [tag for tag in read(tmp_path / "one/run/train").Tags()["scalars"] if tag.startswith("optim/lr")]
     assert tags == ["optim/lr"]
@@ -38,7 +38,7 @@ def test_each_group_of_parameters_has_its_learning_rate(tmp_path):
 
 
 class Slow(fw.Trainer):
-    """Its clock stands, but for a second a training batch, and a hundred a validation batch."""
+    """A trainer whose fake clock advances 1 s per training batch and 100 s per validation batch."""
 
     now = 0.0
 
@@ -52,7 +52,7 @@ class Slow(fw.Trainer):
 
 
 def test_examples_per_second_and_epoch_seconds_leave_validation_out(tmp_path, monkeypatch):
-    """With a second a batch: examples of the window over its batches, and an epoch's seconds are its batches."""
+    """Rate and epoch seconds count the training batches only, at one second each."""
     monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: Slow.now))
     trainer = fit(tmp_path, trainer=Slow)
     assert points(tmp_path / "run/train", "speed/examples_per_second") == [
@@ -63,7 +63,7 @@ def test_examples_per_second_and_epoch_seconds_leave_validation_out(tmp_path, mo
 
 
 def test_validation_within_an_epoch_is_left_out_too(tmp_path, monkeypatch):
-    """With a validation after every third step the rates and seconds are the same as if there were none."""
+    """A validation every third step does not change rates and epoch seconds."""
     monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: Slow.now))
     model = nn.Linear(3, 3)
     loader = [(torch.randn(4, 3), torch.arange(4) % 3)] * 5
@@ -75,7 +75,7 @@ def test_validation_within_an_epoch_is_left_out_too(tmp_path, monkeypatch):
 
 
 def test_batches_of_unknown_size_lack_the_examples_per_second_alone(tmp_path):
-    """A batch without a tensor in it trains as ever; its epochs have their seconds."""
+    """Batches without a tensor have no rate of examples, but their epochs have seconds."""
 
     class Mine(fw.Trainer):
         def training_step(self, batch):

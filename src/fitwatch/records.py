@@ -1,11 +1,16 @@
-"""What is logged, as a writer gets it."""
+"""What is logged, as a callback that writes to a tracker gets it."""
 
 from attrs import field, frozen
 
 
 @frozen
 class Marker:
-    """A vertical bar on the loss chart, from ``low`` to ``high`` (both in units of the loss)."""
+    """An event on the loss chart, drawn as a vertical bar. The name of its `Record` is the name of the event.
+
+    Attributes:
+        low: Lower end of the bar, in units of the loss.
+        high: Upper end of the bar, in units of the loss.
+    """
 
     low: float
     high: float
@@ -13,7 +18,13 @@ class Marker:
 
 @frozen
 class Image:
-    """A picture: the bytes of a PNG file, and its size in pixels."""
+    """A picture.
+
+    Attributes:
+        png: The content of a PNG file.
+        width: Width in pixels.
+        height: Height in pixels.
+    """
 
     png: bytes = field(repr=False)
     width: int
@@ -22,13 +33,13 @@ class Image:
 
 @frozen
 class Histogram:
-    """How values are spread: one count for each bucket.
+    """A distribution of values as a histogram with n buckets.
 
     Attributes:
-        edges: The limits of the buckets, rising, one more than there are buckets.
-        counts: How many values lie in each bucket.
-        sum: Of the values.
-        sum_squares: Of the values.
+        edges: The n + 1 bucket edges, in ascending order.
+        counts: Number of values in each of the n buckets.
+        sum: Sum of all values.
+        sum_squares: Sum of the squares of all values.
     """
 
     edges: tuple[float, ...] = field(repr=False)
@@ -44,11 +55,26 @@ Value = float | str | Marker | Image | Histogram
 class Record:
     """One logged value, on the host.
 
+    A callback that writes to a tracker (set ``main_only``, so that only rank 0 writes) needs four hooks:
+
+    - ``on_fit_start``: open the tracker. ``state.settings`` holds the Trainer's settings; callbacks may add to it in
+      ``on_fit_start``, so it is complete at the first ``on_epoch_start``. If ``state.resumed``, everything logged
+      beyond ``state.progress.step`` is void.
+    - ``on_log``: write ``state.records``, which holds everything logged since the last ``on_log``, each value once.
+      Numbers have the current step. Texts, images, histograms and markers have the step at which they were logged, and
+      a name may occur several times. A number may be NaN or infinite. A marker may have a step long before the current
+      one. ``on_log`` may be called twice at one step, after a log window and after a validation.
+    - After a validation ``state.history.best`` is the best evaluation so far, or None, and
+      ``state.history.is_best`` tells whether it is the newest.
+    - ``on_fit_end``: close the tracker. ``state.error`` is the exception that ended the fit, or None; otherwise
+      ``state.stop_reason`` says why the fit was stopped, or is None if it ran to its end.
+
     Attributes:
         name: ``train/...`` or ``val/...``; for a `Marker`, the name of the event.
-        step: Optimizer steps completed when it was measured.
+        step: Optimizer steps completed when the value was logged.
         value: A number, a Markdown text, a `Marker`, an `Image`, or a `Histogram`.
-        reduce: What stands for the window: ``"mean"``, ``"max"`` or ``"last"``; empty where a function did it.
+        reduce: How the values of the log window were reduced to this number: ``"mean"``, ``"max"`` or ``"last"``;
+            empty for a custom function, and for values that are not numbers.
     """
 
     name: str
@@ -58,5 +84,5 @@ class Record:
 
     @property
     def merge(self) -> str:
-        """What is to stand for several windows, as in ``reduce``; where that is empty, the name tells."""
+        """How to merge the numbers of several log windows: ``reduce``, or if that is empty, by the name."""
         return self.reduce or ("max" if "_max/" in f"{self.name}/" else "mean")

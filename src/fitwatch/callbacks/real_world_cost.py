@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fitwatch.callback import Callback
 from fitwatch.losses.costs import CostMatrix, as_cost_matrix, decide, probabilities_of
+from fitwatch.markdown import table
 from fitwatch.state import State
 from fitwatch.tensorboard.confusion import confusion_image
 
@@ -52,7 +53,7 @@ class RealWorldCost(Callback):
         """After a new best evaluation, log the confusion matrices and the table."""
         if not state.history.is_best or not bool(self._decisions["cost"].counts.any()):  # no target counts
             return
-        rows = ["| decision | cost per example | savings |", "|---|---|---|"]
+        rows = []
         for name, title in (("cost", "most probable class"), ("cost_optimal", "least expected cost")):
             counts = self._decisions[name].counts
             picture = confusion_image(counts, self.costs.classes, self.costs.matrix, title=title)
@@ -60,9 +61,9 @@ class RealWorldCost(Callback):
             answer, constant = self.costs.cheapest_constant(counts.sum(1))
             cost = state.metrics[f"val/{name}"]
             savings = f"{1 - cost / constant:.1%}" if constant else ""
-            rows.append(f"| {title} | {cost:.6g} | {savings} |")
-        rows.append(f"| always {self.costs.classes[answer]} | {constant:.6g} | |")
-        state.log("val/report/costs", "\n".join(rows))
+            rows.append([title, f"{cost:.6g}", savings])
+        rows.append([f"always {self.costs.classes[answer]}", f"{constant:.6g}", ""])
+        state.log("val/report/costs", table(("decision", "cost per example", "savings"), rows))
 
     def _least_cost(self, outputs: Tensor) -> Tensor:
         probabilities = probabilities_of(outputs)

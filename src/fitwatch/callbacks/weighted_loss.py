@@ -14,6 +14,7 @@ from fitwatch.data.batches import sampler_of
 from fitwatch.data.counting import count_over_ranks
 from fitwatch.losses import BinaryCrossEntropy, Loss
 from fitwatch.losses.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
+from fitwatch.markdown import table
 from fitwatch.options import instance, integer, one_of
 from fitwatch.state import State
 
@@ -196,15 +197,10 @@ class WeightedLoss(Callback):
 
 
 def _table(weights: Tensor, counts: Tensor | None) -> str:
-    if weights.dim() == 2:
-        rows = [
-            "| label | negatives | positives | weight of negatives | weight of positives |",
-            "|---|---|---|---|---|",
-        ]
-    else:
-        rows = ["| class | examples | weight |", "|---|---|---|"]
+    multi_label = ("label", "negatives", "positives", "weight of negatives", "weight of positives")
+    rows = []
     for label, weight in enumerate(weights.reshape(len(weights), -1).tolist()):
         known = [] if counts is None else counts.reshape(len(weights), -1)[label].tolist()
         cells = [f"{n:.10g}" for n in known] or [""] * len(weight)
-        rows.append(f"| {' | '.join([str(label), *cells, *(f'{w:.4g}' for w in weight)])} |")
-    return "\n".join(rows)
+        rows.append([label, *cells, *(f"{w:.4g}" for w in weight)])
+    return table(multi_label if weights.dim() == 2 else ("class", "examples", "weight"), rows)

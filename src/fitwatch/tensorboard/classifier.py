@@ -1,6 +1,4 @@
-"""What a classifier's validation outputs say: counts for the confusion matrix and for precision-recall curves."""
-
-from typing import Any
+"""Counts of a classifier's validation outputs, for its confusion matrix and precision-recall curves."""
 
 import torch
 from attrs import define
@@ -11,7 +9,7 @@ from fitwatch.losses.base import ClassLoss
 from fitwatch.state import State
 
 STEPS = 128
-"""Thresholds are i / 128 for i = 0 ... 128: a power of two, so that a probability falls into its bucket exactly."""
+"""Thresholds are i / 128 for i = 0 ... 128: a power of two, so that each is exact in binary."""
 
 MOST_CURVES = 10
 MOST_CLASSES = 100
@@ -19,13 +17,12 @@ MOST_CLASSES = 100
 
 @define
 class Counts:
-    """Sums over one pass; each example counts with its weight.
+    """Sums of example weights over one pass.
 
     Attributes:
-        matrix: The confusion matrix, row true, column predicted, shape (C, C); None for several labels.
-        scores: How often the probability of column k fell into each of the buckets between thresholds, for the examples
-            that are k (first) and those that are not, shape (K, 2, STEPS + 1). K is 1 where there are two classes.
-            None for more than `MOST_CURVES` classes.
+        matrix: Confusion matrix, row true, column predicted, shape (C, C); None for multi-label outputs.
+        scores: Histogram of the probability of column k between the thresholds, for examples of class k (first) and
+            for the others, shape (K, 2, STEPS + 1). K is C, but 1 for two classes. None if K is above `MOST_CURVES`.
     """
 
     matrix: Tensor | None
@@ -33,13 +30,13 @@ class Counts:
 
 
 class ClassCounts:
-    """Watches validation, and counts as long as it sees a classifier; nothing is read back from the device.
+    """Observer of validation that counts the outputs of a classifier, without waiting for the device.
 
-    It knows one by its loss, since only that tells what the outputs mean: logits of shape (N, C) with class indices, or
-    one logit, or with `BinaryCrossEntropy` several labels, each with a logit.
+    The loss tells what the outputs mean: logits of shape (N, C) with class indices, one logit, or, with
+    `BinaryCrossEntropy`, one logit for each of several labels. `counts` is None for all other outputs.
 
     Args:
-        state: Of the fit, for its loss.
+        state: State of the fit, read for its loss.
     """
 
     def __init__(self, state: State) -> None:
@@ -47,94 +44,83 @@ class ClassCounts:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        loss = self._state.loss
-        kinds = (ClassLoss, BinaryCrossEntropy, ExpectedCost, RealWorldCrossEntropy)
-        self._ignore_index: int | None = getattr(loss, "ignore_index", None)
-        self._several = isinstance(loss, BinaryCrossEntropy)
-        self._applies = isinstance(loss, kinds)
+        """Start a new pass."""
+        self._loss: object = self._state.loss
+        self._applies = isinstance(self._loss, (ClassLoss, BinaryCrossEntropy, ExpectedCost, RealWorldCrossEntropy))
         self.counts: Counts | None = None
 
-    def update(self, outputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
-        """Take in a batch, or give up on what is none of a classifier."""
+    def update(self, outputs: object, targets: object, sample_weight: Tensor | None = None) -> None:
+        """Count a batch; stop counting if its outputs are not supported."""
         if not (self._applies and isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
             return
+        batch = self._count(outputs.detach(), targets.detach(), sample_weight)
+        if batch is None:
+            self._applies, self.counts = False, None
+        elif self.counts is None:
+            self.counts = batch
+        else:
+            self.counts.matrix = _sum(self.counts.matrix, batch.matrix)
+            self.counts.scores = _sum(self.counts.scores, batch.scores)
+
+    def _count(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Counts | None:
         wide = torch.float32 if outputs.device.type == "mps" else torch.float64
-        logits = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+        logits = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         weights = torch.ones(len(logits), dtype=wide, device=logits.device)
         if sample_weight is not None:
-            if sample_weight.numel() != len(logits):  # one for each position
-                self._applies, self.counts = False, None
-                return
+            if sample_weight.numel() != len(logits):  # a weight per position
+                return None
             weights = weights * sample_weight.detach().reshape(-1)
         columns = 1 if logits.dim() == 1 else logits.shape[1]
         if logits.dim() <= 2 and columns == 1 and targets.numel() == len(logits):
-            positive = targets.detach().reshape(-1, 1).to(wide)
-            if self._ignore_index is not None:
-                weights = weights * (positive[:, 0] != self._ignore_index)
-            self._add(logits.reshape(-1, 1), positive, weights)
-        elif logits.dim() == 2 and targets.dim() == 1 and not targets.is_floating_point():
-            self._add_classes(logits, targets.detach().long(), weights)
-        elif self._several and logits.dim() == 2 and targets.shape == logits.shape:
-            self._add(logits, targets.detach().to(wide), weights)
-        else:  # soft labels, or a class for each position
-            self._applies, self.counts = False, None
-
-    def _add(self, logits: Tensor, positive: Tensor, weights: Tensor) -> None:
-        """One logit a column, (N, K), and how much each is a positive, (N, K)."""
-        shares = torch.stack([1 - positive, positive], 1) * weights[:, None, None]  # (N, 2, K)
-        matrix = None
-        if logits.shape[1] == 1:
-            predicted = (logits[:, 0] > 0).long()
-            matrix = shares.new_zeros(2, 2).index_add_(0, predicted, shares[:, :, 0]).T
-        self._sum(matrix, _scores(logits.sigmoid(), shares.flip(1)))
-
-    def _add_classes(self, logits: Tensor, targets: Tensor, weights: Tensor) -> None:
-        """C logits, (N, C), and class indices, (N,)."""
-        classes = logits.shape[1]
-        if classes > MOST_CLASSES:
-            return
-        valid = (targets >= 0) & (targets < classes)  # ignored ones are not; no look at the values: it would wait
-        weights, targets = weights * valid, targets.clamp(0, classes - 1)
-        cells = targets * classes + logits.argmax(1)
-        matrix = weights.new_zeros(classes**2).index_add_(0, cells, weights).reshape(classes, classes)
-        scores = None
-        if classes <= MOST_CURVES:
-            is_k = torch.nn.functional.one_hot(targets, classes).to(weights.dtype)
-            columns = slice(1, 2) if classes == 2 else slice(None)  # of two classes one tells all
-            shares = torch.stack([is_k, 1 - is_k], 1)[:, :, columns] * weights[:, None, None]
-            scores = _scores(logits.softmax(1)[:, columns], shares)
-        self._sum(matrix, scores)
-
-    def _sum(self, matrix: Tensor | None, scores: Tensor | None) -> None:
-        if self.counts is None:
-            self.counts = Counts(matrix, scores)
-            return
-        if matrix is not None and self.counts.matrix is not None:
-            self.counts.matrix = self.counts.matrix + matrix
-        if scores is not None and self.counts.scores is not None:
-            self.counts.scores = self.counts.scores + scores
+            logits, positive = logits.reshape(-1, 1), targets.reshape(-1, 1).to(wide)
+            ignore_index = getattr(self._loss, "ignore_index", None)
+            if ignore_index is not None:
+                weights = weights * (positive[:, 0] != ignore_index)
+            matrix = _matrix((logits[:, 0] > 0).long(), torch.cat([1 - positive, positive], 1), weights)
+            return Counts(matrix, _scores(logits.sigmoid(), positive, weights))
+        if logits.dim() == 2 and targets.dim() == 1 and not targets.is_floating_point() and columns <= MOST_CLASSES:
+            targets = targets.long()
+            weights = weights * ((targets >= 0) & (targets < columns))  # ignored targets are out of range
+            is_k = torch.nn.functional.one_hot(targets.clamp(0, columns - 1), columns).to(wide)
+            matrix = _matrix(logits.argmax(1), is_k, weights)
+            shown = slice(1, 2) if columns == 2 else slice(None)  # the curve of class 1 has all that class 0 has
+            return Counts(matrix, _scores(logits.softmax(1)[:, shown], is_k[:, shown], weights))
+        if isinstance(self._loss, BinaryCrossEntropy) and logits.dim() == 2 and targets.shape == logits.shape:
+            return Counts(None, _scores(logits.sigmoid(), targets.to(wide), weights))
+        return None  # soft labels, or a class per position
 
 
-def _scores(probabilities: Tensor, shares: Tensor) -> Tensor | None:
-    """Sums of ``shares``, (N, 2, K), by column and by bucket of ``probabilities``, (N, K): shape (K, 2, STEPS + 1)."""
+def _matrix(predicted: Tensor, is_class: Tensor, weights: Tensor) -> Tensor:
+    """Return the confusion matrix, (C, C), from predictions (N,), one-hot targets (N, C) and weights (N,)."""
+    classes = is_class.shape[1]
+    return weights.new_zeros(classes, classes).index_add_(0, predicted, is_class * weights[:, None]).T
+
+
+def _scores(probabilities: Tensor, positive: Tensor, weights: Tensor) -> Tensor | None:
+    """Return `Counts.scores` from probabilities and targets in [0, 1], both (N, K), and weights (N,)."""
     columns = probabilities.shape[1]
     if columns > MOST_CURVES:
         return None
-    buckets = (probabilities * STEPS).nan_to_num(0.0).long()
-    sums = shares.new_zeros(columns, 2, STEPS + 1)
-    for k in range(columns):
-        for kind in range(2):
-            sums[k, kind].index_add_(0, buckets[:, k], shares[:, kind, k])
-    return sums
+    rows = torch.arange(2 * columns, device=weights.device).reshape(columns, 2)
+    cells = rows * (STEPS + 1) + (probabilities * STEPS).nan_to_num(0.0).long()[:, :, None]  # (N, K, 2)
+    shares = torch.stack([positive, 1 - positive], 2) * weights[:, None, None]
+    sums = weights.new_zeros(2 * columns * (STEPS + 1)).index_add_(0, cells.reshape(-1), shares.reshape(-1))
+    return sums.reshape(columns, 2, STEPS + 1)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a + b
 
 
 def curve(scores: Tensor) -> list[list[float]]:
-    """A precision-recall curve from one column's sums, (2, STEPS + 1).
+    """Return a precision-recall curve.
+
+    Args:
+        scores: `Counts.scores` of one column, shape (2, STEPS + 1).
 
     Returns:
-        At each threshold i / STEPS, where a probability of that much or more says yes: true positives, false positives,
-        true negatives, false negatives, precision and recall; six rows.
+        Six rows with a value per threshold i / STEPS, where probabilities of at least the threshold are positive: true
+        positives, false positives, true negatives, false negatives, precision and recall.
     """
     above = scores.double().flip(1).cumsum(1).flip(1)
     (tp, fp), (positives, negatives) = above, above[:, 0]

@@ -1,45 +1,26 @@
-"""How fast training goes, without the time for validation."""
+"""Seconds of training."""
 
 import time
 
 
 class Clock:
-    """Seconds and examples of training; it stands still while the model is validated.
+    """Counts seconds of training; it is paused during validation.
 
-    It is read where the host has just waited for the device, so that work that is merely queued is not taken for done.
+    Read it only after the host has waited for the device: queued work is not done yet.
     """
 
-    def __init__(self, examples: int) -> None:
-        self._examples = examples  # up to the last reading
-        self._window = 0.0  # seconds since
-        self._epoch = 0.0
-        self._since: float | None = None  # when it began to run; None: it stands
-
-    def begin_epoch(self) -> None:
-        """Count the seconds of an epoch anew."""
-        self.pause()
-        self._epoch = 0.0
-        self.run()
-
-    def pause(self) -> None:
-        """Stand still."""
-        if self._since is not None:
-            passed = time.perf_counter() - self._since
-            self._window, self._epoch, self._since = self._window + passed, self._epoch + passed, None
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._since: float | None = None  # when it was started; None if it is paused
 
     def run(self) -> None:
-        """Go on."""
+        """Start the clock unless it runs."""
         if self._since is None:
             self._since = time.perf_counter()
 
-    def rate(self, examples: int) -> float | None:
-        """Examples per second since the last reading, of ``examples`` in all; None if there were none."""
-        self.pause()
-        new, seconds = examples - self._examples, self._window
-        self._examples, self._window = examples, 0.0
-        return new / seconds if new and seconds else None
-
-    def epoch_seconds(self) -> float:
-        """Seconds of this epoch's training."""
-        self.pause()
-        return self._epoch
+    def pause(self) -> float:
+        """Pause the clock and return the seconds counted so far."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+        return self._seconds

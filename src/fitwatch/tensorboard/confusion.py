@@ -1,35 +1,38 @@
-"""A confusion matrix as a picture, drawn with Pillow, which TensorBoard brings."""
+"""A confusion matrix as an image, drawn with Pillow, which TensorBoard depends on."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fitwatch.records import Image
 
+if TYPE_CHECKING:
+    from PIL.ImageDraw import ImageDraw as Draw
+
 MOST_CLASSES = 12
-"""With more, cells are plain blocks: the picture would not fit a screen."""
+"""With more classes, cells are plain blocks, so that the image fits a screen."""
 
 _WHITE, _INK, _FAINT = (255, 255, 255), (32, 33, 36), (95, 99, 104)
-_RIGHT, _WRONG = (66, 133, 244), (230, 81, 0)  # blue on the diagonal, orange beside it
+_RIGHT, _WRONG = (66, 133, 244), (230, 81, 0)  # blue on the diagonal, orange elsewhere
 
 
 def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None = None, *, title: str = "") -> Image:
     """Draw a confusion matrix: rows true, columns predicted.
 
-    Each cell has its count, its share of the row, and with costs what it cost. The diagonal is the bluer the larger its
-    share of the row; the others are the more orange the larger their part of all costs (without costs, mistakes).
+    Each cell shows its count, its share of the row and, with costs, its total cost. Diagonal cells are bluer the larger
+    their share of the row; the others are more orange the larger their part of all costs (without costs, mistakes).
 
     Args:
-        counts: Shape (C, C): counts, or sums of weights.
+        counts: Counts or sums of weights, shape (C, C).
         classes: C names.
-        costs: What one example of each cell costs, shape (C, C).
-        title: Above the matrix.
+        costs: Cost of one example in each cell, shape (C, C).
+        title: Text above the matrix.
     """
-    from PIL import Image as Pillow  # noqa: PLC0415 - only who draws pays for it
+    from PIL import Image as Pillow  # noqa: PLC0415 - only drawing needs it
     from PIL import ImageDraw  # noqa: PLC0415
 
     table = counts.detach().cpu().double()
@@ -47,56 +50,46 @@ def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None
     worst = float(off.max()) or 1.0
     for i in range(number):
         for j in range(number):
-            strength = float(shares[i, j]) if i == j else float(off[i, j]) / worst
-            colour = _mix(_RIGHT if i == j else _WRONG, 0.85 * strength)
+            part = float(shares[i, j]) if i == j else float(off[i, j]) / worst
+            colour = _mix(_RIGHT if i == j else _WRONG, 0.85 * part)
             x, y = left + j * cell, top + i * height
             draw.rectangle((x, y, x + cell - 2 * (not blocks), y + height - 2 * (not blocks)), fill=colour)
             if not blocks:
                 cost = None if costs is None or i == j else float(costs[i, j])
                 _fill(draw, (x + cell // 2, y), colour, float(table[i, j]), share=float(shares[i, j]), cost=cost)
-    _write(draw, (left, 8), title, 15, anchor="la")
-    _write(draw, (left + number * cell // 2, top - (34 if not blocks else 16)), "predicted", 12, ink=_FAINT)
-    _write(draw, (14, top - 14), "true", 12, ink=_FAINT, anchor="la")
+    draw.text((left, 8), title, _INK, font_size=15)
+    draw.text((left + number * cell // 2, top - (16 if blocks else 34)), "predicted", _FAINT, font_size=12, anchor="mm")
+    draw.text((14, top - 14), "true", _FAINT, font_size=12)
     if not blocks:
         for k, name in enumerate(classes):
-            _write(draw, (left + k * cell + cell // 2, top - 12), _short(draw, name, cell - 6), 13)
-            _write(draw, (left - 8, top + k * height + height // 2), _short(draw, name, left - 16), 13, anchor="rm")
+            column, row = (left + k * cell + cell // 2, top - 12), (left - 8, top + k * height + height // 2)
+            draw.text(column, _short(draw, name, cell - 6), _INK, font_size=13, anchor="mm")
+            draw.text(row, _short(draw, name, left - 16), _INK, font_size=13, anchor="rm")
     if costs is not None and float(table.sum()):
         total, mean = float(spent.sum()), float(spent.sum() / table.sum())
-        _write(draw, (left, size[1] - 24), f"cost {_number(total)}, {mean:.4g} per example", 13, anchor="la")
+        draw.text((left, size[1] - 24), f"cost {_number(total)}, {mean:.4g} per example", _INK, font_size=13)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return Image(file.getvalue(), *size)
 
 
 def _fill(
-    draw: Any, top: tuple[int, int], colour: tuple[int, ...], count: float, *, share: float, cost: float | None
+    draw: Draw, top: tuple[int, int], colour: tuple[int, ...], count: float, *, share: float, cost: float | None
 ) -> None:
-    """The numbers of a cell."""
+    """Write the numbers of a cell."""
     x, y = top
     ink = _INK if sum(colour) > 420 else _WHITE
-    _write(draw, (x, y + 24), _number(count), 19, ink=ink)
-    _write(draw, (x, y + 45), f"{share:.1%}", 12, ink=ink)
+    draw.text((x, y + 24), _number(count), ink, font_size=19, anchor="mm")
+    draw.text((x, y + 45), f"{share:.1%}", ink, font_size=12, anchor="mm")
     if cost is not None:
-        _write(draw, (x, y + 62), f"x {cost:g} = {_number(count * cost)}", 12, ink=ink)
+        draw.text((x, y + 62), f"x {cost:g} = {_number(count * cost)}", ink, font_size=12, anchor="mm")
 
 
-def _write(
-    draw: Any, place: tuple[int, int], text: str, size: int, *, ink: tuple[int, ...] = _INK, anchor: str = "mm"
-) -> None:
-    from PIL import ImageFont  # noqa: PLC0415 - as above
-
-    draw.text(place, text, fill=ink, font=ImageFont.load_default(size=size), anchor=anchor)
-
-
-def _short(draw: Any, name: str, width: int) -> str:
-    """The name, cut to so many pixels."""
-    from PIL import ImageFont  # noqa: PLC0415 - as above
-
-    font = ImageFont.load_default(size=13)
-    if draw.textlength(name, font=font) <= width:
+def _short(draw: Draw, name: str, width: int) -> str:
+    """Return the name, shortened to ``width`` pixels."""
+    if draw.textlength(name, font_size=13) <= width:
         return name
-    while name and draw.textlength(name + "…", font=font) > width:
+    while name and draw.textlength(name + "…", font_size=13) > width:
         name = name[:-1]
     return name + "…"
 
@@ -107,5 +100,6 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
 
 
-def _mix(colour: tuple[int, int, int], strength: float) -> tuple[int, ...]:
-    return tuple(round(255 + (part - 255) * min(max(strength, 0.0), 1.0)) for part in colour)
+def _mix(colour: tuple[int, int, int], share: float) -> tuple[int, ...]:
+    """Return a mixture of white and a share of ``colour``."""
+    return tuple(round(255 + (part - 255) * min(max(share, 0.0), 1.0)) for part in colour)

@@ -1,4 +1,4 @@
-"""The page: sub-runs and tags, the charts of Custom Scalars, and links that open it."""
+"""The page: sub-runs and tags, the charts of Custom Scalars, and links to the page."""
 
 import json
 import re
@@ -7,10 +7,10 @@ from urllib.parse import quote
 
 from fitwatch.state import State
 
+# Title -> kind and tags. The tags of "lines" are regular expressions, anchored at their start only; those of "margin"
+# are plain: value, lower, upper.
 Charts = dict[str, tuple[str, list[str]]]
 
-# Custom Scalars: category -> title -> kind and tags, which for "lines" are regular expressions that
-# are anchored at their start only, and for "margin" are plain: value, lower, upper.
 _CHARTS: dict[str, Charts] = {
     "1 Overfitting": {
         "train and validation loss": ("lines", ["loss$"]),
@@ -33,7 +33,7 @@ _CHARTS: dict[str, Charts] = {
 
 
 def charts(tags: set[str]) -> dict[str, Charts]:
-    """The categories and charts that have something to show."""
+    """Return the charts of Custom Scalars that match one of ``tags``, by category."""
     page = {
         category: {
             title: (kind, wanted)
@@ -46,7 +46,7 @@ def charts(tags: set[str]) -> dict[str, Charts]:
 
 
 def run_and_tag(name: str) -> tuple[str, str]:
-    """Sub-run and tag of what was logged as ``name``."""
+    """Return the sub-run and the tag of the logged name ``name``."""
     run, _, tag = name.partition("/")
     if run not in ("train", "val"):
         run, tag = "train", name
@@ -54,37 +54,33 @@ def run_and_tag(name: str) -> tuple[str, str]:
 
 
 def curve(tag: str) -> str:
-    """The tag of a curve: TensorBoard groups its charts by what stands before the first slash."""
-    if tag == "loss_se":  # not beside the loss: it is evidence, as the threshold is
+    """Return the tag of a curve; TensorBoard groups charts by the part before the first slash."""
+    if tag == "loss_se":  # evidence like the threshold: not next to the loss
         return "overfit/loss_se"
     return tag if "/" in tag or tag.startswith("loss") else f"metrics/{tag}"
 
 
 def metrics(state: State) -> list[str]:
-    """The tags of the metrics: the monitored one, those of the user in their order, then those of callbacks."""
+    """Return the tags of the metrics: the monitored one, the user's in their order, then the callbacks'."""
     given = [f"val/{name}" for name in state.validation.metrics]
     names = dict.fromkeys([state.history.monitor, *given, *sorted(state.history.names)])
     tags = dict.fromkeys(curve(run_and_tag(name)[1]) for name in names)
     return [tag for tag in tags if tag.startswith("metrics/")]
 
 
-def link(port: int, name: str, metrics: Sequence[str]) -> str:
-    """The page of one run: its loss, its first metric, the gap and the gradient norm, pinned."""
-    only = "^" + re.sub(r"[.^$*+?{}\[\]|()]", r"\\\g<0>", name) + "/"
-    return _address(port, ["loss", *metrics[:1], "overfit/gap", "optim/grad_norm_max"], f"runFilter={quote(only)}")
+def link(port: int, name: str | None, metrics: Sequence[str]) -> str:
+    """Return the address of one run, or with ``name=None`` of a comparison of all runs.
 
-
-def compare_link(port: int, metrics: Sequence[str]) -> str:
-    """The page of all runs of the folder, each in one colour: validation curves, and the dots of the best epochs.
-
-    The share of the baseline that is left comes first: losses with other weights have other scales. It is no tag where
-    no run has a baseline, and then the page leaves its pin out.
+    The page of a run pins its loss, first metric, gap and gradient norm. The comparison shows validation curves and
+    best epochs, one colour per run. It pins the share of the baseline first, because losses with different weights
+    have different scales; the page omits this pin if no run has a baseline.
     """
-    query = f"runFilter={quote('/(val|best)$')}&runColorGroup={quote('regex:^([^/]+)/')}"
-    return _address(port, ["loss_left", "loss", *metrics[:2], "overfit/gap"], query)
-
-
-def _address(port: int, tags: Sequence[str], query: str) -> str:
+    if name is None:
+        tags = ["loss_left", "loss", *metrics[:2], "overfit/gap"]
+        query = f"runFilter={quote('/(val|best)$')}&runColorGroup={quote('regex:^([^/]+)/')}"
+    else:
+        tags = ["loss", *metrics[:1], "overfit/gap", "optim/grad_norm_max"]
+        query = "runFilter=" + quote("^" + re.sub(r"[.^$*+?{}\[\]|()]", r"\\\g<0>", name) + "/")
     cards = json.dumps([{"plugin": "scalars", "tag": tag} for tag in tags], separators=(",", ":"))
-    # smoothing=0: the default of 0.6 moves the apparent minimum by epochs
+    # smoothing=0: the default of 0.6 shifts the apparent minimum by epochs
     return f"http://localhost:{port}/?smoothing=0&{query}&pinnedCards={quote(cards)}#timeseries"

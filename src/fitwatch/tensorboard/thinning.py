@@ -1,7 +1,7 @@
-"""Long curves in few points: TensorBoard's server shows a thousand of a curve, chosen at random."""
+"""Curves with few points: TensorBoard's server shows 1,000 points of a curve, sampled at random."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from attrs import asdict, define
@@ -9,144 +9,103 @@ from attrs import asdict, define
 from fitwatch.data.sharding import split_length
 from fitwatch.state import State
 
-FULL = 500
-"""Points of a curve before any are merged."""
+LIMIT = 1000
+"""Points of a curve that the fits share."""
 
-LIMIT = 750
-"""Points of a curve when its fit ends, about: where that comes later than foreseen there are a few more."""
+LEAST = 20
+"""Room for points of a fit that comes when fewer are left."""
 
 
 @define
 class _Curve:
     written: int = 0  # points
-    seen: int = 0  # values, merged or not
-    first: int = 0  # step of the first value
-    stride: int = 1  # values in the next point
+    before: int = 0  # points written by earlier fits
+    seen: int = 0  # values of this fit, merged or not
+    first: int = 0  # step of the first of them
+    stride: int = 1  # values per point, for the next point
     count: int = 0  # values waiting for it
-    value: float = 0.0  # of those: their sum, their maximum, or the last
-    step: int = 0  # of the last of those
+    value: float = 0.0  # their sum, their maximum, or the last of them
+    step: int = 0  # of the newest value
     how: str = "mean"
-    fresh: bool = False  # whether the fit that runs has yet to write its first point
+    fresh: bool = False  # no point written since the fit started or resumed
 
     def point(self) -> tuple[int, float]:
-        """What stands for the values that wait."""
+        """Merge the waiting values into one point and return its step and value."""
         value = self.value / self.count if self.how == "mean" else self.value
         self.written, self.count, self.value, self.fresh = self.written + 1, 0, 0.0, False
         return self.step, value
 
     def plan(self, horizon: int) -> int:
-        """How many values the next point is to stand for, if the curve goes on to the step ``horizon``."""
-        if self.written < FULL or self.seen < 2 or self.step <= self.first:
+        """Return how many values the next point stands for if the fit ends at step ``horizon``."""
+        room = max(LEAST, LIMIT - self.before)
+        if self.written < self.before + room // 2 or self.seen < 2 or self.step <= self.first:
             return 1
-        if self.written >= LIMIT:  # the horizon was wrong: as many as there were, so that there are few more
+        left = self.before + room * 3 // 4 - self.written
+        if left <= 0:  # the fit is longer than expected: double the distance with each point
             return self.seen
         to_come = (horizon - self.step) * (self.seen - 1) / (self.step - self.first)
-        return max(1, math.ceil(to_come / (LIMIT - self.written)))
+        return max(1, math.ceil(to_come / left))
 
 
 class Thinner:
-    """Merges consecutive values of a curve once it is long, so that it has at most 1,000 points.
+    """Merges consecutive values of long curves, so that a fit writes at most 1,000 points of each.
 
-    The first `FULL` points are the values as they come. After that a point stands for so many values that the curve
-    will have `LIMIT` points when the fit ends. Where it has more than `FULL` of them before another fit (`crowded`),
-    the written points are to be merged by `merged`. What has a maximum for a value keeps it. All others are averaged,
-    or the last one taken.
+    The rule: a fit has the room that earlier fits left of `LIMIT` points, but at least `LEAST`. The values that fill
+    the first half of the room are written as they come. Then values are merged so that the fit ends with three quarters
+    of the room filled: 500 and 750 points in the first fit. If the fit runs on, each further point stands for as many
+    values as the fit has logged so far. Written points never change.
+
+    Maxima are merged by their maximum, other values by their mean or by the last one.
     """
 
     def __init__(self) -> None:
         self._curves: dict[str, _Curve] = {}
 
-    def crowded(self) -> dict[str, tuple[str, float]]:
-        """The curves that leave another fit too few points: what stands for several values, and where they begin."""
-        found = {tag: curve for tag, curve in self._curves.items() if curve.written > FULL}
-        return {tag: (c.how, c.first - (c.step - c.first) / max(1, c.seen - 1)) for tag, c in found.items()}
+    def start(self, *, resumed: bool) -> None:
+        """Start or resume a fit.
 
-    def shortened(self, points: Mapping[str, int]) -> None:
-        """Take note of how many points are left of some curves."""
-        for tag, left in points.items():
-            self._curves[tag].written = left
-
-    def begin(self) -> None:
-        """Begin a fit. The next value is a point of its curve at once: no server shows older ones beyond it."""
+        The next value of each curve is written at once, because it removes later points of the curve from a running
+        server.
+        """
         for curve in self._curves.values():
             curve.fresh = True
+            if not resumed:
+                curve.before, curve.seen = curve.written, 0
 
     def add(self, tag: str, step: int, value: float, how: str, horizon: int) -> tuple[int, float] | None:
-        """Take a value in.
+        """Add the value at ``step``, and return the point to write now; None if the value waits to be merged.
 
-        Args:
-            tag: Of the curve, sub-run and all.
-            step: Where it was measured.
-            value: What was measured.
-            how: What stands for several values: ``"mean"``, ``"max"`` or ``"last"``.
-            horizon: The step at which the fit is expected to end.
-
-        Returns:
-            The point to write now, as step and value; None: later.
+        ``how`` is ``"mean"``, ``"max"`` or ``"last"``, ``horizon`` the step at which the fit is expected to end.
         """
-        curve = self._curves.get(tag)
-        if curve is None:
-            curve = self._curves[tag] = _Curve(first=step)
+        curve = self._curves.get(tag) or self._curves.setdefault(tag, _Curve())
+        if not curve.seen:
+            curve.first = step
         if not curve.count:
             curve.stride, curve.how, curve.value = curve.plan(horizon), how, value
         elif curve.how == "mean":
             curve.value += value
-        elif curve.how == "last" or not value <= curve.value:  # written so that a NaN gets in ...
+        elif curve.how == "last" or not value <= curve.value:  # true for NaN, which replaces a maximum ...
             curve.value = value if curve.how == "last" or not math.isnan(curve.value) else curve.value  # and stays
         curve.count, curve.seen, curve.step = curve.count + 1, curve.seen + 1, step
-        due = curve.fresh or curve.count >= curve.stride
-        return curve.point() if due else None
+        return curve.point() if curve.fresh or curve.count >= curve.stride else None
 
     def rest(self) -> Iterator[tuple[str, tuple[int, float]]]:
-        """The points for all values that still wait."""
+        """Merge the waiting values of each curve, and yield tag and point."""
         for tag, curve in self._curves.items():
             if curve.count:
                 yield tag, curve.point()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Where each curve stands."""
+        """Return the state of every curve."""
         return {tag: asdict(curve) for tag, curve in self._curves.items()}
 
     def load_state_dict(self, state_dict: dict[str, dict[str, Any]]) -> None:
-        """Take it back."""
+        """Restore what `state_dict` returned."""
         self._curves = {tag: _Curve(**curve) for tag, curve in state_dict.items()}
 
 
-def merged(points: Sequence[tuple[int, float]], how: str, begin: float) -> list[float | None]:
-    """A curve with `FULL` points at most, evenly over its steps: what becomes of each value; None: the point goes.
-
-    The steps are cut into `FULL` equal parts, and the last point of each stands for all in it: for their mean by the
-    steps that each stands for, their maximum, or as it is. Halving would do too, but it would halve the oldest fit
-    again before each new one, until nothing is left of it.
-
-    Args:
-        points: Step and value, the steps rising.
-        how: What stands for several values: ``"mean"``, ``"max"`` or ``"last"``.
-        begin: Step from which on the first point stands for the curve.
-    """
-    values: list[float | None] = [value for _, value in points]
-    if len(points) <= FULL:
-        return values
-    first, last, before = points[0][0], points[-1][0], begin
-    waiting: list[tuple[float, float]] = []  # of a part: value, and for how many steps it stands
-    for i, (step, value) in enumerate(points):
-        waiting.append((value, step - before))
-        before = step
-        part = (step - first) * FULL // (last - first + 1)
-        if step != last and (points[i + 1][0] - first) * FULL // (last - first + 1) == part:
-            values[i] = None
-            continue
-        numbers = [number for number, _ in waiting]
-        if how == "max":
-            values[i] = math.nan if any(map(math.isnan, numbers)) else max(numbers)
-        elif how == "mean" and len(waiting) > 1:
-            values[i] = sum(number * length for number, length in waiting) / sum(length for _, length in waiting)
-        waiting = []
-    return values
-
-
 def horizon(state: State) -> int:
-    """The step at which the fit will end, as far as one can tell; else four times as many as were done."""
+    """Return the step at which the fit is expected to end; 4 times the current step if nothing tells."""
     p, ends = state.progress, []
     if state.plan.max_steps is not None:
         ends.append(p.first_step + state.plan.max_steps)
