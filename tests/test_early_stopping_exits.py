@@ -182,20 +182,20 @@ def test_the_best_is_restored_at_the_end_of_training(limit):
     ("losses", "options", "reason", "sentence", "best"),
     [
         ([5, 4, 4, 4], {"patience": 2}, fw.StopReason.PATIENCE, "no improvement over 4 in 2 evaluations", 2),
-        ([5, 4, 1, 1], {"stopping_threshold": 2.0}, fw.StopReason.THRESHOLD, "1 has reached the threshold 2", 3),
+        ([5, 4, 1, 1], {"stopping_threshold": 2.0}, fw.StopReason.THRESHOLD, "1 has reached the threshold of 2", 3),
         ([5, 4, 9, 1], {"divergence_threshold": 6.0}, fw.StopReason.DIVERGED,
-         "9 is worse than the divergence threshold 6", 2),
-        ([5, 4, NAN, 1], {"check_finite": True}, fw.StopReason.NOT_FINITE, "it is nan at evaluation 3", 2),
+         "9 is worse than the divergence threshold of 6", 2),
+        ([5, 4, NAN, 1], {"check_finite": True}, fw.StopReason.NOT_FINITE, "the value is nan at evaluation 3", 2),
         ([5, 4, 5, 1], {"rule": fw.GL(20)}, fw.StopReason.RISEN,
-         "25 % above the minimum 4, where 20 % is allowed", 2),
+         "25% above the minimum of 4 (20% allowed)", 2),
         ([5, 4, 4, 4], {"rule": fw.Patience(patience=2)}, fw.StopReason.PATIENCE,
          "no improvement over 4 in 2 evaluations", 2),
         ([5, 4, 3, 4], {"patience": 2, "baseline": 2.0}, fw.StopReason.PATIENCE,
          "no improvement over 2 in 2 evaluations", 2),
         ([5, 4, 3.9, 4], {"patience": 1, "min_delta": 0.5, "cumulative": False}, fw.StopReason.PATIENCE,
-         "no improvement of more than 0.5 at once over 3.9 in 1 evaluation", 3),
+         "no single improvement over 3.9 by more than 0.5 in 1 evaluation", 3),
         ([4, 1, 8, 8], {"patience": 1, "window": 2}, fw.StopReason.PATIENCE,
-         "no improvement in the mean of 2 over 2.5 in 1 evaluation", 2),  # the single best, not that of the mean
+         "no improvement over 2.5 (mean of 2) in 1 evaluation", 2),  # the single best, not that of the mean
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -314,7 +314,7 @@ def test_a_stopped_training_stays_stopped_for_the_same_reason(tmp_path):
     stop = fw.EarlyStopping(stopping_threshold=4.0)
     trainer = resumable(tmp_path, stop)
     again = trainer.go(resume="auto")
-    assert first.stop_reason == again.stop_reason == "early stopping on val/loss: 4 has reached the threshold 4"
+    assert first.stop_reason == again.stop_reason == "early stopping on val/loss: 4 has reached the threshold of 4"
     assert (stop.reason, trainer.state.progress.step, trainer.weight) == (fw.StopReason.THRESHOLD, 2, 2.0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fitwatch as fw
-from fitwatch.rules.quantiles import LogHistogram
+from fitwatch.rules.norms import LogHistogram
 
 HEALTHY = {"mean": 1.0, "max": 2.0, "zero_share": 0.1, "weight_norm": 5.0, "update_norm": 0.01, "lr": 0.1}
 
@@ -108,7 +108,7 @@ def test_frozen_on_purpose_is_a_note():
     assert run(others(bad=fw.LayerGradient(untrained="requires_grad is False"))) == []
     (over,) = run(others(bad=layer()))
     assert (over.status, over.trouble) == ("trained", False)
-    assert over.evidence.startswith("No longer frozen: `bad`.")
+    assert over.evidence.startswith("Now trained: `bad`.")
     assert run.rule.untrained() == "none"
 
 
@@ -197,7 +197,7 @@ def test_an_explosion_of_the_norm_is_named_and_taken_back():
     assert run(norms=[1.0] * 20 + [1e6]) == []
     (finding,) = run(norms=[300.0] * 10)
     assert finding.status == "exploding"
-    assert "is 300, 300 times the 1 " in finding.evidence
+    assert "is 300, 300 times the previous 1." in finding.evidence
     assert run(norms=[300.0] * 200) == []
     (over,) = run(norms=[2.0] * 10)
     assert over.status == "healthy"
@@ -268,7 +268,7 @@ def test_the_summary_counts_spikes():
     """The summary has median, 95 % quantile, the largest norm with its step, and how many were spikes."""
     run = Run()
     run(norms=[1.0] * 95 + [2.0] * 3 + [50.0, 3.0])
-    assert run.rule.summary() == "median 1, 95 % up to 1, largest 50 at step 99, 1 step above 10 times the median"
+    assert run.rule.summary() == "median 1, 95th percentile 1, largest 50 at step 99, 1 step above 10 times the median"
     assert fw.GradientRule().summary() == "no finite norm was seen"
     assert fw.GradientRule().clip_norm is None
 

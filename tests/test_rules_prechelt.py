@@ -78,14 +78,14 @@ def test_the_rules_stop_where_the_formulas_do(rule, reference, options):
 @pytest.mark.parametrize(
     ("rule", "train", "val", "sentence"),
     [
-        (fw.GL(5), [1, 1, 1], [0.5, 0.52, 0.55], "10 % above the minimum 0.5, where 5 % is allowed"),
+        (fw.GL(5), [1, 1, 1], [0.5, 0.52, 0.55], "10% above the minimum of 0.5 (5% allowed)"),
         (
             fw.PQ(1, k=2),
             [1.0, 1.0, 0.5, 0.502],
             [0.5, 0.5, 0.6, 0.55],
-            "10 % above the minimum 0.5 at a training progress of 2 permille: their quotient 5 is more than 1",
+            "10% above the minimum of 0.5 with a training progress of 2 per mille: the quotient 5 exceeds 1",
         ),
-        (fw.UP(2, k=1), [1, 1, 1], [0.5, 0.6, 0.7], "risen over 2 strips of 1 evaluations in a row, to 0.7"),
+        (fw.UP(2, k=1), [1, 1, 1], [0.5, 0.6, 0.7], "risen to 0.7 over 2 consecutive strips of 1 evaluation"),
     ],
     ids=repr,
 )
@@ -156,9 +156,9 @@ def test_state_round_trip_goes_on_within_a_strip(rule):
 
 def test_what_the_rules_can_not_use_is_refused():
     """Negative errors, a missing training loss, and options out of range are refused with what was given."""
-    with pytest.raises(ValueError, match="GL is for errors of 0 or more: the value is -0.5"):
+    with pytest.raises(ValueError, match="GL needs errors of 0 or more: the value is -0.5"):
         fw.GL(5).update(-0.5)
-    with pytest.raises(ValueError, match="PQ is for errors of 0 or more: the train_loss is -1.0"):
+    with pytest.raises(ValueError, match="PQ needs errors of 0 or more: the train_loss is -1.0"):
         fw.PQ(1).update(0.5, train_loss=-1)
     with pytest.raises(ValueError, match="PQ needs the train_loss of each evaluation, got None"):
         fw.PQ(1).update(0.5)
