@@ -236,7 +236,7 @@ def counting(rounds):
         ("`random_split` of it in halves, one of them", half),
         ("a list of a million integers", y.tolist()),
     ):
-        seconds = [sample(lambda source=source: fw.count_classes(source), 1) for _ in range(rounds)]
+        seconds = [sample(lambda source=source: fw.data.count_classes(source), 1) for _ in range(rounds)]
         yield f"| {title} | {statistics.median(seconds):.3f} | {max(seconds):.3f} |"
 
 

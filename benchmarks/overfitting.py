@@ -71,7 +71,7 @@ def load(runs, sizes):
 
 
 def ours(run, *, paired, **options):
-    rule = fw.OverfittingRule(**options)
+    rule = fw.rules.OverfittingRule(**options)
     for train, val, losses in zip(run.probe if paired else run.running, run.val, run.losses, strict=True):
         verdict = rule.update(train, val, **({"losses": losses, "weights": run.weights} if paired else {}))
     return verdict.overfitting, verdict.detected, verdict
@@ -79,7 +79,7 @@ def ours(run, *, paired, **options):
 
 def oracle(run):
     """Our rule shown the loss of the hidden test set: what no validation set, however large, would better."""
-    rule = fw.OverfittingRule()
+    rule = fw.rules.OverfittingRule()
     for train, test in zip(run.probe, run.test.tolist(), strict=True):
         verdict = rule.update(train, test, standard_error=0.0)
     return verdict.overfitting, verdict.detected, verdict
@@ -125,10 +125,10 @@ RULES = {
     "fitwatch, with the losses, `span=2, min_rise=0.03`": lambda run: ours(run, paired=True, **QUICK),
     "fitwatch, shown the hidden test set": oracle,
     "smoothed rise of 5 %, for 3 evaluations": smoothed_rise,
-    "Prechelt GL, 5 %": stopping(lambda: fw.GL(alpha=5)),
-    "Prechelt UP, 3 strips": stopping(lambda: fw.UP(s=3)),
-    "patience 3": stopping(lambda: fw.Patience(patience=3)),
-    "patience 10": stopping(lambda: fw.Patience(patience=10)),
+    "Prechelt GL, 5 %": stopping(lambda: fw.rules.GL(alpha=5)),
+    "Prechelt UP, 3 strips": stopping(lambda: fw.rules.UP(s=3)),
+    "patience 3": stopping(lambda: fw.rules.Patience(patience=3)),
+    "patience 10": stopping(lambda: fw.rules.Patience(patience=10)),
     "gap above 10 %": gap_rule,
 }
 

@@ -48,7 +48,7 @@ def train(name, loss, *callbacks):
 
 def row(name, result, predicted):
     targets = test_set.tensors[1]
-    counts = fw.confusion_matrix(predicted, targets, 2)
+    counts = fw.losses.confusion_matrix(predicted, targets, 2)
     recalls = (counts.diag() / counts.sum(1)).tolist()
     cost = COSTS.per_example(predicted, targets).mean().item()
     stopped = "patience" if result.stop_reason else "ran its course"
@@ -82,7 +82,7 @@ def main():
         print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
     print("\nval loss is each run's own loss: its scale differs with the weights. left: of the loss of the best")
     print("constant prediction. cost: per patient of the test set;", end=" ")
-    answer, constant = COSTS.cheapest_constant(fw.count_classes(test_set))
+    answer, constant = COSTS.cheapest_constant(fw.data.count_classes(test_set))
     print(f"calling all of them {CLASSES[answer]} costs {constant:.3f}.")
     print("Epochs count from 0. Verdicts at the end of each run:")
     for name, result in (("cross-entropy", plain), ("class weights", weighted), ("real-world costs", real)):

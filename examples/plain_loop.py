@@ -49,7 +49,7 @@ try:
 
         callbacks.on_validation_start(state)
         model.eval()
-        val_loss = fw.WeightedMean()
+        val_loss = fw.metrics.WeightedMean()
         with torch.no_grad():
             for x, y in state.val_loader:
                 val_loss.add(*state.loss.sums(model(x), y))

@@ -100,7 +100,7 @@ def everything(_):
     train = DataLoader(TensorDataset(x, y), 4, shuffle=True)
     val = DataLoader(TensorDataset(*examples(41, seed=2)), 6)
     model = network()
-    detector = fw.OverfittingDetector(rule=fw.OverfittingRule(min_rise=0.01, errors=0.01, noise=0.1))
+    detector = fw.OverfittingDetector(rule=fw.rules.OverfittingRule(min_rise=0.01, errors=0.01, noise=0.1))
     stopping = fw.EarlyStopping(patience=25, min_delta="1se")
     trainer = fw.Trainer(
         model,

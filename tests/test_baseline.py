@@ -179,7 +179,7 @@ def test_absent_classes_and_a_single_one():
 def test_there_is_none_for_a_loss_of_ones_own_or_too_many_classes():
     """Functions, own losses, 301 classes and no targets at all have no baseline."""
 
-    class Mine(fw.Loss):
+    class Mine(fw.losses.Loss):
         def unreduced(self, output, target):
             return (output.argmax(1) != target).double(), 1.0
 

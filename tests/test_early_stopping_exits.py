@@ -181,20 +181,20 @@ def test_the_best_is_restored_at_the_end_of_training(limit):
 @pytest.mark.parametrize(
     ("losses", "options", "reason", "sentence", "best"),
     [
-        ([5, 4, 4, 4], {"patience": 2}, fw.StopReason.PATIENCE, "no improvement over 4 in 2 evaluations", 2),
-        ([5, 4, 1, 1], {"stopping_threshold": 2.0}, fw.StopReason.THRESHOLD, "1 has reached the threshold of 2", 3),
-        ([5, 4, 9, 1], {"divergence_threshold": 6.0}, fw.StopReason.DIVERGED,
+        ([5, 4, 4, 4], {"patience": 2}, fw.rules.StopReason.PATIENCE, "no improvement over 4 in 2 evaluations", 2),
+        ([5, 4, 1, 1], {"stopping_threshold": 2.0}, fw.rules.StopReason.THRESHOLD, "1 has reached the threshold of 2", 3),
+        ([5, 4, 9, 1], {"divergence_threshold": 6.0}, fw.rules.StopReason.DIVERGED,
          "9 is worse than the divergence threshold of 6", 2),
-        ([5, 4, NAN, 1], {"check_finite": True}, fw.StopReason.NOT_FINITE, "the value is nan at evaluation 3", 2),
-        ([5, 4, 5, 1], {"rule": fw.GL(20)}, fw.StopReason.RISEN,
+        ([5, 4, NAN, 1], {"check_finite": True}, fw.rules.StopReason.NOT_FINITE, "the value is nan at evaluation 3", 2),
+        ([5, 4, 5, 1], {"rule": fw.rules.GL(20)}, fw.rules.StopReason.RISEN,
          "25% above the minimum of 4 (20% allowed)", 2),
-        ([5, 4, 4, 4], {"rule": fw.Patience(patience=2)}, fw.StopReason.PATIENCE,
+        ([5, 4, 4, 4], {"rule": fw.rules.Patience(patience=2)}, fw.rules.StopReason.PATIENCE,
          "no improvement over 4 in 2 evaluations", 2),
-        ([5, 4, 3, 4], {"patience": 2, "baseline": 2.0}, fw.StopReason.PATIENCE,
+        ([5, 4, 3, 4], {"patience": 2, "baseline": 2.0}, fw.rules.StopReason.PATIENCE,
          "no improvement over 2 in 2 evaluations", 2),
-        ([5, 4, 3.9, 4], {"patience": 1, "min_delta": 0.5, "cumulative": False}, fw.StopReason.PATIENCE,
+        ([5, 4, 3.9, 4], {"patience": 1, "min_delta": 0.5, "cumulative": False}, fw.rules.StopReason.PATIENCE,
          "no single improvement over 3.9 by more than 0.5 in 1 evaluation", 3),
-        ([4, 1, 8, 8], {"patience": 1, "window": 2}, fw.StopReason.PATIENCE,
+        ([4, 1, 8, 8], {"patience": 1, "window": 2}, fw.rules.StopReason.PATIENCE,
          "no improvement over 2.5 (mean of 2) in 1 evaluation", 2),  # the single best, not that of the mean
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -213,7 +213,7 @@ def test_a_second_fit_forgets_the_reason():
     stop = fw.EarlyStopping(stopping_threshold=2.0)
     trainer = Scripted([3, 1, 5, 5], stop)
     trainer.go()
-    assert stop.reason is fw.StopReason.THRESHOLD
+    assert stop.reason is fw.rules.StopReason.THRESHOLD
     assert trainer.fit([torch.zeros(1, 1)], [torch.zeros(1, 1)], epochs=1).stop_reason is None
     assert stop.reason is None
 
@@ -224,7 +224,7 @@ def test_nothing_stops_before_start_epoch_and_the_best_of_it_is_kept():
     stop = fw.EarlyStopping(start_epoch=4, **options)
     trainer = Scripted([9, 0.1, NAN, 9, 2, 2, 2], stop)
     assert len(trainer.go().history) == 6
-    assert (stop.reason, trainer.weight) == (fw.StopReason.PATIENCE, 2.0)
+    assert (stop.reason, trainer.weight) == (fw.rules.StopReason.PATIENCE, 2.0)
 
 
 def test_one_standard_error():
@@ -236,7 +236,7 @@ def test_one_standard_error():
         assert trainer.weight == validations  # the lowest, whatever counts as improvement
 
 
-@pytest.mark.parametrize("rule", [fw.GL(4), fw.PQ(0.05, k=2), fw.UP(2, k=2)], ids=repr)
+@pytest.mark.parametrize("rule", [fw.rules.GL(4), fw.rules.PQ(0.05, k=2), fw.rules.UP(2, k=2)], ids=repr)
 def test_a_rule_of_prechelt_in_a_fit(rule):
     """A fit ends at the evaluation at which the rule alone, given the two curves, says stop; the best is restored."""
     val = [2.0 - 0.1 * i for i in range(10)] + [1.11 + 0.02 * i for i in range(20)]
@@ -252,10 +252,10 @@ def test_a_rule_of_prechelt_in_a_fit(rule):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": fw.PQ(1.0), "patience": 3, "window": 2},
+        ({"rule": fw.rules.PQ(1.0), "patience": 3, "window": 2},
          r"patience, window can't be given beside PQ\(alpha=1.0, k=5\): a rule has its own options"),
-        ({"rule": fw.GL(5), "mode": "max"}, "mode must be that of the rule, 'min', got 'max'"),
-        ({"rule": fw.Patience(patience=3, mode="max")}, "mode must be that of the rule, 'max', got None"),
+        ({"rule": fw.rules.GL(5), "mode": "max"}, "mode must be that of the rule, 'min', got 'max'"),
+        ({"rule": fw.rules.Patience(patience=3, mode="max")}, "mode must be that of the rule, 'max', got None"),
         ({"stopping_threshold": 2, "divergence_threshold": 1}, "stopping_threshold must be better"),
         ({"min_delta": "one"}, "min_delta"),
         ({"window": 0}, "window"),
@@ -267,7 +267,7 @@ def test_options_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         fw.EarlyStopping(**options)
     with pytest.raises(TypeError, match="rule must be of type StoppingRule"):
-        fw.EarlyStopping(rule=fw.GL)
+        fw.EarlyStopping(rule=fw.rules.GL)
 
 
 # -- resume ------------------------------------------------------------------------------------------------------------
@@ -286,16 +286,16 @@ def resumable(folder, stop, val=VAL):
         (lambda: fw.EarlyStopping(patience=4), 9),
         (lambda: fw.EarlyStopping(patience=3, min_delta=0.5, start_epoch=4), 7),
         (lambda: fw.EarlyStopping(patience=3, window=3, cumulative=False), 10),
-        (lambda: fw.EarlyStopping(rule=fw.Patience(patience=5)), 10),
-        (lambda: fw.EarlyStopping(rule=fw.PQ(0.04, k=3)), 9),
-        (lambda: fw.EarlyStopping(rule=fw.UP(2, k=2)), 10),
+        (lambda: fw.EarlyStopping(rule=fw.rules.Patience(patience=5)), 10),
+        (lambda: fw.EarlyStopping(rule=fw.rules.PQ(0.04, k=3)), 9),
+        (lambda: fw.EarlyStopping(rule=fw.rules.UP(2, k=2)), 10),
     ],
 )
 @pytest.mark.parametrize("cut", [1, 3, 4, 6])
 def test_the_counter_survives_a_resume(tmp_path, make, length, cut):
     """Interrupted after any epoch, the resumed training stops at the same one, for the same reason, with the same best."""
     stop, loader = make(), [torch.zeros(1, 1)]
-    val = VAL if isinstance(stop.rule, fw.Patience) else [3.99 if math.isnan(v) else v for v in VAL]
+    val = VAL if isinstance(stop.rule, fw.rules.Patience) else [3.99 if math.isnan(v) else v for v in VAL]
     whole = Scripted(val, make(), train_losses=TRAIN)
     expected = whole.go()
     assert len(expected.history) == length
@@ -315,7 +315,7 @@ def test_a_stopped_training_stays_stopped_for_the_same_reason(tmp_path):
     trainer = resumable(tmp_path, stop)
     again = trainer.go(resume="auto")
     assert first.stop_reason == again.stop_reason == "early stopping on val/loss: 4 has reached the threshold of 4"
-    assert (stop.reason, trainer.state.progress.step, trainer.weight) == (fw.StopReason.THRESHOLD, 2, 2.0)
+    assert (stop.reason, trainer.state.progress.step, trainer.weight) == (fw.rules.StopReason.THRESHOLD, 2, 2.0)
 
 
 def test_with_more_patience_a_stopped_training_goes_on(tmp_path, caplog):
@@ -334,7 +334,7 @@ def test_with_more_patience_a_stopped_training_goes_on(tmp_path, caplog):
     [
         (lambda: fw.EarlyStopping("train/loss"), "its monitor is 'train/loss', and the checkpoint's was 'val/loss'"),
         (lambda: fw.EarlyStopping(mode="max"), "its mode is 'max', and the checkpoint's was 'min'"),
-        (lambda: fw.EarlyStopping(rule=fw.GL(50)), "its rule is GL, and the checkpoint's was Patience"),
+        (lambda: fw.EarlyStopping(rule=fw.rules.GL(50)), "its rule is GL, and the checkpoint's was Patience"),
         (lambda: fw.EarlyStopping(patience=9), "restore_best=True: the checkpoint was saved with restore_best=False"),
     ],
 )

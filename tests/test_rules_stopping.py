@@ -216,7 +216,7 @@ PATIENCE, THRESHOLD, DIVERGED, NOT_FINITE, _ = StopReason
     ],
 )  # fmt: skip
 def test_reason_and_sentence_give_the_figures(values, options, reason, sentence):
-    """There is an enum, and a sentence with what was asked, what stands and for how long; neither is there before."""
+    """Reason and sentence are set at the stop, with the figures, and not before."""
     rule = Patience(**options)
     for value in values[:-1]:
         assert not rule.update(value, standard_error=0.25)
@@ -225,8 +225,8 @@ def test_reason_and_sentence_give_the_figures(values, options, reason, sentence)
     assert (rule.reason, rule.sentence) == (reason, sentence)
 
 
-def test_it_says_stop_until_there_is_an_improvement():
-    """A caller who goes on is told again, until the value improves; then the reason is gone."""
+def test_it_keeps_stopping_until_there_is_an_improvement():
+    """Further evaluations stop again until the value improves; then the reason is cleared."""
     rule = Patience(patience=1)
     assert [rule.update(v) for v in (1, 2, 2, 0.5)] == [False, True, True, False]
     assert rule.reason is None
@@ -258,7 +258,7 @@ def test_state_round_trip_keeps_the_counter(options, stop):
 
 
 def test_reset_forgets_everything():
-    """After a reset it is as new: no best, no counter, no reason, no reference."""
+    """After a reset the rule equals a new one: no best, no counter, no reason, no reference."""
     options = {"patience": 1, "window": 2, "baseline": 9.0, "mode": "min"}
     rule = Patience(**options)
     rule.update(1.0)

@@ -51,7 +51,7 @@ def test_the_counts_are_those_of_the_definition(kind, weighted):
         kept = targets != -100
         probabilities, weights = logits[kept].softmax(1), weights[kept]
         positive = nn.functional.one_hot(targets[kept], columns).double()
-        expected = fw.confusion_matrix(logits[kept].argmax(1), targets[kept], columns, sample_weight=weights)
+        expected = fw.losses.confusion_matrix(logits[kept].argmax(1), targets[kept], columns, sample_weight=weights)
         if columns == 2:
             probabilities, positive = probabilities[:, 1:], positive[:, 1:]
     else:
@@ -62,7 +62,7 @@ def test_the_counts_are_those_of_the_definition(kind, weighted):
         counts = count(fw.BinaryCrossEntropy(), logits, targets, weights if weighted else None)
         predicted, true = (logits.reshape(-1) > 0).long(), targets.reshape(-1).long()
         if columns == 1:
-            expected = fw.confusion_matrix(predicted, true, 2, sample_weight=weights)
+            expected = fw.losses.confusion_matrix(predicted, true, 2, sample_weight=weights)
     if kind == "three labels":
         assert counts.matrix is None
     else:

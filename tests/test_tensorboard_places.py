@@ -85,9 +85,9 @@ def test_texts_pictures_and_histograms_stand_at_their_step(tmp_path):
         def on_step_end(self, state):
             step = state.progress.step
             if step in (2, 3):
-                state.log("val/pic", fw.Image(PNG % step, 1, 1))
+                state.log("val/pic", fw.records.Image(PNG % step, 1, 1))
                 state.log("train/note", f"at {step}")
-                state.log("train/spread", fw.Histogram((0.0, 1.0), (step,), step / 2, step / 4))
+                state.log("train/spread", fw.records.Histogram((0.0, 1.0), (step,), step / 2, step / 4))
             state.log("train/number", float(step))
 
     model = nn.Linear(10, 2)

@@ -2,17 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
+from attrs import Attribute
 
-class Option(Protocol):
-    """The part of `attrs.Attribute` that validators use."""
-
-    @property
-    def name(self) -> str:
-        """Name of the option."""
-
-
+Option: TypeAlias = "Attribute[Any]"  # quoted: not subscriptable at run time
 Validator = Callable[[object, Option, Any], None]  # Any: with object, mypy would infer options of type object
 
 

@@ -35,30 +35,21 @@ class Series:
     Attributes:
         name: Tag, or sub-run and tag, within its run.
         points: (step, value).
-    """
-
-    name: str
-    points: Points = field(repr=False)
-
-
-@frozen(kw_only=True)
-class _Named(Series):
-    """A curve with the parts of its name.
-
-    Attributes:
         run: Its run: a folder relative to the top one.
         role: ``"train"``, ``"val"``, ``"test"``, or ``""`` if unknown.
         key: Remaining words of the tag, in lower case.
         grain: 0 for a value per epoch, 2 per step, 1 if unknown.
     """
 
+    name: str
+    points: Points = field(repr=False)
     run: str
-    role: str
-    key: tuple[str, ...]
-    grain: int
+    role: str = ""
+    key: tuple[str, ...] = ()
+    grain: int = 1
 
 
-@frozen(kw_only=True)
+@frozen
 class Pair:
     """The two losses of a run, or why they were not found.
 
@@ -81,7 +72,7 @@ def guess(logged: Logged) -> list[Pair]:
     A run is a folder with its sub-runs: ``train``, ``val``, ``validation``, ``eval``, and those written by
     ``SummaryWriter.add_scalars``. Adjacent ``exp1_train`` and ``exp1_val`` are sub-runs of a run ``exp1``.
     """
-    runs: dict[str, list[_Named]] = {}
+    runs: dict[str, list[Series]] = {}
     sides = _sides(logged)
     for folder, tags in logged.items():
         for tag, points in tags.items():
@@ -108,7 +99,7 @@ def find(logged: Logged, train_tag: str, val_tag: str) -> list[Pair]:
         train, val = full.get(_join(run, train_tag)), full.get(_join(run, val_tag))
         if train is not None and val is not None:
             pairs.append(
-                Pair(run=run, train=Series(name=train_tag, points=train), val=Series(name=val_tag, points=val))
+                Pair(run, Series(name=train_tag, points=train, run=run), Series(name=val_tag, points=val, run=run))
             )
     if not pairs:
         lacking = [tag for tag in (train_tag, val_tag) if not any(f"/{path}".endswith(f"/{tag}") for path in full)]
@@ -162,7 +153,7 @@ def _sides(logged: Logged) -> dict[str, tuple[str, str]]:
     }
 
 
-def _series(folder: str, tag: str, points: Points, sides: Mapping[str, tuple[str, str]]) -> _Named:
+def _series(folder: str, tag: str, points: Points, sides: Mapping[str, tuple[str, str]]) -> Series:
     parent, name = _parent(folder)
     run, role = folder, ""
     added = tag.replace("/", "_") + "_"  # add_scalars names its sub-runs <main tag>_<name of the line>
@@ -174,7 +165,7 @@ def _series(folder: str, tag: str, points: Points, sides: Mapping[str, tuple[str
     elif folder in sides:
         run, role = sides[folder]
     words = _words(tag)
-    return _Named(
+    return Series(
         run=run,
         name=tag if run == folder else f"{name}/{tag}",
         points=points,
@@ -184,8 +175,8 @@ def _series(folder: str, tag: str, points: Points, sides: Mapping[str, tuple[str
     )
 
 
-def _pair(run: str, series: list[_Named]) -> Pair:
-    losses: dict[tuple[str, ...], list[_Named]] = {}
+def _pair(run: str, series: list[Series]) -> Pair:
+    losses: dict[tuple[str, ...], list[Series]] = {}
     for one in series:
         if any(word.endswith(("loss", "losses")) for word in one.key):
             losses.setdefault(one.key, []).append(one)
@@ -193,7 +184,7 @@ def _pair(run: str, series: list[_Named]) -> Pair:
     plain = [pair for key, pair in pairs.items() if set(key) <= {"loss", "losses"}]
     if len(plain or pairs) == 1:
         train, val = (plain or list(pairs.values()))[0]
-        return Pair(run=run, train=train, val=val)
+        return Pair(run, train, val)
     names = listed([one.name for one in series])
     if pairs:
         both = " or ".join(f"{train.name} with {val.name}" for train, val in pairs.values())
@@ -204,9 +195,9 @@ def _pair(run: str, series: list[_Named]) -> Pair:
     return Pair(run=run, problem=problem)
 
 
-def _both(series: list[_Named]) -> tuple[_Named, _Named] | None:
+def _both(series: list[Series]) -> tuple[Series, Series] | None:
     """Return the most informative training and validation curve of one loss; None if either is missing."""
-    chosen: list[_Named] = []
+    chosen: list[Series] = []
     for roles in ((_TRAIN, ""), (_VAL, _TEST)):
         known = [one for one in series if one.role in roles]
         if not known:

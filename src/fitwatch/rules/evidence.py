@@ -54,65 +54,50 @@ class Verdict:
     evidence: str
 
 
-@frozen(kw_only=True)
-class Curves:
-    """Further figures of the curves for the evidence.
+def evidence(
+    v: Verdict, *, count: int, warmup: int, minimum: float, noise: float, train: tuple[float | None, float]
+) -> str:
+    """Write the evidence for a verdict, whose own is still empty.
 
-    Attributes:
+    Args:
+        v: The verdict.
         count: Finite validation losses so far.
         warmup: Number that they must exceed.
         minimum: Minimum of the smoothed validation loss.
-        noise: Standard deviation of one validation loss about its trend; NaN if unknown.
-        train_then: Smoothed training loss at that minimum.
-        train_now: Smoothed training loss now.
+        noise: Standard deviation of one validation loss about its trend; NaN or infinite if unknown.
+        train: Smoothed training loss at that minimum, None if unknown, and now.
     """
-
-    count: int
-    warmup: int
-    minimum: float
-    noise: float
-    train_then: float | None
-    train_now: float
-
-
-def evidence(v: Verdict, c: Curves) -> str:
-    """Write the evidence for a verdict, whose own is still empty."""
     if v.status == "diverging" and not math.isfinite(v.rise):
         before = f"; overfitting was detected at evaluation {v.detected}" if v.overfitting else ""
         return f"The last validation loss is NaN or infinite{before}."
     if v.status == "warming up":
-        return f"Too few points: {c.count} finite validation losses; a verdict needs at least {c.warmup + 1}."
-    share = f" ({v.smoothed_rise / c.minimum:.1%})" if c.minimum > 0 else ""
-    level = f"is {v.smoothed_rise:.4g}{share} above its minimum of {c.minimum:.4g}; the threshold is {v.threshold:.3g}"
+        return f"Too few points: {count} finite validation losses; a verdict needs at least {warmup + 1}."
+    share = f" ({v.smoothed_rise / minimum:.1%})" if minimum > 0 else ""
+    level = f"is {v.smoothed_rise:.4g}{share} above its minimum of {minimum:.4g}; the threshold is {v.threshold:.3g}"
     if v.status == "overfitting":
-        return f"{_rise(v, c)}. The smoothed validation loss {level}.{_more_examples(v)}"
-    noise = f" and the noise per evaluation {c.noise:.2g}" if math.isfinite(c.noise) else ""
+        return f"{_rise(v, *train)}. The smoothed validation loss {level}.{_more_examples(v)}"
+    noisy = f" and the noise per evaluation {noise:.2g}" if math.isfinite(noise) else ""
     gone = "" if v.detected is None else f" Overfitting was detected at evaluation {v.detected} but has disappeared."
-    return f"{_other(v, c)}. The smoothed validation loss {level}{noise}.{gone}{_more_examples(v)}"
+    return f"{_other(v, *train)}. The smoothed validation loss {level}{noisy}.{gone}{_more_examples(v)}"
 
 
-def _rise(v: Verdict, c: Curves) -> str:
+def _rise(v: Verdict, then: float | None, now: float) -> str:
     """Describe the rise of an overfitting model."""
-    training = (
-        "" if c.train_then is None else f", while the training loss went from {c.train_then:.4g} to {c.train_now:.4g}"
-    )
+    training = "" if then is None else f", while the training loss went from {then:.4g} to {now:.4g}"
     if v.smoothed_rise <= v.threshold:
         return f"The rise in validation loss since evaluation {v.onset} has shrunk but not disappeared{training}"
     error = f" ± {v.rise_se:.2g} (standard error)" if math.isfinite(v.rise_se) else ""
     return f"Since evaluation {v.onset}, the validation loss has risen by {v.rise:.4g}{error}{training}"
 
 
-def _other(v: Verdict, c: Curves) -> str:
+def _other(v: Verdict, then: float | None, now: float) -> str:
     """Describe curves that show no overfitting."""
     if v.status != "diverging" and v.smoothed_rise > v.threshold:
-        if c.train_then is None:
+        if then is None:
             return "The validation loss has risen, but there is no finite training loss to compare it with"
-        if c.train_now < c.train_then:
+        if now < then:
             return "The validation loss has risen, but not for long enough yet"
-        return (
-            "The validation loss has risen, but the training loss has not fallen "
-            f"({c.train_then:.4g} then, {c.train_now:.4g} now)"
-        )
+        return f"The validation loss has risen, but the training loss has not fallen ({then:.4g} then, {now:.4g} now)"
     return {
         "improving": "The validation loss is still falling",
         "plateau": "The validation loss is neither falling nor rising significantly",

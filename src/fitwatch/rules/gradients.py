@@ -159,11 +159,7 @@ class GradientRule(Stateful):
         return _listed([name for name, status in self.statuses.items() if status == "untrained"]) or "none"
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Continue from a `state_dict` as if never interrupted, given the same options.
-
-        Raises:
-            ValueError: If a key is missing or unknown.
-        """
+        """Continue from a `state_dict`; see `Stateful.load_state_dict`."""
         super().load_state_dict(state)
         self._history = {name: LayerHistory() for name in state["history"]}
         for name, history in self._history.items():

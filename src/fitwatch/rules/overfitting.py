@@ -8,7 +8,7 @@ from typing import Any, Literal, SupportsFloat
 from attrs import define, evolve, field
 
 from fitwatch.options import integer, number
-from fitwatch.rules.evidence import Curves, Status, Verdict, evidence
+from fitwatch.rules.evidence import Status, Verdict, evidence
 from fitwatch.rules.noise import MIN_DIFFERENCES, Trend, is_falling, noise_level
 from fitwatch.rules.paired import PairedRise
 from fitwatch.rules.stateful import Stateful
@@ -266,15 +266,9 @@ class OverfittingRule(Stateful):
             examples_needed=self._examples_needed(val_loss - self._reference_value),
             evidence="",
         )
-        curves = Curves(
-            count=self._count,
-            warmup=self.warmup,
-            minimum=self._minimum,
-            noise=sigma if math.isfinite(sigma) else math.nan,
-            train_then=self._minimum_train,
-            train_now=self._train,
-        )
-        return evolve(facts, evidence=evidence(facts, curves))
+        train = self._minimum_train, self._train
+        text = evidence(facts, count=self._count, warmup=self.warmup, minimum=self._minimum, noise=sigma, train=train)
+        return evolve(facts, evidence=text)
 
     def _rise_se(self, sigma: float) -> float:
         if self._paired.examples:
