@@ -110,7 +110,7 @@ def test_what_is_unusable_ends_with_2_and_one_line(folder, tmp_path, capsys):
         ([str(tmp_path / "missing")], "there is no folder"),
         ([str(folder), "--run", "none"], "there is no run 'none' in .*; there are long, short"),
         ([str(folder), "--run", "short", "--json"], "run short: val/loss: Too few points"),
-        ([str(folder), "--val-tag", "x"], "give both, or neither"),
+        ([str(folder), "--val-tag", "x"], "give both or neither"),
     ):
         assert main(["diagnose", *arguments]) == 2
         out, err = capsys.readouterr()
@@ -126,7 +126,7 @@ def test_of_many_unusable_runs_a_few_are_named(tmp_path, capsys):
         write(tmp_path / str(i), {"loss": TRAIN[:2]})
     assert main(["diagnose", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert re.findall(r"run (\d): a single series", err) == list("01234")
+    assert re.findall(r"run (\d): only one series", err) == list("01234")
     assert err.endswith("; and 2 more runs\n")
 
 

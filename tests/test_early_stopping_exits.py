@@ -191,21 +191,21 @@ def test_the_best_is_restored_at_the_end_of_training(limit):
     [
         ([5, 4, 4, 4], {"patience": 2}, fw.rules.StopReason.PATIENCE, "no improvement over 4 in 2 evaluations", 2),
         ([5, 4, 1, 1], {"rule": fw.rules.Patience(patience=10, stopping_threshold=2.0)},
-         fw.rules.StopReason.THRESHOLD, "1 has reached the threshold 2", 3),
+         fw.rules.StopReason.THRESHOLD, "1 has reached the threshold of 2", 3),
         ([5, 4, 9, 1], {"rule": fw.rules.Patience(patience=10, divergence_threshold=6.0)},
-         fw.rules.StopReason.DIVERGED, "9 is worse than the divergence threshold 6", 2),
+         fw.rules.StopReason.DIVERGED, "9 is worse than the divergence threshold of 6", 2),
         ([5, 4, NAN, 1], {"rule": fw.rules.Patience(patience=10, check_finite=True)},
-         fw.rules.StopReason.NOT_FINITE, "it is nan at evaluation 3", 2),
+         fw.rules.StopReason.NOT_FINITE, "the value is nan at evaluation 3", 2),
         ([5, 4, 5, 1], {"rule": fw.rules.GL(20)}, fw.rules.StopReason.RISEN,
-         "25 % above the minimum 4, where 20 % is allowed", 2),
+         "25% above the minimum of 4 (20% allowed)", 2),
         ([5, 4, 4, 4], {"rule": fw.rules.Patience(patience=2)}, fw.rules.StopReason.PATIENCE,
          "no improvement over 4 in 2 evaluations", 2),
         ([5, 4, 3, 4], {"rule": fw.rules.Patience(patience=2, baseline=2.0)}, fw.rules.StopReason.PATIENCE,
          "no improvement over 2 in 2 evaluations", 2),
         ([5, 4, 3.9, 4], {"rule": fw.rules.Patience(patience=1, min_delta=0.5, cumulative=False)},
-         fw.rules.StopReason.PATIENCE, "no improvement of more than 0.5 at once over 3.9 in 1 evaluation", 3),
+         fw.rules.StopReason.PATIENCE, "no single improvement over 3.9 by more than 0.5 in 1 evaluation", 3),
         ([4, 1, 8, 8], {"rule": fw.rules.Patience(patience=1, window=2)}, fw.rules.StopReason.PATIENCE,
-         "no improvement in the mean of 2 over 2.5 in 1 evaluation", 2),  # the single best, not that of the mean
+         "no improvement over 2.5 (mean of 2) in 1 evaluation", 2),  # the single best, not that of the mean
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )  # fmt: skip

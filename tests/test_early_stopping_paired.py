@@ -117,7 +117,7 @@ def test_a_nan_between_two_evaluations_changes_no_pairs():
 
 def test_one_example_alone_is_refused():
     """Of one example no error is known, so nothing would ever be an improvement."""
-    with pytest.raises(ValueError, match="got nan .one example has none."):
+    with pytest.raises(ValueError, match="got nan .undefined for a single example"):
         fw.rules.Patience(patience=99, min_delta="1se").update(3.0, losses=[3.0])
 
 

@@ -143,7 +143,7 @@ def test_finite_again(batches):
     (begin, bad), (end, good) = texts.of("warnings")
     assert (begin, end) == (10, 15)
     assert bad.endswith("It is the first non-finite step; this window contains 1 in 5.")
-    assert good == "All gradients are finite again, since step 11 at the latest."
+    assert good == "All gradients have been finite again since step 11 at the latest."
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])

@@ -272,13 +272,13 @@ def test_a_run_that_can_not_be_judged_says_why(tmp_path):
     assert all(isinstance(one, Unusable) for one in found)
     problems = {one.run: one.problem for one in found}
     assert {
-        "axes": "val/loss ends at step 59 and train/loss at step 590: log both against the same count of steps",
-        "boxes": "which loss is meant, train/box_loss with val/box_loss or train/cls_loss with val/cls_loss? "
-        "Say so with --train-tag and --val-tag",
+        "axes": "val/loss ends at step 59 and train/loss at step 590: log both against the same step count",
+        "boxes": "several losses, train/box_loss with val/box_loss or train/cls_loss with val/cls_loss: "
+        "choose with --train-tag and --val-tag",
         "few": f"val/loss: {fw.diagnose(TRAIN[:3], VAL[:3]).evidence.removesuffix('.')}",
-        "no val": "no pair of a training and a validation loss was found by name; --train-tag and --val-tag name them; "
-        "there are train/loss, lr, train/acc",
-        "single": "a single series, loss: it takes a training and a validation loss",
+        "no val": "no training and validation loss found by name among train/loss, lr, train/acc: "
+        "name them with --train-tag and --val-tag",
+        "single": "only one series, loss: a training and a validation loss are needed",
     } == problems
     assert "Too few points" in problems["few"]
 
@@ -287,18 +287,18 @@ def test_what_is_no_log_is_refused(tmp_path):
     """No folder, a file, no event files, no scalars, half a pair of tags, unknown tags, one tag twice: a clear error each."""
     with pytest.raises(LogError, match="there is no folder .*missing"):
         diagnose_logs(tmp_path / "missing")
-    with pytest.raises(LogError, match="have no event files"):
+    with pytest.raises(LogError, match="contain no event files"):
         diagnose_logs(tmp_path)
     with SummaryWriter(str(tmp_path / "text")) as writer:
         writer.add_text("note", "no number")
-    with pytest.raises(LogError, match="have 1 event files, but no scalars in them"):
+    with pytest.raises(LogError, match="contain 1 event files without scalars"):
         diagnose_logs(tmp_path)
     (file,) = (tmp_path / "text").iterdir()
-    with pytest.raises(LogError, match="is a file, and a folder is needed"):
+    with pytest.raises(LogError, match="is a file, not a folder"):
         diagnose_logs(file)
     write(tmp_path / "run", {"train/loss": TRAIN, "val/loss": VAL, **{f"norm/{i}": [1.0] for i in range(30)}})
     write(tmp_path / "other", {"lonely": [1.0]})
-    with pytest.raises(LogError, match="go together: give both, or neither"):
+    with pytest.raises(LogError, match="belong together: give both or neither"):
         diagnose_logs(tmp_path, train_tag="train/loss")
     with pytest.raises(
         LogError, match="no series is named 'eval/loss'; there are run/train/loss, run/val/loss, .* more"
@@ -306,7 +306,7 @@ def test_what_is_no_log_is_refused(tmp_path):
         diagnose_logs(tmp_path, train_tag="train/loss", val_tag="eval/loss")
     with pytest.raises(LogError, match="no run has both 'train/loss' and 'lonely'"):
         diagnose_logs(tmp_path, train_tag="train/loss", val_tag="lonely")
-    with pytest.raises(LogError, match="can't be one series, 'loss'"):
+    with pytest.raises(LogError, match="can't be the same series, 'loss'"):
         diagnose_logs(tmp_path, train_tag="loss", val_tag="loss")
 
 

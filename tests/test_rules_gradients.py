@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fitwatch as fw
-from fitwatch.rules.quantiles import LogHistogram
+from fitwatch.rules.norms import LogHistogram
 
 HEALTHY = {"mean": 1.0, "max": 2.0, "zero_share": 0.1, "weight_norm": 5.0, "update_norm": 0.01, "lr": 0.1}
 
@@ -45,7 +45,7 @@ OVER = {"no gradient": "without a gradient"}
 
 @pytest.mark.parametrize("status", PLANTED)
 def test_a_planted_layer_is_named_once_and_its_recovery_too(status):
-    """Each fault is named after one window with its steps, not again while it lasts, and taken back when it is over."""
+    """Each fault is reported once, after one window and with its steps, and so is its end."""
     run = Run()
     (finding,) = run(others(bad=PLANTED[status]))
     assert (status, ("bad",), True) == (finding.status, finding.layers, finding.trouble)
@@ -62,7 +62,7 @@ def test_a_planted_layer_is_named_once_and_its_recovery_too(status):
 
 @pytest.mark.parametrize("status", PLANTED)
 def test_one_step_is_not_enough(status):
-    """With windows of one step, three in a row are needed, and a healthy one between begins anew."""
+    """With windows of one step, three in a row are needed; a healthy one restarts the count."""
     run = Run()
     bad = others(bad=PLANTED[status])
     assert [run(bad, steps=1), run(bad, steps=1), run(others(bad=layer()), steps=1)] == [[], [], []]
@@ -70,8 +70,8 @@ def test_one_step_is_not_enough(status):
     assert [status] == [f.status for f in run(bad, steps=1)]
 
 
-def test_a_norm_too_small_to_square_is_no_dead_layer():
-    """A norm of 0 with elements that are not 0 is vanishing, not dead."""
+def test_a_norm_too_small_to_square_is_not_dead():
+    """A norm of 0 with nonzero elements is vanishing, not dead."""
     (finding,) = Run()(others(bad=layer(mean=0.0, max=0.0, zero_share=0.2)))
     assert finding.status == "vanishing"
 
@@ -83,23 +83,23 @@ def test_what_is_small_for_a_reason_is_not_vanishing():
     assert Run()(others(loud=layer(mean=1e9, max=1e9))) == []
 
 
-def test_of_two_layers_the_larger_is_the_measure():
-    """Vanishing is seen with two layers too, and never with one."""
+def test_of_two_layers_the_larger_is_the_reference():
+    """Vanishing is found with two layers, but never with one."""
     (finding,) = Run()({"first": PLANTED["vanishing"], "last": layer()})
     assert finding.layers == ("first",)
     assert Run()({"only": PLANTED["vanishing"]}) == []
 
 
-def test_vanishing_does_not_come_and_go_at_the_threshold():
-    """Once vanishing, a layer has to get ten times over the threshold to be healthy."""
+def test_vanishing_does_not_flip_at_the_threshold():
+    """A vanishing layer must exceed ten times the threshold to become healthy."""
     run = Run(vanishing=1e-5)
     assert [f.status for f in run(others(bad=layer(mean=0.4e-5, max=1e-5)))] == ["vanishing"]
     assert run(others(bad=layer(mean=2e-5, max=2e-5))) == []
     assert [f.status for f in run(others(bad=layer(mean=2e-4, max=2e-4)))] == ["healthy"]
 
 
-def test_frozen_on_purpose_is_a_note():
-    """What is left out of training is said at once, without a warning, and so is its return."""
+def test_a_layer_excluded_from_training_is_a_note():
+    """A layer excluded from training is reported at once, without a warning, and so is its return."""
     run = Run()
     (finding,) = run(others(bad=fw.rules.LayerGradient(untrained="requires_grad is False")), steps=1)
     assert (finding.status, finding.trouble) == ("untrained", False)
@@ -108,7 +108,7 @@ def test_frozen_on_purpose_is_a_note():
     assert run(others(bad=fw.rules.LayerGradient(untrained="requires_grad is False"))) == []
     (over,) = run(others(bad=layer()))
     assert (over.status, over.trouble) == ("trained", False)
-    assert over.evidence.startswith("No longer frozen: `bad`.")
+    assert over.evidence.startswith("Now trained: `bad`.")
     assert run.rule.untrained() == "none"
 
 
@@ -124,8 +124,8 @@ def test_weights_that_do_not_move_are_frozen(lr, status):
     assert run.rule.statuses == {"bad": status}
 
 
-def test_a_rate_of_zero_counts_for_nothing_else():
-    """One step at rate 0 and one whose update was lost are not two of either."""
+def test_a_learning_rate_of_zero_and_a_lost_update_are_counted_separately():
+    """One step at learning rate 0 and one with a lost update do not add up to two of either."""
     run = Run()
     assert run(others(bad=layer(update_norm=0.0, lr=0.0))) == []
     assert run(others(bad=layer(update_norm=0.0))) == []
@@ -134,13 +134,13 @@ def test_a_rate_of_zero_counts_for_nothing_else():
 
 @pytest.mark.parametrize("sample", [{"update_norm": 0.0}, {"update_norm": 50.0}])
 def test_a_sampled_step_without_a_gradient_says_nothing(sample):
-    """Of a layer that was unused at the sampled step, its update is no sign of anything."""
+    """The update of a layer unused at the sampled step is ignored."""
     run = Run()
     assert [run(others(bad=layer(zero_share=1.0, **sample))) for _ in range(4)] == [[]] * 4
 
 
 def test_a_parameter_around_zero_does_not_explode():
-    """Updates that exceed the weights of the moment, but not the largest they had, are no explosion."""
+    """Updates larger than the current weights, but not than the largest they had, are not exploding."""
     run = Run()
     assert run(others(bias=layer(weight_norm=0.05, update_norm=0.01))) == []
     around = others(bias=layer(weight_norm=0.001, update_norm=0.01))
@@ -149,7 +149,7 @@ def test_a_parameter_around_zero_does_not_explode():
 
 @pytest.mark.parametrize("status", PLANTED)
 def test_a_status_that_comes_and_goes_is_given_ever_more_rarely(status):
-    """After a recovery the same fault must last ten times as long; a hundred silences of 20 steps are one warning."""
+    """After a recovery, the same fault must last ten times as long; a hundred silences of 20 steps give one warning."""
     run = Run()
     bad, good = others(bad=PLANTED[status]), others(bad=layer())
     assert [len(run(layers)) for layers in (bad, bad, good)] == [1, 0, 1]
@@ -162,7 +162,7 @@ def test_a_status_that_comes_and_goes_is_given_ever_more_rarely(status):
     assert [run(bad) for _ in range(199)] == [[]] * 199
 
 
-def test_a_layer_used_now_and_then_has_to_be_silent_for_longer():
+def test_an_occasionally_used_layer_must_be_silent_for_longer():
     """After a window in which 8 of 10 steps had no gradient, 80 steps without one are needed."""
     run = Run()
     assert run(others(bad=layer(zero_steps=8))) == []
@@ -171,7 +171,7 @@ def test_a_layer_used_now_and_then_has_to_be_silent_for_longer():
 
 
 def test_an_explosion_is_over_when_the_norm_is_well_below_the_threshold():
-    """The end is said at a tenth of the multiple that made the beginning, so that it does not come and go."""
+    """The end is reported at a tenth of the multiple that started it, so that it does not flip."""
     run = Run(exploding=100)
     assert [f.status for norm in (1.0, 300.0) for f in run(norms=[norm] * 20)] == ["exploding"]
     assert run(norms=[50.0] * 20) == []
@@ -180,7 +180,7 @@ def test_an_explosion_is_over_when_the_norm_is_well_below_the_threshold():
 
 
 def test_a_layer_that_outgrows_its_weights_explodes():
-    """Two sampled steps, ten steps apart, that are larger than the weights are named; right at the start one is not."""
+    """Two sampled steps larger than the weights, ten steps apart, are reported; the first few steps are not."""
     run = Run()
     wild = others(bad=layer(update_norm=50.0))
     assert run(wild) == []
@@ -190,27 +190,27 @@ def test_a_layer_that_outgrows_its_weights_explodes():
     assert [run(wild, steps=1) for _ in range(4)] == [[]] * 4
 
 
-def test_an_explosion_of_the_norm_is_named_and_taken_back():
-    """A window whose median is a hundred times that before is named with both figures; a single spike is not."""
+def test_an_explosion_of_the_norm_is_reported_and_so_is_its_end():
+    """A window with a hundred times the previous median is reported with both figures; a single spike is not."""
     run = Run()
     assert run(norms=[1.0] * 30) == []
     assert run(norms=[1.0] * 20 + [1e6]) == []
     (finding,) = run(norms=[300.0] * 10)
     assert finding.status == "exploding"
-    assert "is 300, 300 times the 1 " in finding.evidence
+    assert "is 300, 300 times the previous 1." in finding.evidence
     assert run(norms=[300.0] * 200) == []
     (over,) = run(norms=[2.0] * 10)
     assert over.status == "healthy"
 
 
-def test_an_explosion_within_the_first_window_is_named():
-    """With nothing before, the second half of the window is held against the first."""
+def test_an_explosion_within_the_first_window_is_reported():
+    """In the first window, the second half is compared with the first."""
     assert [f.status for f in Run()(norms=[2.0**i for i in range(40)])] == ["exploding"]
     assert Run()(norms=[1.1**i for i in range(40)]) == []
 
 
-def test_a_return_to_earlier_norms_is_no_explosion():
-    """After a long time of tiny norms, a window as loud as the first ones is not exploding."""
+def test_a_return_to_earlier_norms_is_not_an_explosion():
+    """After many tiny norms, a window as large as the first ones is not exploding."""
     run = Run()
     assert run(norms=[1.0] * 10) == []
     assert run(norms=[1e-4] * 500) == []
@@ -218,8 +218,8 @@ def test_a_return_to_earlier_norms_is_no_explosion():
     assert [f.status for f in run(norms=[1.1] * 10)] == ["exploding"]
 
 
-def test_not_finite_is_said_when_it_begins_and_ends():
-    """The sentence handed in comes back once, and its end is said."""
+def test_non_finite_gradients_are_reported_at_their_start_and_end():
+    """The given sentence is reported once, and so is the end."""
     run = Run()
     (finding,) = run(norms=[1.0, math.nan], not_finite="At step 2 it is gone.")
     assert (finding.status, finding.evidence, finding.trouble) == ("not finite", "At step 2 it is gone.", True)
@@ -230,7 +230,7 @@ def test_not_finite_is_said_when_it_begins_and_ends():
 
 
 def test_layers_with_a_nan_keep_their_status():
-    """A layer whose norm is not finite is judged no further."""
+    """A layer with a non-finite norm keeps its status."""
     assert Run()(others(bad=layer(mean=math.nan, max=math.nan))) == []
 
 
@@ -241,8 +241,8 @@ def test_many_layers_share_a_sentence():
     assert "`bad4` and 4 more" in finding.evidence
 
 
-def test_all_gradients_zero_is_one_sentence_of_its_own():
-    """Where no layer has a gradient other than zero, the sentence speaks of the loss."""
+def test_all_gradients_zero_has_a_separate_sentence():
+    """If every gradient is zero, the sentence suggests the loss as the cause."""
     (finding,) = Run()({"a": PLANTED["dead"], "b": PLANTED["dead"]}, norms=[0.0] * 10)
     assert "Every gradient was exactly zero" in finding.evidence
 
@@ -268,7 +268,7 @@ def test_the_summary_counts_spikes():
     """The summary has median, 95 % quantile, the largest norm with its step, and how many were spikes."""
     run = Run()
     run(norms=[1.0] * 95 + [2.0] * 3 + [50.0, 3.0])
-    assert run.rule.summary() == "median 1, 95 % up to 1, largest 50 at step 99, 1 step above 10 times the median"
+    assert run.rule.summary() == "median 1, 95th percentile 1, largest 50 at step 99, 1 step above 10 times the median"
     assert fw.rules.GradientRule().summary() == "no finite norm was seen"
     assert fw.rules.GradientRule().clip_norm is None
 
@@ -286,8 +286,8 @@ def test_the_norm_to_clip_to_is_above_all_but_spikes(window):
     assert sum(norm > run.rule.clip_norm for norm in norms) < 20
 
 
-def test_an_explosion_leaves_the_norm_to_clip_to_as_it_was():
-    """A clip_norm from after the explosion would not have prevented it."""
+def test_an_explosion_does_not_change_the_clip_norm():
+    """Norms during an explosion are ignored: a clip_norm taken from them would not have prevented it."""
     run = Run()
     run(norms=[1.0] * 40)
     before = run.rule.clip_norm
@@ -296,8 +296,8 @@ def test_an_explosion_leaves_the_norm_to_clip_to_as_it_was():
     assert before == run.rule.clip_norm == pytest.approx(1, rel=0.01)
 
 
-def test_a_rule_goes_on_from_its_state():
-    """A fresh rule with the state of another gives the same findings from there on."""
+def test_a_rule_continues_from_its_state():
+    """A new rule that loads the state of another gives the same findings from there on."""
     windows = [
         others(bad=PLANTED["dead"]),
         others(bad=PLANTED["dead"], still=layer(update_norm=0.0)),

@@ -52,8 +52,8 @@ def sample(count, seed=0, tail=1.0):
 def error(before, now, weights=None):
     """What the rule would be given for the second evaluation, with the first as the reference."""
     paired = PairedRise()
-    paired.take(before, weights, reference=None)
-    paired.take(now, weights, reference="last")
+    paired.add(before, weights, reference=None)
+    paired.add(now, weights, reference="last")
     return paired.error
 
 
@@ -158,7 +158,7 @@ def test_another_number_of_examples_is_refused():
     """The examples must be the same, so their number can't change; without losses in between, new pairs begin."""
     rule = OverfittingRule()
     rule.update(1.0, 1.0, losses=np.ones(5))
-    with pytest.raises(ValueError, match="5 losses of examples before, and now there are 4"):
+    with pytest.raises(ValueError, match="the same 5 examples as before, got 4"):
         rule.update(1.0, 1.0, losses=np.ones(4))
     rule.update(1.0, 1.0)
     rule.update(1.0, 1.0, losses=np.ones(4))
@@ -209,7 +209,7 @@ def test_a_decided_rise_needs_no_more_examples():
     clear = diagnose(*slow_turn(slope=0.02), example_losses=examples_of(slow_turn(slope=0.02)[1], 500, 0.8))
     assert (clear.overfitting, clear.examples_needed) == (True, None)
     open_ = diagnose(train, val, example_losses=examples_of(val, 500, 0.8))
-    assert f"it would take about {open_.examples_needed:,}." in open_.evidence
+    assert f"about {open_.examples_needed:,} are needed to be sure" in open_.evidence
     assert open_.examples_needed == math.ceil(500 * (2 * open_.rise_se / max(open_.rise, 0.04 * minimum())) ** 2)
 
 
@@ -273,5 +273,5 @@ def test_state_round_trip_keeps_the_pairs():
 
 def test_rows_of_example_losses_must_match_the_curve():
     """As many rows as evaluations, or the counts are named."""
-    with pytest.raises(ValueError, match="example_losses has 1 rows and val_losses 2"):
+    with pytest.raises(ValueError, match="example_losses has 1 rows but val_losses has 2"):
         diagnose([1.0, 0.9], [1.0, 0.9], example_losses=[np.ones(3)])

@@ -62,7 +62,7 @@ RULES = [
 
 @pytest.mark.parametrize(("rule", "reference", "options"), RULES, ids=[repr(rule) for rule, *_ in RULES])
 def test_the_rules_stop_where_the_formulas_do(rule, reference, options):
-    """On 60 generated pairs of curves each rule stops after the epoch of the formula; some curves stop, some not."""
+    """On 60 pairs of curves each rule stops at the epoch given by the formula; some curves never stop."""
     expected, actual = [], []
     for seed in range(60):
         train, val = curves(seed)
@@ -78,14 +78,14 @@ def test_the_rules_stop_where_the_formulas_do(rule, reference, options):
 @pytest.mark.parametrize(
     ("rule", "train", "val", "sentence"),
     [
-        (fw.rules.GL(5), [1, 1, 1], [0.5, 0.52, 0.55], "10 % above the minimum 0.5, where 5 % is allowed"),
+        (fw.rules.GL(5), [1, 1, 1], [0.5, 0.52, 0.55], "10% above the minimum of 0.5 (5% allowed)"),
         (
             fw.rules.PQ(1, k=2),
             [1.0, 1.0, 0.5, 0.502],
             [0.5, 0.5, 0.6, 0.55],
-            "10 % above the minimum 0.5 at a training progress of 2 permille: their quotient 5 is more than 1",
+            "10% above the minimum of 0.5 with a training progress of 2 per mille: the quotient 5 exceeds 1",
         ),
-        (fw.rules.UP(2, k=1), [1, 1, 1], [0.5, 0.6, 0.7], "risen over 2 strips of 1 evaluations in a row, to 0.7"),
+        (fw.rules.UP(2, k=1), [1, 1, 1], [0.5, 0.6, 0.7], "risen to 0.7 over 2 consecutive strips of 1 evaluation"),
     ],
     ids=repr,
 )
@@ -110,7 +110,7 @@ def test_limits_where_a_formula_divides_by_zero():
     assert stops(fw.rules.PQ(0.5, k=2), [0.0] * 4, [1, 1, 1, 5]) == 4
 
 
-def test_what_is_allowed_is_no_more_than_allowed():
+def test_thresholds_must_be_exceeded():
     """A loss of exactly alpha percent above the minimum does not stop GL, nor a flat curve UP."""
     assert stops(fw.rules.GL(50), [1] * 3, [1, 1.5, 1.5]) is None
     assert stops(fw.rules.UP(1, k=1), [1] * 3, [1, 1, 1]) is None
@@ -118,7 +118,7 @@ def test_what_is_allowed_is_no_more_than_allowed():
 
 @pytest.mark.parametrize("rule", [fw.rules.GL(5), fw.rules.PQ(1), fw.rules.UP(2)], ids=repr)
 def test_a_value_that_is_not_finite_stops_at_once(rule):
-    """There is no patience to count a NaN against: all three rules stop, and never take it for the best."""
+    """All three rules stop at a non-finite value, and never take it as the best."""
     for value in (NAN, INF, -INF):
         rule.reset()
         assert not rule.update(1.0, train_loss=1.0)
@@ -140,7 +140,7 @@ def test_nothing_stops_during_warm_up(rule, stop):
 
 @pytest.mark.parametrize("rule", [fw.rules.GL(8), fw.rules.PQ(0.4, k=3), fw.rules.UP(2, k=3)], ids=repr)
 def test_state_round_trip_goes_on_within_a_strip(rule):
-    """Interrupted anywhere, strips go on where they were: the same stop, best, reason and sentence at each evaluation."""
+    """After an interruption anywhere in a strip, each evaluation gives the same stop, best, reason and sentence."""
     train, val = curves(0)
 
     def go(rule, points):
@@ -160,9 +160,9 @@ def test_state_round_trip_goes_on_within_a_strip(rule):
 
 def test_what_the_rules_can_not_use_is_refused():
     """Negative errors, a missing training loss, and options out of range are refused with what was given."""
-    with pytest.raises(ValueError, match="GL is for errors of 0 or more: the value is -0.5"):
+    with pytest.raises(ValueError, match="GL needs errors of 0 or more: the value is -0.5"):
         fw.rules.GL(5).update(-0.5)
-    with pytest.raises(ValueError, match="PQ is for errors of 0 or more: the train_loss is -1.0"):
+    with pytest.raises(ValueError, match="PQ needs errors of 0 or more: the train_loss is -1.0"):
         fw.rules.PQ(1).update(0.5, train_loss=-1)
     with pytest.raises(ValueError, match="PQ needs the train_loss of each evaluation, got None"):
         fw.rules.PQ(1).update(0.5)

@@ -197,26 +197,26 @@ PATIENCE, THRESHOLD, DIVERGED, NOT_FINITE, _ = StopReason
     ("values", "options", "reason", "sentence"),
     [
         ([0.7334] + [0.733] * 10, {"patience": 10, "min_delta": 0.001}, PATIENCE,
-         "no improvement of more than 0.001 over 0.7334 in 10 evaluations"),
+         "no improvement over 0.7334 by more than 0.001 in 10 evaluations"),
         ([2.0, 2.0], {"patience": 1}, PATIENCE, "no improvement over 2 in 1 evaluation"),
         ([2.0, 2.0, 2.0], {"patience": 2, "min_delta": 0.01, "relative": True}, PATIENCE,
-         "no improvement of more than 1 % over 2 in 2 evaluations"),
+         "no improvement over 2 by more than 1% in 2 evaluations"),
         ([2.0, 1.9], {"patience": 1, "min_delta": 0.5, "cumulative": False, "window": 2}, PATIENCE,
-         "no improvement of more than 0.5 at once in the mean of 2 over 1.95 in 1 evaluation"),
+         "no single improvement over 1.95 (mean of 2) by more than 0.5 in 1 evaluation"),
         ([2.0, 1.9], {"patience": 1, "min_delta": "1se"}, PATIENCE,
-         "no improvement of more than 1 standard error (0.25) over 2 in 1 evaluation"),
+         "no improvement over 2 by more than 0.25 (1 standard error) in 1 evaluation"),
         ([2.0, 1.9], {"patience": 1, "min_delta": "1.5se"}, PATIENCE,
-         "no improvement of more than 1.5 standard errors (0.375) over 2 in 1 evaluation"),
+         "no improvement over 2 by more than 0.375 (1.5 standard errors) in 1 evaluation"),
         ([2.0, 1.9], {"patience": 2, "baseline": 1.5}, PATIENCE, "no improvement over 1.5 in 2 evaluations"),
         ([NAN] * 3, {"patience": 3}, PATIENCE, "no finite value in 3 evaluations"),
-        ([2.0, 0.9], {"patience": 3, "stopping_threshold": 1}, THRESHOLD, "0.9 has reached the threshold 1"),
+        ([2.0, 0.9], {"patience": 3, "stopping_threshold": 1}, THRESHOLD, "0.9 has reached the threshold of 1"),
         ([2.0, 9.0], {"patience": 3, "divergence_threshold": 5.0}, DIVERGED,
-         "9 is worse than the divergence threshold 5"),
-        ([2.0, NAN], {"patience": 1, "check_finite": True}, NOT_FINITE, "it is nan at evaluation 2"),
+         "9 is worse than the divergence threshold of 5"),
+        ([2.0, NAN], {"patience": 1, "check_finite": True}, NOT_FINITE, "the value is nan at evaluation 2"),
     ],
 )  # fmt: skip
 def test_reason_and_sentence_give_the_figures(values, options, reason, sentence):
-    """There is an enum, and a sentence with what was asked, what stands and for how long; neither is there before."""
+    """Reason and sentence are set at the stop, with the figures, and not before."""
     rule = Patience(**options)
     for value in values[:-1]:
         assert not rule.update(value, standard_error=0.25)
@@ -225,8 +225,8 @@ def test_reason_and_sentence_give_the_figures(values, options, reason, sentence)
     assert (rule.reason, rule.sentence) == (reason, sentence)
 
 
-def test_it_says_stop_until_there_is_an_improvement():
-    """A caller who goes on is told again, until the value improves; then the reason is gone."""
+def test_it_keeps_stopping_until_there_is_an_improvement():
+    """Further evaluations stop again until the value improves; then the reason is cleared."""
     rule = Patience(patience=1)
     assert [rule.update(v) for v in (1, 2, 2, 0.5)] == [False, True, True, False]
     assert rule.reason is None
@@ -258,7 +258,7 @@ def test_state_round_trip_keeps_the_counter(options, stop):
 
 
 def test_reset_forgets_everything():
-    """After a reset it is as new: no best, no counter, no reason, no reference."""
+    """After a reset the rule equals a new one: no best, no counter, no reason, no reference."""
     options = {"patience": 1, "window": 2, "baseline": 9.0, "mode": "min"}
     rule = Patience(**options)
     rule.update(1.0)

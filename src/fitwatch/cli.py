@@ -1,31 +1,30 @@
-"""The command ``fitwatch``."""
+"""The ``fitwatch`` command: verdicts on logged runs as a report, a table or JSON."""
 
 import argparse
 import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from fitwatch.logs import Diagnosis, Unusable, diagnose_logs
 from fitwatch.logs.curves import LogError
 
 _HELP = """
-Reads TensorBoard's event files, whoever wrote them, and says of each run whether it overfitted, since when, which
-evaluation was the best, and how many came after it. An evaluation is a point of the validation loss; they count from 0.
+Read TensorBoard event files of any writer, and report for each run whether it overfitted, since when, which evaluation
+was the best, and how many came after it. Evaluations are the points of the validation loss, counted from 0.
 """
 
-_MOST = 5  # problems in one message
+_MAX_PROBLEMS = 5  # in one message
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Its arguments; None: those of the process.
+        argv: Arguments; None for those of the process.
 
     Returns:
-        The exit status: 0 if a run was judged, whatever the verdict; 2 if none could be, with the reason on standard
+        Exit status: 0 if at least one run was judged, whatever the verdict; otherwise 2, with the reason on standard
         error.
     """
     options = _parser().parse_args(argv)
@@ -36,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged = [one for one in found if isinstance(one, Diagnosis)]
     if not judged:
         problems = [f"run {one.run}: {one.problem}" for one in found if isinstance(one, Unusable)]
-        more = f"; and {len(problems) - _MOST} more runs" if len(problems) > _MOST else ""
-        return _fail("; ".join(problems[:_MOST]) + more)
+        more = f"; and {len(problems) - _MAX_PROBLEMS} more runs" if len(problems) > _MAX_PROBLEMS else ""
+        return _fail("; ".join(problems[:_MAX_PROBLEMS]) + more)
     if options.json:
         document = {"logdir": options.logdir, "runs": [_facts(one) for one in found]}
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
@@ -49,16 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fitwatch", description="Tell overfitting from noise.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = commands.add_parser("diagnose", help="judge the loss curves in TensorBoard's logs", description=_HELP)
-    command.add_argument("logdir", metavar="LOGDIR", help="folder of one run or of many")
-    command.add_argument("--run", metavar="NAME", help="judge this run only, with all figures")
+    command = commands.add_parser("diagnose", help="judge the loss curves in TensorBoard logs", description=_HELP)
+    command.add_argument("logdir", metavar="LOGDIR", help="folder with one or more runs")
+    command.add_argument("--run", metavar="NAME", help="judge only this run, and print all figures")
     command.add_argument(
-        "--train-tag",
-        metavar="TAG",
-        help="name of the training loss: a tag, or sub-run/tag as in train/loss; default: guessed",
+        "--train-tag", metavar="TAG", help="training loss: a tag, or sub-run/tag as in train/loss; default: guessed"
     )
-    command.add_argument("--val-tag", metavar="TAG", help="likewise of the validation loss; give both or neither")
-    command.add_argument("--json", action="store_true", help="print one JSON document; NaN and infinity are null")
+    command.add_argument("--val-tag", metavar="TAG", help="validation loss; give both tags or neither")
+    command.add_argument("--json", action="store_true", help="print a JSON document; NaN and infinity become null")
     return parser
 
 
@@ -68,7 +65,7 @@ def _fail(message: str) -> int:
 
 
 def _report(one: Diagnosis) -> str:
-    """All figures of a run, a line each."""
+    """Format all figures of a run, one per line."""
     verdict = one.verdict
     rows = [
         ("run", one.run),
@@ -85,7 +82,7 @@ def _report(one: Diagnosis) -> str:
 
 
 def _table(found: Sequence[Diagnosis | Unusable]) -> str:
-    """One line for each run."""
+    """Format one line per run."""
     rows = [("run", "status", "onset", "best", "wasted", "")]
     for one in found:
         if isinstance(one, Unusable):
@@ -95,21 +92,20 @@ def _table(found: Sequence[Diagnosis | Unusable]) -> str:
         rows.append((one.run, verdict.status, _at(one, verdict.onset), _at(one, verdict.best), wasted, ""))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]) for row in rows]
-    return "".join(f"{line.rstrip()}\n" for line in lines) + "All figures of a run, and the evidence: --run NAME\n"
+    return "".join(f"{line.rstrip()}\n" for line in lines) + "For all figures and the evidence of a run: --run NAME\n"
 
 
 def _at(one: Diagnosis, index: int | None, *, loss: bool = False) -> str:
-    """Where an evaluation is."""
+    """Format an evaluation with its step."""
     if index is None:
         return "-"
     return f"evaluation {index}, step {one.steps[index]}" + (f", loss {one.losses[index]:.6g}" if loss else "")
 
 
-def _facts(one: Diagnosis | Unusable) -> dict[str, Any]:
+def _facts(one: Diagnosis | Unusable) -> dict[str, object]:
     if isinstance(one, Unusable):
         return {"run": one.run, "problem": one.problem}
     verdict = one.verdict
-    best = _place(one, verdict.best)
     return {
         "run": one.run,
         "problem": None,
@@ -120,7 +116,7 @@ def _facts(one: Diagnosis | Unusable) -> dict[str, Any]:
         "status": verdict.status,
         "onset": _place(one, verdict.onset),
         "detected": _place(one, verdict.detected),
-        "best": best,
+        "best": _place(one, verdict.best),
         "wasted": one.wasted,
         "gap": _finite(verdict.gap),
         "rise": _finite(verdict.rise),
@@ -128,7 +124,7 @@ def _facts(one: Diagnosis | Unusable) -> dict[str, Any]:
     }
 
 
-def _place(one: Diagnosis, index: int | None) -> dict[str, Any] | None:
+def _place(one: Diagnosis, index: int | None) -> dict[str, object] | None:
     if index is None:
         return None
     return {"evaluation": index, "step": one.steps[index], "loss": _finite(one.losses[index])}

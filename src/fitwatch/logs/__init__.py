@@ -1,4 +1,4 @@
-"""Verdicts on the runs in a folder of TensorBoard's event files, whoever wrote them."""
+"""Overfitting verdicts on logged runs: reads TensorBoard event files of any writer, and judges each run."""
 
 import math
 import os
@@ -14,15 +14,15 @@ from fitwatch.rules.overfitting import Verdict, diagnose
 
 @frozen(kw_only=True)
 class Diagnosis:
-    """What the logs of one run say.
+    """Verdict on one run.
 
     Attributes:
-        run: Its folder, relative to the one that was read; ``"."`` for that itself.
+        run: Its folder, relative to the folder that was read; ``"."`` for that folder itself.
         train: Name of the training loss within the run.
         val: Name of the validation loss within the run.
-        steps: Step of each evaluation, which is a point of the validation loss.
+        steps: Step of each evaluation, that is, of each point of the validation loss.
         losses: The validation losses.
-        verdict: Of `fitwatch.diagnose`; its indices count evaluations from 0.
+        verdict: Result of `fitwatch.diagnose`; its indices count evaluations from 0.
     """
 
     run: str
@@ -34,13 +34,13 @@ class Diagnosis:
 
     @property
     def wasted(self) -> int | None:
-        """Evaluations after the best one; None if there is no best one."""
+        """Number of evaluations after the best; None if there is no best."""
         return None if self.verdict.best is None else len(self.steps) - 1 - self.verdict.best
 
 
 @frozen(kw_only=True)
 class Unusable:
-    """A run without a verdict, and the reason why."""
+    """A run that can't be judged, and why."""
 
     run: str
     problem: str
@@ -56,20 +56,20 @@ def diagnose_logs(
     """Judge each run below a folder, by `fitwatch.diagnose`.
 
     Args:
-        folder: Holds event files, in itself or deeper.
-        run: Judge this one only.
-        train_tag: Name of the training loss: a tag, or a sub-run and a tag, as ``train/loss``. Default: guessed.
-        val_tag: Likewise of the validation loss; both are given, or neither.
+        folder: Folder with event files, possibly in subfolders.
+        run: Judge only this run.
+        train_tag: Name of the training loss: a tag, or a sub-run and a tag, as in ``train/loss``. Default: guessed.
+        val_tag: Name of the validation loss, in the same form. Give both names or neither.
 
     Raises:
-        LogError: There is nothing to judge: no folder, no event files, no such run, no such tags.
+        LogError: If the folder, event files, run or tags do not exist.
     """
     if (train_tag is None) != (val_tag is None):
-        raise LogError("--train-tag and --val-tag go together: give both, or neither")
+        raise LogError("--train-tag and --val-tag belong together: give both or neither")
     logged = read(folder)
     pairs = guess(logged) if train_tag is None or val_tag is None else find(logged, train_tag, val_tag)
     names = {pair.run for pair in pairs}
-    # Dots, bars and the like are sub-runs without a pair of losses: no runs of their own.
+    # Sub-runs for markers and the like, without a pair of losses, are not separate runs.
     shown = [pair for pair in pairs if not (pair.problem and _is_below(pair.run, names))]
     if run is None:
         return [_judge(pair) for pair in shown]
@@ -79,50 +79,50 @@ def diagnose_logs(
 
 
 def read(folder: str | os.PathLike[str]) -> Logged:
-    """All scalar series below a folder.
+    """Read all scalar series below a folder.
 
-    Where a step was written again, as after a restart, the later points count and the older ones from there on are
-    dropped, as in TensorBoard.
+    If a step was written again, as after a restart, the later points replace all older ones from that step on, as in
+    TensorBoard.
 
     Raises:
-        LogError: It is no folder, or has no event files or no scalars.
+        LogError: If it is not a folder, or has no event files or no scalars.
     """
     top = Path(folder)
     if not top.is_dir():
-        raise LogError(f"{top} is a file, and a folder is needed" if top.exists() else f"there is no folder {top}")
+        raise LogError(f"{top} is a file, not a folder" if top.exists() else f"there is no folder {top}")
     logged, found = {}, 0
     for place, files in _event_files(top):
         found += len(files)
         if series := _scalars(files):
             logged[place.relative_to(top).as_posix()] = series
     if not logged:
-        what = f"{found} event files, but no scalars in them" if found else "no event files (*tfevents*)"
-        raise LogError(f"{top} and the folders in it have {what}")
+        what = f"{found} event files without scalars" if found else "no event files (*tfevents*)"
+        raise LogError(f"{top} and its subfolders contain {what}")
     return logged
 
 
 def _event_files(top: Path) -> Iterable[tuple[Path, list[Path]]]:
-    """The folders with event files, and these in the order of writing, which is that of their names."""
+    """Yield each folder with event files, and its files in the order of writing, which is that of their names."""
     seen = set()
     for place, folders, names in os.walk(top, followlinks=True):  # TensorBoard follows links to runs
         real = os.path.realpath(place)
-        if real in seen:  # a link in a circle
+        if real in seen:  # a circular link
             folders.clear()
             continue
         seen.add(real)
         files = sorted(name for name in names if "tfevents" in name and not name.endswith(".profile-empty"))
         if files:
-            yield Path(place), [file for name in files if (file := Path(place, name)).is_file()]  # no dangling link
+            yield Path(place), [file for name in files if (file := Path(place, name)).is_file()]  # skips dangling links
 
 
 def _scalars(files: Iterable[Path]) -> dict[str, Points]:
-    from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - only who reads logs pays
+    from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - slow, and rarely needed
         LegacyEventFileLoader,
     )
     from tensorboard.compat.proto.event_pb2 import SessionLog  # noqa: PLC0415 - as above
 
     series: dict[str, Points] = {}
-    plugins: dict[str, str] = {}  # a tag's first value says of which kind it is
+    plugins: dict[str, str] = {}  # only the first value of a tag names its plugin
     for file in files:
         for event in LegacyEventFileLoader(str(file)).Load():
             if event.session_log.status == SessionLog.START:
@@ -144,8 +144,8 @@ def _drop(points: Points, step: int) -> None:
         points.pop()
 
 
-def _number(value: Any, plugin: str) -> float | None:
-    """The number of a scalar, which is a field of its own (torch) or a tensor (TensorFlow 2); None for what is none."""
+def _number(value: Any, plugin: str) -> float | None:  # Any: tensorboard has no types
+    """Return the value of a scalar, stored in a field (torch) or a tensor (TensorFlow 2); None for other data."""
     from tensorboard.util.tensor_util import make_ndarray  # noqa: PLC0415 - as above
 
     if value.HasField("simple_value"):
@@ -175,7 +175,7 @@ def _judge(pair: Pair) -> Diagnosis | Unusable:
 
 
 def _aligned(train: Points, val: Points) -> list[float]:
-    """The mean of the training points since the last evaluation, for each; NaN where there are none."""
+    """Return for each evaluation the mean of the training points since the one before; NaN if there are none."""
     means, start = [], 0
     for step, _ in val:
         end = start
@@ -188,9 +188,9 @@ def _aligned(train: Points, val: Points) -> list[float]:
 
 
 def _two_axes(train: Series, val: Series) -> str:
-    """What is wrong if one series counts epochs and the other steps: their ends are far apart."""
+    """Return an error if one series counts epochs and the other steps, so that their ends are far apart; else ""."""
     first, last = sorted([train, val], key=lambda one: one.points[-1][0])
     near, far = first.points[-1][0], last.points[-1][0]
     if far <= 2 * near:
         return ""
-    return f"{first.name} ends at step {near} and {last.name} at step {far}: log both against the same count of steps"
+    return f"{first.name} ends at step {near} and {last.name} at step {far}: log both against the same step count"

@@ -1,4 +1,4 @@
-"""Which of many logged series are the training and the validation loss of a run, told by their names."""
+"""Finds the training and the validation loss of each run among the logged series, by their names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,16 +6,16 @@ from pathlib import PurePosixPath
 
 from attrs import field, frozen
 
-Points = list[tuple[int, float]]  # (step, value), by rising step
-Logged = Mapping[str, Mapping[str, Points]]  # folder, "." for the outermost -> tag -> points
+Points = list[tuple[int, float]]  # (step, value), in order of steps
+Logged = Mapping[str, Mapping[str, Points]]  # folder, "." for the top one -> tag -> points
 
 _TRAIN, _VAL, _TEST = "train", "val", "test"
 _ROLES = {
     **dict.fromkeys(["train", "training"], _TRAIN),
     **dict.fromkeys(["val", "valid", "validate", "validation", "eval", "evaluate", "evaluation", "dev"], _VAL),
-    "test": _TEST,  # many call the validation set so
+    "test": _TEST,  # a common name for the validation set
 }
-# How often a loss is logged and how it was summed up is no part of which loss it is. An epoch's mean is best.
+# Words that tell how often a loss is logged or how it is averaged, not which loss it is. Per epoch is preferred.
 _GRAINS = {**dict.fromkeys(["epoch", "epochs"], 0), **dict.fromkeys(["step", "batch", "iter", "iteration"], 2)}
 _FILLERS = {"total", "mean", "avg", "average", "running"}
 _SIDES = (
@@ -25,47 +25,38 @@ _SIDES = (
 
 
 class LogError(ValueError):
-    """The logs can't be used as they are; the message is one line."""
+    """Raised if logs can't be used; the message is a single line."""
 
 
 @frozen(kw_only=True)
 class Series:
-    """One logged curve.
+    """A logged curve.
 
     Attributes:
-        name: Tag, or sub-run and tag, relative to its run.
+        name: Tag, or sub-run and tag, within its run.
         points: (step, value).
+        run: Its run: a folder relative to the top one.
+        role: ``"train"``, ``"val"``, ``"test"``, or ``""`` if unknown.
+        key: Remaining words of the tag, in lower case.
+        grain: 0 for a value per epoch, 2 per step, 1 if unknown.
     """
 
     name: str
     points: Points = field(repr=False)
-
-
-@frozen(kw_only=True)
-class _Named(Series):
-    """A curve, and what its name says.
-
-    Attributes:
-        run: The run it belongs to: a folder relative to the outermost one.
-        role: ``"train"``, ``"val"``, ``"test"``, or ``""`` if its name doesn't tell.
-        key: The other words of the tag, in lower case.
-        grain: 0 for a value per epoch, 2 per step, 1 if its name doesn't tell.
-    """
-
     run: str
-    role: str
-    key: tuple[str, ...]
-    grain: int
+    role: str = ""
+    key: tuple[str, ...] = ()
+    grain: int = 1
 
 
-@frozen(kw_only=True)
+@frozen
 class Pair:
-    """The two losses of a run, or why there are none.
+    """The two losses of a run, or why they were not found.
 
     Attributes:
         run: Its name.
-        train: The training loss; None if it was not found.
-        val: The validation loss; None with ``train``.
+        train: Training loss; None if not found.
+        val: Validation loss; None if ``train`` is.
         problem: Why they were not found; "" if they were.
     """
 
@@ -76,12 +67,12 @@ class Pair:
 
 
 def guess(logged: Logged) -> list[Pair]:
-    """The training and the validation loss of each run.
+    """Guess the training and the validation loss of each run.
 
-    A run is a folder together with its sub-runs: ``train``, ``val``, ``validation``, ``eval``, and those of
-    ``SummaryWriter.add_scalars``. ``exp1_train`` beside ``exp1_val`` are sub-runs of a run ``exp1``.
+    A run is a folder with its sub-runs: ``train``, ``val``, ``validation``, ``eval``, and those written by
+    ``SummaryWriter.add_scalars``. Adjacent ``exp1_train`` and ``exp1_val`` are sub-runs of a run ``exp1``.
     """
-    runs: dict[str, list[_Named]] = {}
+    runs: dict[str, list[Series]] = {}
     sides = _sides(logged)
     for folder, tags in logged.items():
         for tag, points in tags.items():
@@ -91,15 +82,15 @@ def guess(logged: Logged) -> list[Pair]:
 
 
 def find(logged: Logged, train_tag: str, val_tag: str) -> list[Pair]:
-    """The series of these names in each run that has both; a name may begin with a sub-run, as ``train/loss``.
+    """Find two series by name in each run that has both; a name may start with a sub-run, as in ``train/loss``.
 
     Raises:
-        LogError: No run has both, or the names are the same.
+        LogError: If no run has both, or the names are equal.
     """
     if train_tag == val_tag:
         raise LogError(
-            f"the training and the validation loss can't be one series, {train_tag!r}; "
-            "if they are in two sub-runs, write so: train/loss and val/loss"
+            f"the training and the validation loss can't be the same series, {train_tag!r}; "
+            "if they are in two sub-runs, name those too: train/loss and val/loss"
         )
     full = {_join(folder, tag): points for folder, tags in logged.items() for tag, points in tags.items()}
     runs = {".", *logged, *(str(parent) for folder in logged for parent in PurePosixPath(folder).parents)}
@@ -108,7 +99,7 @@ def find(logged: Logged, train_tag: str, val_tag: str) -> list[Pair]:
         train, val = full.get(_join(run, train_tag)), full.get(_join(run, val_tag))
         if train is not None and val is not None:
             pairs.append(
-                Pair(run=run, train=Series(name=train_tag, points=train), val=Series(name=val_tag, points=val))
+                Pair(run, Series(name=train_tag, points=train, run=run), Series(name=val_tag, points=val, run=run))
             )
     if not pairs:
         lacking = [tag for tag in (train_tag, val_tag) if not any(f"/{path}".endswith(f"/{tag}") for path in full)]
@@ -118,7 +109,7 @@ def find(logged: Logged, train_tag: str, val_tag: str) -> list[Pair]:
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
-    """The names, those of losses first, and not too many."""
+    """Join names, losses first, up to ``most`` of them."""
     ordered = sorted(names, key=lambda name: ("loss" not in name.lower(), name))
     more = f", and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
@@ -134,24 +125,24 @@ def _parent(folder: str) -> tuple[str, str]:
 
 
 def _words(text: str) -> list[str]:
-    """The words of a name in lower case: ``"Loss/trainEpoch_1"`` has loss, train, epoch and 1."""
+    """Split a name into words in lower case: ``"Loss/trainEpoch_1"`` into loss, train, epoch and 1."""
     return re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower())
 
 
 def _role(words: Iterable[str]) -> str:
-    """What the last word that is a role says: ``train/val_loss`` is a validation loss."""
+    """Return the role that the last such word names: ``train/val_loss`` is a validation loss."""
     return ([""] + [_ROLES[word] for word in words if word in _ROLES])[-1]
 
 
 def _sides(logged: Logged) -> dict[str, tuple[str, str]]:
-    """The run and the role of folders whose names differ in the role only, as ``exp1_train`` and ``exp1_val``."""
+    """Return the run and role of folders whose names differ only in the role, as ``exp1_train`` and ``exp1_val``."""
     runs: dict[str, dict[str, str]] = {}  # run -> folder -> role
     for folder, tags in logged.items():
         parent, name = _parent(folder)
         roles = {_role(_words(tag)) for tag in tags}
         matches = [match for pattern in _SIDES if (match := pattern.fullmatch(name))]
         role = {_ROLES[m["word"].lower()]: m["stem"] for m in matches if m["word"].lower() in _ROLES}
-        if len(role) == 1 and not (_TRAIN in roles and roles & {_VAL, _TEST}):  # else it is a run by itself
+        if len(role) == 1 and not (_TRAIN in roles and roles & {_VAL, _TEST}):  # otherwise it is a separate run
             ((side, stem),) = role.items()
             runs.setdefault(_join(parent, stem), {})[folder] = side
     return {
@@ -162,10 +153,10 @@ def _sides(logged: Logged) -> dict[str, tuple[str, str]]:
     }
 
 
-def _series(folder: str, tag: str, points: Points, sides: Mapping[str, tuple[str, str]]) -> _Named:
+def _series(folder: str, tag: str, points: Points, sides: Mapping[str, tuple[str, str]]) -> Series:
     parent, name = _parent(folder)
     run, role = folder, ""
-    added = tag.replace("/", "_") + "_"  # how add_scalars names its sub-runs: main tag, _, name of the line
+    added = tag.replace("/", "_") + "_"  # add_scalars names its sub-runs <main tag>_<name of the line>
     line = _role(_words(name.removeprefix(added))) if name.startswith(added) else ""
     if name.lower() in _ROLES:
         run, role = parent, _ROLES[name.lower()]
@@ -174,7 +165,7 @@ def _series(folder: str, tag: str, points: Points, sides: Mapping[str, tuple[str
     elif folder in sides:
         run, role = sides[folder]
     words = _words(tag)
-    return _Named(
+    return Series(
         run=run,
         name=tag if run == folder else f"{name}/{tag}",
         points=points,
@@ -184,8 +175,8 @@ def _series(folder: str, tag: str, points: Points, sides: Mapping[str, tuple[str
     )
 
 
-def _pair(run: str, series: list[_Named]) -> Pair:
-    losses: dict[tuple[str, ...], list[_Named]] = {}
+def _pair(run: str, series: list[Series]) -> Pair:
+    losses: dict[tuple[str, ...], list[Series]] = {}
     for one in series:
         if any(word.endswith(("loss", "losses")) for word in one.key):
             losses.setdefault(one.key, []).append(one)
@@ -193,20 +184,20 @@ def _pair(run: str, series: list[_Named]) -> Pair:
     plain = [pair for key, pair in pairs.items() if set(key) <= {"loss", "losses"}]
     if len(plain or pairs) == 1:
         train, val = (plain or list(pairs.values()))[0]
-        return Pair(run=run, train=train, val=val)
+        return Pair(run, train, val)
     names = listed([one.name for one in series])
     if pairs:
         both = " or ".join(f"{train.name} with {val.name}" for train, val in pairs.values())
-        return Pair(run=run, problem=f"which loss is meant, {both}? Say so with --train-tag and --val-tag")
+        return Pair(run=run, problem=f"several losses, {both}: choose with --train-tag and --val-tag")
     if len(series) == 1:
-        return Pair(run=run, problem=f"a single series, {names}: it takes a training and a validation loss")
-    hint = f"--train-tag and --val-tag name them; there are {names}"
-    return Pair(run=run, problem=f"no pair of a training and a validation loss was found by name; {hint}")
+        return Pair(run=run, problem=f"only one series, {names}: a training and a validation loss are needed")
+    problem = f"no training and validation loss found by name among {names}: name them with --train-tag and --val-tag"
+    return Pair(run=run, problem=problem)
 
 
-def _both(series: list[_Named]) -> tuple[_Named, _Named] | None:
-    """Of the series of one loss the training and the validation curve that say most; None if one is missing."""
-    chosen: list[_Named] = []
+def _both(series: list[Series]) -> tuple[Series, Series] | None:
+    """Return the most informative training and validation curve of one loss; None if either is missing."""
+    chosen: list[Series] = []
     for roles in ((_TRAIN, ""), (_VAL, _TEST)):
         known = [one for one in series if one.role in roles]
         if not known:

@@ -1,20 +1,22 @@
-"""Decision rules: pure, without a loop or a model."""
+"""Decision rules on plain numbers: they know no model, no training loop and no files."""
 
 from fitwatch.rules.gradients import GradientFinding, GradientRule, LayerGradient
 from fitwatch.rules.overfitting import OverfittingRule, Verdict, diagnose
-from fitwatch.rules.stopping import GL, PQ, UP, Patience, StoppingRule, StopReason
+from fitwatch.rules.prechelt import GL, PQ, UP
+from fitwatch.rules.stopping import Patience
+from fitwatch.rules.stopping_rule import StoppingRule, StopReason
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - sorted() order, not that of isort
     "GL",
-    "PQ",
-    "UP",
     "GradientFinding",
     "GradientRule",
     "LayerGradient",
     "OverfittingRule",
+    "PQ",
     "Patience",
     "StopReason",
     "StoppingRule",
+    "UP",
     "Verdict",
     "diagnose",
 ]

@@ -1,4 +1,4 @@
-"""What the overfitting rule says, in figures and in a sentence."""
+"""The verdict of the overfitting rule, and the sentence that explains it."""
 
 import math
 from typing import Literal
@@ -10,35 +10,33 @@ Status = Literal["warming up", "improving", "plateau", "overfitting", "diverging
 
 @frozen(kw_only=True)
 class Verdict:
-    """What two loss curves say, as far as they go; indices count evaluations from 0.
+    """What two loss curves show so far; indices count evaluations from 0.
 
     Attributes:
-        overfitting: The verdict.
+        overfitting: Whether the model overfits.
         status: The first of these that holds. ``"diverging"``: the last validation loss is NaN or infinite.
-            ``"overfitting"``: as the verdict. ``"warming up"``: too few points. ``"diverging"``: validation
-            has risen, and so has training. ``"improving"``: the newer half of the last ``window``
-            validation losses is lower on average than the older half, by more than two standard errors and a
-            tenth of ``min_rise``, and still falls within itself, by more than one. ``"underfitting"``: neither loss
-            improves, and there is no gap between them although more than a tenth of the first validation loss (the
-            median of three) is left. ``"plateau"``: none of these.
+            ``"overfitting"``: as above. ``"warming up"``: too few points. ``"diverging"``: both the validation and the
+            training loss have risen. ``"improving"``: the newer half of the last ``window`` validation losses is lower
+            on average than the older half, by more than two standard errors and a tenth of ``min_rise``, and still
+            falls within itself, by more than one standard error. ``"underfitting"``: neither loss improves and there is
+            no gap between them, although more than a tenth of the first validation loss (the median of three) is left.
+            ``"plateau"``: none of these.
         onset: Index of the evaluation after which validation rose, the bottom of the smoothed curve. None without a
             rise that counts.
-        detected: Index at which the rule first fired; None if it never did. It is later than the onset, unless that
-            rise went away and the onset is of another one.
+        detected: Index at which the rule first fired; None if it never did. Later than the onset, unless that rise
+            went away and the onset belongs to another one.
         best: Index of the lowest finite validation loss; None if there is none.
-        gap: Validation minus training loss at the last point, in their unit; NaN or infinite if one of them
-            is.
-        relative_gap: ``gap`` as a share of the training loss; NaN where that is not positive.
-        rise: Validation loss at the last point minus that at ``reference``, in their unit; NaN before there are three.
+        gap: Validation minus training loss at the last point, in their unit; NaN or infinite if one of them is.
+        rise: Validation loss at the last point minus that at ``reference``, in their unit; NaN before three losses.
         rise_se: Standard error of ``rise``, in the same unit: from the losses of the examples at both evaluations if
-            the rule gets them (see `OverfittingRule.update`), else from the noise of the curve; NaN while unknown.
+            the rule gets them (see `OverfittingRule.update`), otherwise from the noise of the curve; NaN if unknown.
         reference: Index of the bottom of the smoothed validation curve so far, from which ``rise`` is measured.
-        smoothed_rise: How far the smoothed validation loss stands above its minimum: what is judged; 0 or more.
-        threshold: What ``smoothed_rise`` is held against, in the same unit; infinite while warming up.
-        examples_needed: How many validation examples it would take to tell ``rise``, or one of ``min_rise`` if that is
-            more, from none by two standard errors; None where there are enough, the smoothed curve does not stand above
-            its minimum, or the losses of the examples are not known.
-        evidence: One sentence with the figures.
+        smoothed_rise: Smoothed validation loss minus its minimum, 0 or more: the quantity that is tested.
+        threshold: Value that ``smoothed_rise`` must exceed, in the same unit; infinite while warming up.
+        examples_needed: Validation examples needed to tell ``rise``, or one of ``min_rise`` if that is larger, from
+            zero by two standard errors; None if there are enough, the smoothed curve is at its minimum, or the losses
+            of the examples are unknown.
+        evidence: One to three sentences with the figures.
     """
 
     overfitting: bool
@@ -47,7 +45,6 @@ class Verdict:
     detected: int | None
     best: int | None
     gap: float
-    relative_gap: float
     rise: float
     rise_se: float
     reference: int | None
@@ -57,83 +54,67 @@ class Verdict:
     evidence: str
 
 
-@frozen(kw_only=True)
-class Curves:
-    """What the sentence of a verdict says of the curves besides.
+def evidence(
+    v: Verdict, *, count: int, warmup: int, minimum: float, noise: float, train: tuple[float | None, float]
+) -> str:
+    """Write the evidence for a verdict, whose own is still empty.
 
-    Attributes:
+    Args:
+        v: The verdict.
         count: Finite validation losses so far.
-        warmup: How many of them there must be more than.
-        minimum: Of the smoothed validation curve.
-        noise: Standard deviation of one validation loss about its trend; NaN while unknown.
-        train_then: Smoothed training loss at that minimum.
-        train_now: The same now.
+        warmup: Number that they must exceed.
+        minimum: Minimum of the smoothed validation loss.
+        noise: Standard deviation of one validation loss about its trend; NaN or infinite if unknown.
+        train: Smoothed training loss at that minimum, None if unknown, and now.
     """
-
-    count: int
-    warmup: int
-    minimum: float
-    noise: float
-    train_then: float | None
-    train_now: float
-
-
-def evidence(v: Verdict, c: Curves) -> str:
-    """The sentence of a verdict, which comes without one."""
     if v.status == "diverging" and not math.isfinite(v.rise):
-        said = f", after overfitting was noticed at evaluation {v.detected}" if v.overfitting else ""
-        return f"The last validation loss is NaN or infinite{said}."
+        before = f"; overfitting was detected at evaluation {v.detected}" if v.overfitting else ""
+        return f"The last validation loss is NaN or infinite{before}."
     if v.status == "warming up":
-        return f"Too few points: {c.count} finite validation losses, and a verdict needs {c.warmup + 1} or more."
-    share = f" ({v.smoothed_rise / c.minimum:.1%})" if c.minimum > 0 else ""
-    judged = f"{v.smoothed_rise:.4g}{share} above its minimum {c.minimum:.4g}, where {v.threshold:.3g} counts as a rise"
+        return f"Too few points: {count} finite validation losses; a verdict needs at least {warmup + 1}."
+    share = f" ({v.smoothed_rise / minimum:.1%})" if minimum > 0 else ""
+    level = f"is {v.smoothed_rise:.4g}{share} above its minimum of {minimum:.4g}; the threshold is {v.threshold:.3g}"
     if v.status == "overfitting":
-        exact = f" ± {v.rise_se:.2g} (standard error)" if math.isfinite(v.rise_se) else ""
-        training = (
-            ""
-            if c.train_then is None
-            else f", while the training loss went from {c.train_then:.4g} to {c.train_now:.4g}"
-        )
-        if v.smoothed_rise <= v.threshold:
-            return (
-                f"The rise of the validation loss since evaluation {v.onset} has become smaller, but is not gone"
-                f"{training}. The smoothed validation loss is {judged}.{_more_examples(v)}"
-            )
-        return (
-            f"Since evaluation {v.onset} the validation loss has risen by {v.rise:.4g}{exact}{training}. "
-            f"The smoothed validation loss is {judged}.{_more_examples(v)}"
-        )
-    said = {
-        "improving": "The validation loss still falls.",
-        "plateau": "The validation loss neither falls nor rises by an amount that counts.",
-        "underfitting": "Neither loss falls any more, and validation is no worse than training: the model has not "
-        "learned what the training data has to teach.",
-        "diverging": "Both losses have risen: training diverges.",
-    }[v.status]
+        return f"{_rise(v, *train)}. The smoothed validation loss {level}.{_more_examples(v)}"
+    noisy = f" and the noise per evaluation {noise:.2g}" if math.isfinite(noise) else ""
+    gone = "" if v.detected is None else f" Overfitting was detected at evaluation {v.detected} but has disappeared."
+    return f"{_other(v, *train)}. The smoothed validation loss {level}{noisy}.{gone}{_more_examples(v)}"
+
+
+def _rise(v: Verdict, then: float | None, now: float) -> str:
+    """Describe the rise of an overfitting model."""
+    training = "" if then is None else f", while the training loss went from {then:.4g} to {now:.4g}"
+    if v.smoothed_rise <= v.threshold:
+        return f"The rise in validation loss since evaluation {v.onset} has shrunk but not disappeared{training}"
+    error = f" ± {v.rise_se:.2g} (standard error)" if math.isfinite(v.rise_se) else ""
+    return f"Since evaluation {v.onset}, the validation loss has risen by {v.rise:.4g}{error}{training}"
+
+
+def _other(v: Verdict, then: float | None, now: float) -> str:
+    """Describe curves that show no overfitting."""
     if v.status != "diverging" and v.smoothed_rise > v.threshold:
-        said = f"The validation loss has risen, {_why_not(c)}."
-    taken_back = "" if v.detected is None else f" Overfitting was noticed at evaluation {v.detected}, and is gone."
-    unrest = f", with a noise of {c.noise:.2g} per evaluation" if math.isfinite(c.noise) else ""
-    return f"{said} Smoothed, it is {judged}{unrest}.{taken_back}{_more_examples(v)}"
+        if then is None:
+            return "The validation loss has risen, but there is no finite training loss to compare it with"
+        if now < then:
+            return "The validation loss has risen, but not for long enough yet"
+        return f"The validation loss has risen, but the training loss has not fallen ({then:.4g} then, {now:.4g} now)"
+    return {
+        "improving": "The validation loss is still falling",
+        "plateau": "The validation loss is neither falling nor rising significantly",
+        "underfitting": "Neither loss is falling, and validation is no worse than training: the model underfits the "
+        "training data",
+        "diverging": "Both losses have risen: training is diverging",
+    }[v.status]
 
 
 def _more_examples(v: Verdict) -> str:
-    """Whether the validation set is too small, and how large it should be."""
+    """Say how large the validation set should be, if it is too small."""
     if v.examples_needed is None:
         return ""
-    said = "this rise may be chance"
+    rise = "this rise may be chance"
     if v.status != "overfitting":
-        said = f"the rise of {v.rise:.3g} ± {v.rise_se:.2g} since evaluation {v.reference} may be chance, or too low"
+        rise = f"the rise of {v.rise:.3g} ± {v.rise_se:.2g} since evaluation {v.reference} may be chance, or too low"
     return (
-        f" With so few validation examples {said}: to be sure, by two standard errors, it would take about "
-        f"{v.examples_needed:,}."
+        f" With so few validation examples, {rise}: about {v.examples_needed:,} are needed to be sure "
+        "(two standard errors)."
     )
-
-
-def _why_not(c: Curves) -> str:
-    """Why a rise that counts is not overfitting."""
-    if c.train_then is None:
-        return "and there was no finite training loss to hold it against"
-    if c.train_now < c.train_then:
-        return "and not yet for long enough"
-    return f"but the training loss did not fall ({c.train_then:.4g} then, {c.train_now:.4g} now)"
