@@ -350,9 +350,9 @@ def test_a_pass_leaves_the_generators_alone_also_when_it_fails(workers):
     ("data", "error", "match"),
     [
         (None, TypeError, "in a loader of batches .input, target., got None"),
-        ("targets", TypeError, "got a str that is no array of numbers"),
-        (["cat", "dog"], TypeError, "got a list that is no array of numbers"),
-        ([X, X[:5]], TypeError, "got a list that is no array"),
+        ("targets", TypeError, "got a str that is not an array"),
+        (["cat", "dog"], TypeError, "got a list that is not an array"),
+        ([X, X[:5]], TypeError, "got a list that is not an array"),
         ([[X, Y, Y, Y]], TypeError, "a batch must be a tuple .*got a list of 4"),
         ([{"x": X}], TypeError, "a batch must be .* with the keys 'x'"),
         (Hidden([(0, "cat")]), TypeError, "str"),

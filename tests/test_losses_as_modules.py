@@ -153,7 +153,7 @@ def test_as_loss_refuses_other_reductions(kind):
     """A torch loss that sums, or does not reduce, is refused with the reason."""
     with pytest.raises(ValueError, match=r"reduction='sum'.*depends on the batch size"):
         as_loss(kind(reduction="sum"))
-    with pytest.raises(ValueError, match=r"reduction='none'.*no scalar"):
+    with pytest.raises(ValueError, match=r"reduction='none'.*not a scalar"):
         as_loss(kind(reduction="none"))
 
 

@@ -47,10 +47,10 @@ def test_cross_entropy_refuses(output, target, error, words, options):
 
 
 def test_the_clear_error_keeps_torchs_own():
-    """The clear error of a failed kernel has torch's error as its cause."""
+    """The descriptive error of a failed kernel is raised in the context of torch's own error."""
     with pytest.raises(IndexError) as info:
         CrossEntropy().sums(X, Y + 1)
-    assert "out of bounds" in str(info.value.__cause__)
+    assert "out of bounds" in str(info.value.__context__)
 
 
 def test_weights_that_do_not_fit_are_refused():
@@ -129,7 +129,7 @@ def test_real_world_refuses_what_cross_entropy_refuses():
         (lambda: RealWorldCrossEntropy(-1, 1), "fn_cost must be finite and at least 0"),
         (lambda: RealWorldCrossEntropy(1, float("inf")), "fp_cost must be finite"),
         (lambda: RealWorldCrossEntropy([1.0, 1], torch.ones(2, 2)), "zero diagonal"),
-        (lambda: RealWorldCrossEntropy([1.0, 1], torch.zeros(3, 3)), r"shape \(2, 2\)"),
+        (lambda: RealWorldCrossEntropy([1.0, 1], torch.zeros(3, 3)), r"fp_cost of shape \(C, C\).*got .* \(3, 3\)"),
         (lambda: RealWorldCrossEntropy([1.0], [[0.0]]), "two classes or more"),
     ],
 )

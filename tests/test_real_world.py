@@ -163,7 +163,7 @@ def test_real_world_has_no_class_weights_but_costs():
     """Weights are refused; without weights the loss is plain cross-entropy; unit costs are no weights."""
     output, target = logits(9, 3), labels((9,), 3)
     loss = RealWorldCrossEntropy(*costs_of(3))
-    with pytest.raises(TypeError, match="costs already say"):
+    with pytest.raises(TypeError, match="takes no class weights"):
         loss.weighted(torch.ones(3))
     assert (loss.has_weights, loss.unweighted().has_weights) == (True, False)
     torch.testing.assert_close(loss.unweighted()(output, target), F.cross_entropy(output, target))

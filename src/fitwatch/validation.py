@@ -175,12 +175,10 @@ def _expected(loss: Any, train_loader: DataLoader[Any], val_loader: DataLoader[A
         both = torch.cat([labels.flatten() for labels in kept])
         if targets.dtype is torch.bool or not len(both) or int(both.min()) < 0:  # the validation will tell
             return None
-        per_class = loss._per_class() if isinstance(loss, Loss) else None  # noqa: SLF001 - no one else's business
-        classes = int(both.max()) + 1
-        if per_class is not None:
-            if len(per_class) < classes:
-                return None
-            classes = len(per_class)
+        classes, fixed = int(both.max()) + 1, loss.fixed_classes if isinstance(loss, Loss) else None
+        if fixed is not None and fixed < classes:
+            return None
+        classes = fixed or classes
         output = torch.empty((len(targets), classes, *targets.shape[1:]), device="meta")
     elif isinstance(loss, ClassLoss) and targets.dim() != 2:
         return None

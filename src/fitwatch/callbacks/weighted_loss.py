@@ -182,9 +182,9 @@ class WeightedLoss(Callback):
             return counts[0] if len(counts) == 1 else counts
         ignore_index = getattr(self._loss, "ignore_index", None)
         counts = count_over_ranks(state.train_loader, num_classes=num_classes, ignore_index=ignore_index)
-        own = self._loss._per_class() if isinstance(self._loss, Loss) else None  # noqa: SLF001 - nothing else tells C
-        if num_classes is None and own is not None and len(counts) < len(own):
-            counts = torch.cat([counts, counts.new_zeros(len(own) - len(counts))])  # the last classes are absent
+        fixed = self._loss.fixed_classes if isinstance(self._loss, Loss) else None
+        if num_classes is None and fixed is not None and len(counts) < fixed:
+            counts = torch.cat([counts, counts.new_zeros(fixed - len(counts))])  # the last classes are absent
         return counts
 
     def _loss_in(self, epoch: int) -> Any:
