@@ -122,7 +122,7 @@ def test_count_classes_of_nothing():
         ([0, 1, 5], {"num_classes": 3}, "label 5 at index 2 .*0..2"),
         ([[0, 1], [-1, 1]], {}, "label -1 at index 2 .*at least 0"),
         ([-1, 0, -2], {"ignore_index": -1, "num_classes": 2}, "label -2 at index 2 .*0..1 and ignore_index=-1"),
-        ([0.0, 1.0, 2.0], {}, "must be integers; got 2.0 at index 2"),
+        ([0.0, 1.0, 2.0], {}, "must be integers, got 2.0 at index 2"),
         ([0.0, float("nan")], {}, "nan at index 1"),
         ([[0.5, 0.5], [0.5, 0.9]], {}, "row 1"),
         ([[1.5, -0.5]], {}, "row 0"),
@@ -159,7 +159,7 @@ def test_labels_are_counted_one_by_one(dtype):
 @pytest.mark.parametrize(
     ("targets", "options", "error", "match"),
     [
-        ([[0, 1], [2, 0]], {}, ValueError, r"0 or 1; got 2 at index 2 of targets of shape \(2, 2\)"),
+        ([[0, 1], [2, 0]], {}, ValueError, "0 or 1, got 2 at index 2"),
         ([[0, 1], [0.5, 0]], {}, ValueError, "got 0.5 at index 2"),
         ([[0, 1]], {"num_classes": 3}, ValueError, "2 labels, not 3"),
         ([[0, 1]], {"ignore_index": -1}, ValueError, "no ignore_index, got -1: .* weight of 0"),
@@ -266,7 +266,7 @@ def test_labels_that_are_not_known_are_not_counted():
     labels = torch.tensor([[1, torch.nan], [0, 1], [torch.nan, 0]])
     data = TensorDataset(torch.zeros(3, 1), labels, (~labels.isnan()).float())
     assert count_classes(data, multi_label=True).tolist() == [[1, 1], [1, 1]]
-    with pytest.raises(ValueError, match="0 or 1; got nan at index 1"):
+    with pytest.raises(ValueError, match="0 or 1, got nan at index 1"):
         count_classes(labels, multi_label=True)
 
 

@@ -1,7 +1,5 @@
 """Class counts of targets, data sets and loaders."""
 
-from __future__ import annotations
-
 import copy
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -27,6 +25,7 @@ from fitwatch import ranks
 from fitwatch.data.batches import generators_of, length, parts
 from fitwatch.data.sharding import gives_part, split
 from fitwatch.losses.base import as_sample_weight, without_masked
+from fitwatch.losses.errors import check_values
 from fitwatch.rng import rng_state, set_rng_state
 
 _Known = tuple[Tensor, Tensor | None]  # all targets, and the weights of the examples if there are any
@@ -122,11 +121,8 @@ def _count(
     if labels.is_floating_point():
         if labels.dim() == 2 and labels.shape[1] > 1:
             return _sum_probabilities(labels, weight, num_classes)
-        _check_binary(
-            labels,
-            "floating-point targets must be binary labels 0 and 1, or probabilities of shape (N, C), and class "
-            "indices must be integers",
-        )
+        allowed = "be binary labels 0 and 1, or probabilities of shape (N, C), and class indices must be integers"
+        check_values(f"floating-point targets must {allowed}", labels, (labels != 0) & (labels != 1))
     if num_classes is None and labels.numel() and (labels.is_floating_point() or labels.dtype is torch.bool):
         num_classes = 2
     if weight is not None:
@@ -157,7 +153,7 @@ def _count_labels(targets: Tensor, weight: Tensor | None = None, *, num_labels: 
         targets, weight = targets.reshape(-1, 1), None if weight is None else weight.reshape(-1, 1)
     if num_labels not in (None, targets.shape[1]):
         raise ValueError(f"targets of shape {tuple(targets.shape)} have {targets.shape[1]} labels, not {num_labels}")
-    _check_binary(targets, "multi_label targets must be 0 or 1")
+    check_values("multi_label targets must be 0 or 1", targets, (targets != 0) & (targets != 1))
     positive = targets != 0
     if weight is None:
         number = positive.sum(0)
@@ -180,14 +176,6 @@ def _sum_probabilities(rows: Tensor, weight: Tensor | None, num_classes: int | N
     if weight is not None:
         rows = rows * as_sample_weight(weight, rows[:, 0]).unsqueeze(1)
     return rows.sum(0)
-
-
-def _check_binary(labels: Tensor, allowed: str) -> None:
-    wrong = (labels != 0) & (labels != 1)
-    if bool(wrong.any()):
-        index = int(wrong.flatten().nonzero()[0])
-        value = labels.flatten()[index].item()
-        raise ValueError(f"{allowed}; got {value} at index {index} of targets of shape {tuple(labels.shape)}")
 
 
 def _as_tensor(values: object) -> Tensor:

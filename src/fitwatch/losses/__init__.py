@@ -7,8 +7,6 @@ returns the mean over the batch, as its torch counterpart does.
 Outputs in half precision are computed in float32; float32 and float64 keep their dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

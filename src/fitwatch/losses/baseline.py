@@ -1,7 +1,5 @@
 """The baseline of a loss: its value for the best constant prediction."""
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -4,8 +4,6 @@ Costs are marginal: a false negative relative to a true positive, a false positi
 several classes, predicting j for class i costs `fn_cost[i] + fp_cost[i, j]`: the miss of i plus the false alarm j.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypeAlias, cast
 
@@ -14,6 +12,7 @@ from attrs import frozen
 from torch import Tensor
 
 from fitwatch.dtypes import wide_float
+from fitwatch.losses.errors import check_values
 
 Costs: TypeAlias = Tensor | float | Sequence[float] | Sequence[Sequence[float]]
 
@@ -216,11 +215,7 @@ def _check_classes(predicted: Tensor, targets: Tensor, num_classes: int) -> tupl
     for name, given in (("predicted", predicted.flatten()), ("targets", targets.flatten())):
         classes = given.long()
         wrong = (classes < 0) | (classes >= num_classes) | (classes != given)
-        if bool(wrong.any()):
-            index = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"{name} has class {given[index].item()} at index {index}: allowed are 0..{num_classes - 1}"
-            )
+        check_values(f"{name} must be classes 0..{num_classes - 1}", given, wrong)
         flat.append(classes)
     return flat[0], flat[1]
 

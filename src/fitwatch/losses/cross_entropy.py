@@ -1,7 +1,5 @@
 """Counterparts of torch's losses, as weighted sums."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, Self
 

@@ -1,7 +1,5 @@
 """Descriptive errors for outputs and targets that a loss cannot take."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -96,10 +94,10 @@ def check_types(output: Tensor, target: Tensor) -> None:
 
 
 def check_values(expected: str, values: Tensor, wrong: Tensor) -> None:
-    """Raise a ValueError that shows the first wrong value of a batch, if there is one."""
+    """Raise a ValueError that shows the first wrong value and its index in the flattened tensor, if there is one."""
     if bool(wrong.any()):
         index = int(wrong.flatten().nonzero()[0])
-        raise ValueError(f"{expected}, got {values.flatten()[index].item()} at index {index} of the batch")
+        raise ValueError(f"{expected}, got {values.flatten()[index].item()} at index {index}")
 
 
 def _given(output: Tensor, target: Tensor) -> str:

@@ -1,7 +1,5 @@
 """Losses for rare classes, and for mistakes that differ in cost."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

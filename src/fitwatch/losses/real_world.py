@@ -1,7 +1,5 @@
 """The real-world-weight cross-entropy."""
 
-from __future__ import annotations
-
 from typing import Self, cast
 
 import torch

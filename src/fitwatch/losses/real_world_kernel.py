@@ -10,8 +10,6 @@ overflows, however large the logits are. In the plain log(1 - p) the worst mista
 gradient.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Class weights: computed from class counts by `class_weights`, or the user's own, checked by `as_class_weights`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
