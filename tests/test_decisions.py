@@ -1,4 +1,4 @@
-"""Real-world costs are what counting by hand gives, and cost-optimal decisions cost least."""
+"""Real-world costs equal a count by hand, and cost-optimal decisions cost least."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ FP = torch.tensor([[0.0, 1, 2], [3, 0, 1], [7, 2, 0]])
 
 
 def random_problem(n=200, num_classes=3):
-    """Outputs and targets without any relation."""
+    """Random outputs and targets."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, num_classes, generator=generator), torch.randint(0, num_classes, (n,), generator=generator)
 
@@ -63,7 +63,7 @@ def test_confusion_sums_take_targets_that_are_not_classes():
     ],
 )
 def test_confusion_matrix_refuses(predicted, targets, match):
-    """Different shapes and classes out of range are refused by name."""
+    """Different shapes and classes out of range are refused, and named."""
     with pytest.raises(ValueError, match=match):
         confusion_matrix(torch.tensor(predicted), torch.tensor(targets), 3)
 
@@ -157,7 +157,7 @@ def test_the_cost_optimal_decision_costs_least_for_true_probabilities():
     ],
 )
 def test_cost_optimal_decision_refuses(probabilities, costs, match):
-    """Shapes that do not fit, infinite costs, and logits in place of probabilities are refused."""
+    """Shapes that do not fit, infinite costs, and logits instead of probabilities are refused."""
     with pytest.raises(ValueError, match=match):
         cost_optimal_decision(probabilities, costs)
 
@@ -197,7 +197,7 @@ def test_a_whole_matrix_is_split_into_misses_and_what_single_mistakes_cost_on_to
     ],
 )
 def test_cost_matrix_refuses(costs, options, match):
-    """Costs that are no costs, and names that are not one for each class, are refused with what was given."""
+    """Invalid costs, and names that do not fit the classes, are refused with the value given."""
     with pytest.raises(ValueError, match=match):
         CostMatrix(*costs, **options)
 

@@ -67,8 +67,8 @@ def test_the_worst_binary_mistakes_keep_their_gradient(gap):
     assert output.grad.tolist() == pytest.approx([3, -20])
 
 
-def test_a_sure_and_right_answer_costs_nothing():
-    """A right class that leads by 200 has loss 0 and a finite gradient, though its own 1 - p is 0."""
+def test_a_confident_correct_answer_costs_nothing():
+    """A correct class that leads by 200 has loss 0 and a finite gradient, although 1 - p is 0."""
     output = torch.tensor([[200.0, 0, 0]], requires_grad=True)
     value = RealWorldCrossEntropy([1.0, 1, 1], 1 - torch.eye(3))(output, torch.tensor([0]))
     value.backward()
@@ -124,7 +124,7 @@ def test_two_classes_are_weighted_cross_entropy():
 
 
 def test_real_world_has_no_class_weights_but_costs():
-    """Weights are refused; without weights the loss is plain cross-entropy; unit costs are no weights."""
+    """Weights are refused; without weights the loss is plain cross-entropy; unit costs do not count as weights."""
     output, target = logits(9, 3), labels((9,), 3)
     loss = RealWorldCrossEntropy(*costs_of(3))
     with pytest.raises(TypeError, match="takes no class weights"):
@@ -152,7 +152,7 @@ def test_costs_as_numbers_are_not_rounded_to_bfloat16():
 
 @pytest.mark.parametrize("shape", [(9, 5), (400, 50)])  # the second beyond what is computed at once
 def test_sums_and_mean_are_summed_up_by_the_kernel(shape):
-    """The gradient of the mean, of a sum and of single losses agree, also in a large batch, twice, and twice derived."""
+    """Gradients of the mean, the sum and single losses agree, also in a large batch, when repeated, and at second order."""
     fn, fp = costs_of(shape[1])
     output, target = logits(*shape), labels(shape[:1], shape[1])
     loss = RealWorldCrossEntropy(fn, fp)

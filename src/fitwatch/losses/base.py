@@ -69,7 +69,8 @@ class Loss(nn.Module, abc.ABC):
 
     def forward(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Return the weighted mean over the batch, 0-dim: `sums(output, target, sample_weight).mean`."""
-        return self.sums(output, target, sample_weight).mean
+        fused = self._fused(output, target, mean=True) if sample_weight is None else None
+        return self.sums(output, target, sample_weight).mean if fused is None else fused[0]
 
     @abc.abstractmethod
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -105,10 +106,11 @@ class Loss(nn.Module, abc.ABC):
         Raises:
             ValueError, IndexError, TypeError: As for `unreduced`, and for weights of another shape, or negative.
         """
+        fused = self._fused(output, target, mean=False) if sample_weight is None else None
+        if fused is not None:
+            return LossSum(*fused)
         losses, weights = self._weighed(output, target, sample_weight)
-        if isinstance(weights, Tensor):
-            return LossSum(losses.sum(), weights.sum())
-        return LossSum(losses.sum(), weights * losses.numel())
+        return LossSum(losses.sum(), weights.sum() if isinstance(weights, Tensor) else weights * losses.numel())
 
     def per_example(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Compute the loss and the weight of every example; arguments as for `sums`.
@@ -150,6 +152,10 @@ class Loss(nn.Module, abc.ABC):
 
     def _per_class(self) -> Tensor | None:
         """Per-class tensor, shape (C, ...), or None."""
+        return None
+
+    def _fused(self, _output: Tensor, _target: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | float] | None:  # noqa: ARG002
+        """Compute total and weight (or mean and 1) of the batch in one kernel; return None if no kernel takes it."""
         return None
 
     def _twin(self) -> Self:

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitwatch.losses.base import FAILURES, PRECISE, ClassLoss, Loss, LossSum, precise
+from fitwatch.losses.base import FAILURES, PRECISE, ClassLoss, Loss, precise
 from fitwatch.losses.errors import check_classes, check_logits, check_shapes
 
 # One kernel returns both the sum and its weight: the exact fraction for the price of the mean.
 _nll_loss = torch.ops.aten.nll_loss_forward.default
 _nll_loss2d = torch.ops.aten.nll_loss2d_forward.default
-_MEAN, _SUM = 1, 2  # ATen's numbers for the reductions
+_SUM = 2  # ATen's number for reduction="sum"
 _INT64 = torch.int64
 
 
@@ -48,14 +48,6 @@ class CrossEntropy(ClassLoss):
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
         self.label_smoothing = label_smoothing
 
-    def forward(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        fraction = self._kernel(output, target, _MEAN) if sample_weight is None else None
-        return super().forward(output, target, sample_weight) if fraction is None else fraction[0]
-
-    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
-        fraction = self._kernel(output, target, _SUM) if sample_weight is None else None
-        return super().sums(output, target, sample_weight) if fraction is None else LossSum(*fraction)
-
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
         self._check(output, target)
         if output.dim() == 1:
@@ -84,12 +76,9 @@ class CrossEntropy(ClassLoss):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, label_smoothing={self.label_smoothing}"
 
-    def _kernel(self, output: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor] | None:
-        """Return the reduced loss and its weight from torch's kernel; None unless it can take the batch.
-
-        It takes batches of class indices without smoothing. There are few checks, since the kernel has its own, and
-        failures are explained afterwards.
-        """
+    def _fused(self, output: Tensor, target: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | float] | None:
+        # For batches of class indices without smoothing. There are few checks, since the kernel has its own, and
+        # failures are explained afterwards.
         try:
             shape = output.shape
             if target.dtype is not _INT64 or self.label_smoothing or len(shape) < 2 or shape[1] < 2:
@@ -100,14 +89,16 @@ class CrossEntropy(ClassLoss):
             log_p = self._log_softmax(output if output.dtype in PRECISE else precise(output), 1)
             if weight is not None and weight.dtype is not log_p.dtype:
                 weight = weight.to(log_p.dtype)
+            if mean:
+                return F.nll_loss(log_p, target, weight, ignore_index=self.ignore_index), 1.0
             kernel, labels = _nll_loss, target
             if len(shape) > 2:
                 kernel, log_p, labels = _nll_loss2d, log_p.flatten(2).unsqueeze(2), target.flatten(1).unsqueeze(1)
-            fraction: tuple[Tensor, Tensor] = kernel(log_p, labels, weight, reduction, self.ignore_index)
+            fused: tuple[Tensor, Tensor] = kernel(log_p, labels, weight, _SUM, self.ignore_index)
         except FAILURES:
             self._check(output, target, labels=True)
             raise
-        return fraction
+        return fused
 
     def _log_softmax(self, output: Tensor, dim: int) -> Tensor:
         return torch.log_softmax(output, dim)
@@ -149,11 +140,6 @@ class BinaryCrossEntropy(Loss):
         self.register_buffer("pos_weight", None if pos_weight is None else _as_label_weight(pos_weight))
         self.register_buffer("_neg_weight", None)
 
-    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
-        if sample_weight is not None:
-            return super().sums(output, target, sample_weight)
-        return LossSum(self._reduced(output, target, "sum"), output.numel())
-
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
         return self._reduced(output, target, "none"), 1.0
 
@@ -189,6 +175,9 @@ class BinaryCrossEntropy(Loss):
     def extra_repr(self) -> str:
         weights = {"pos_weight": self.pos_weight, "neg_weight": self._neg_weight}
         return ", ".join(f"{name}={w.tolist()}" for name, w in weights.items() if w is not None)
+
+    def _fused(self, output: Tensor, target: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | float] | None:
+        return None if mean else (self._reduced(output, target, "sum"), output.numel())
 
     def _reduced(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
         pos_weight, neg_weight = self._buffers["pos_weight"], self._buffers["_neg_weight"]

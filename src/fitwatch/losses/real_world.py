@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitwatch.losses.base import FAILURES, PRECISE, Loss, LossSum, as_classes, precise
+from fitwatch.losses.base import FAILURES, PRECISE, Loss, as_classes, precise
 from fitwatch.losses.costs import CostMatrix, Costs, as_cost_matrix
 from fitwatch.losses.errors import check_logits, check_types
 from fitwatch.losses.real_world_kernel import real_world_losses
@@ -61,20 +61,6 @@ class RealWorldCrossEntropy(Loss):
             self.register_buffer("fn_cost", costs.fn_cost.clone())
             self.register_buffer("fp_cost", costs.fp_cost.clone())
 
-    def forward(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        if sample_weight is None:
-            mean = self._kernel(output, target, len(target) if isinstance(target, Tensor) and target.dim() else 1)
-            if mean is not None:
-                return mean
-        return super().forward(output, target, sample_weight)
-
-    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
-        if sample_weight is None:
-            total = self._kernel(output, target, 1)
-            if total is not None:
-                return LossSum(total, len(target))
-        return super().sums(output, target, sample_weight)
-
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
         losses = self._kernel(output, target, None)
         if losses is not None:
@@ -113,6 +99,11 @@ class RealWorldCrossEntropy(Loss):
 
     def _per_class(self) -> Tensor | None:
         return self.fn_cost if isinstance(self.fn_cost, Tensor) else None
+
+    def _fused(self, output: Tensor, target: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | float] | None:
+        examples = len(target) if isinstance(target, Tensor) and target.dim() else 1
+        reduced = self._kernel(output, target, examples if mean else 1)
+        return None if reduced is None else (reduced, 1 if mean else examples)
 
     def _kernel(self, output: Tensor, target: Tensor, divisor: float | None) -> Tensor | None:
         """Call the kernel directly in the common case, outputs (N, C) on the CPU and nothing ignored; else return None.
