@@ -1,4 +1,4 @@
-"""The losses of one position, from their formulas, in Python's own floats and in terms of log p and log(1 - p)."""
+"""Loss formulas for one position, in Python floats, in terms of log p and log(1 - p)."""
 
 import math
 
@@ -13,7 +13,7 @@ def minus_log_sigmoid(x):
 
 
 def log_odds(z, k):
-    """log(p / (1 - p)) of class k: no digit is lost, however sure the logits are."""
+    """log(p / (1 - p)) of class k: exact however confident the logits are."""
     return z[k] - log_sum_exp(z[:k] + z[k + 1 :])
 
 

@@ -1,4 +1,4 @@
-"""The baseline of a loss is the loss of the best constant prediction, found here in other ways."""
+"""The baseline of a loss equals the loss of the best constant prediction, found independently."""
 
 import math
 
@@ -21,7 +21,7 @@ COSTS = fw.CostMatrix([1.0, 2, 5], [[0.0, 1, 0], [3, 0, 0], [0, 8, 0]])
 
 
 def baseline_of(loss, output, target, sample_weight=None, *, cut=None):
-    """What batches of the targets give; the outputs are asked for their shape only."""
+    """Baseline from batches of targets; only the shape of the outputs is used."""
     sums = TargetSums(loss)
     given = [output, target] if sample_weight is None else [output, target, sample_weight]
     for batch in zip(*(part.split(cut or len(target)) for part in given), strict=True):
@@ -34,7 +34,7 @@ def entropy(q):
 
 
 def best_on_a_grid(loss, y):
-    """The least loss of a constant prediction of three classes, on a grid of probabilities that is refined."""
+    """Least loss of a constant prediction of three classes, on a refined grid of probabilities."""
     centre, width, steps = torch.tensor([1 / 3, 1 / 3], dtype=torch.float64), 1 / 3, torch.linspace(-1, 1, 61)
     for _ in range(5):
         p = centre + width * torch.cartesian_prod(steps, steps).double()
@@ -100,13 +100,13 @@ def test_of_any_loss_it_is_the_best_constant(loss):
 
 
 def test_expected_cost_has_the_cheapest_constant():
-    """The expected cost of the best constant is that of always saying the class that is cheapest."""
+    """The baseline of the expected cost is the cost of always predicting the cheapest class."""
     found = baseline_of(fw.ExpectedCost(COSTS), torch.zeros(100, 3), Y)
     assert found.constant == pytest.approx(COSTS.cheapest_constant([50, 30, 20])[1])
 
 
 def test_labels_have_a_constant_each():
-    """Binary cross-entropy over K labels has the mean of the weighted entropies; masked labels are not there."""
+    """Binary cross-entropy over K labels has the mean of the weighted entropies; masked labels do not count."""
     y = torch.stack([Y == 0, Y == 1, Y == 2], 1).double()
     known = torch.rand(100, 3) > 0.3
     pos_weight = torch.tensor([2.0, 1, 0.5], dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_of_a_squared_error_it_is_the_weighted_variance(level):
 
 
 def test_absent_classes_and_a_single_one():
-    """A class without an example has no share; with one class only there is nothing to explain, so nothing is left."""
+    """A class without examples has share 0; with a single class the loss has no share of the baseline."""
     found = baseline_of(fw.CrossEntropy(), torch.zeros(100, 5), Y)
     assert found.constant == pytest.approx(entropy(SHARES), rel=1e-9)
     assert found.uniform == pytest.approx(math.log(5))
@@ -176,8 +176,8 @@ def test_absent_classes_and_a_single_one():
     assert Baseline(constant=0.8, uniform=1.0).left(0.2) == pytest.approx(0.25)
 
 
-def test_there_is_none_for_a_loss_of_ones_own_or_too_many_classes():
-    """Functions, own losses, 301 classes and no targets at all have no baseline."""
+def test_custom_losses_and_too_many_classes_have_no_baseline():
+    """Functions, custom losses, 301 classes and empty targets have no baseline."""
 
     class Mine(fw.losses.Loss):
         def unreduced(self, output, target):
@@ -190,7 +190,7 @@ def test_there_is_none_for_a_loss_of_ones_own_or_too_many_classes():
 
 
 def test_too_many_classes_are_given_up_at_once():
-    """With 301 classes no target is looked at: these, which have no values, can't be."""
+    """With 301 classes the targets are not read: meta tensors, which have no values, pass."""
     for target in (torch.empty(8, dtype=torch.int64, device="meta"), torch.empty(8, 301, device="meta")):
         sums = TargetSums(fw.CrossEntropy())
         sums.update(torch.empty(8, 301, device="meta"), target)
@@ -236,7 +236,7 @@ def test_a_fit_shows_it_at_the_start_in_the_history_and_at_the_end(tmp_path, ign
 
 
 def test_hidden_targets_are_known_after_the_first_validation(tmp_path):
-    """Where no data set shows its targets, the end table has the baseline and the start report does not."""
+    """If no data set exposes its targets, the end table has the baseline but the start report does not."""
     batches = list(zip(torch.randn(100, 4).split(30), torch.randn(100, 1).split(30), strict=True))
     model = nn.Linear(4, 1)
     board = fw.TensorBoard(tmp_path, show_link=False)
@@ -252,7 +252,7 @@ def test_hidden_targets_are_known_after_the_first_validation(tmp_path):
 
 @pytest.mark.parametrize("own_step", [None, "shows no targets", "shows targets"])
 def test_a_fit_without_a_baseline_never_speaks_of_one(tmp_path, own_step):
-    """With a loss of torch's that has none, or a validation_step with a loss of its own, no evaluation has a figure."""
+    """A torch loss without a baseline, or a validation_step with a custom loss, logs no share of the baseline."""
 
     class Own(fw.Trainer):
         def validation_step(self, batch):
@@ -276,7 +276,7 @@ def test_a_fit_without_a_baseline_never_speaks_of_one(tmp_path, own_step):
 
 
 def test_the_schedule_has_the_baseline_of_the_full_weights():
-    """With late class weights the baseline is that of what validation measures, from the first epoch on."""
+    """With scheduled class weights the baseline is that of the validation loss from the first epoch on."""
     x = torch.randn(100, 4)
     model = nn.Linear(4, 3)
     trainer = fw.Trainer(
@@ -302,7 +302,7 @@ def test_wrong_labels_in_validation_are_named():
 
 
 def fit(loss, dataset, outputs, *callbacks, epochs=1, collate_fn=None, **options):
-    """A fit with the same data on both sides, and what it expected of the baseline."""
+    """Fit with the same training and validation data, and the baseline expected before it."""
     torch.manual_seed(0)
     model = nn.Linear(4, outputs)
     loader = DataLoader(dataset, 10, collate_fn=collate_fn)
@@ -322,7 +322,7 @@ def fit(loss, dataset, outputs, *callbacks, epochs=1, collate_fn=None, **options
     ids=lambda loss: type(loss).__name__,
 )
 def test_a_class_without_examples_is_one_of_the_loss(loss):
-    """Where no example has the last class, a loss that knows C expects what the first validation will measure."""
+    """If the last class is absent, a loss that fixes C expects the baseline that the first validation measures."""
     result, expected = fit(loss, TensorDataset(torch.randn(40, 4), torch.arange(40) % 7 % 2), 3)
     assert expected.constant == pytest.approx(result.baseline.constant, rel=1e-9)
     assert expected.uniform == pytest.approx(result.baseline.uniform, rel=1e-9)
@@ -330,7 +330,7 @@ def test_a_class_without_examples_is_one_of_the_loss(loss):
 
 
 def test_nothing_is_expected_where_it_can_only_be_guessed():
-    """One class only, a label beyond those of the loss, and an own loss that refuses the guess are left to training."""
+    """A single class, a label out of range, and a custom loss that fails on the guess give no expected baseline."""
 
     class Scaled(fw.CrossEntropy):
         def unreduced(self, output, target):
@@ -362,8 +362,8 @@ def test_nothing_is_expected_of_labels_that_a_collate_function_may_map():
         assert result.baseline.constant == pytest.approx(entropy(q / q.sum()), rel=1e-6)
 
 
-def test_a_resumed_fit_measures_it_anew(tmp_path):
-    """After a resume the baseline is that of the outputs' five classes, not of the three that have labels."""
+def test_a_resumed_fit_measures_it_again(tmp_path):
+    """After a resume the baseline covers the five classes of the outputs, not just the three with labels."""
     data = TensorDataset(torch.randn(40, 4), torch.arange(40) % 3)
 
     def run(name, epochs, **options):

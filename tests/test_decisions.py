@@ -1,4 +1,4 @@
-"""Real-world costs are what counting by hand gives, and cost-optimal decisions cost least."""
+"""Real-world costs equal a count by hand, and cost-optimal decisions cost least."""
 
 import copy
 import pickle
@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from fitwatch import CostMatrix
-from fitwatch.losses.costs import confusion_matrix, cost_optimal_decision, decide, probabilities_of, real_world_cost
+from fitwatch.losses import confusion_matrix, cost_optimal_decision, real_world_cost
+from fitwatch.losses.costs import confusion_sums, decide, probabilities_of
 
 FN = torch.tensor([1.0, 2, 5])
 FP = torch.tensor([[0.0, 1, 2], [3, 0, 1], [7, 2, 0]])
 
 
 def random_problem(n=200, num_classes=3):
-    """Outputs and targets without any relation."""
+    """Random outputs and targets."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, num_classes, generator=generator), torch.randint(0, num_classes, (n,), generator=generator)
 
@@ -45,16 +46,24 @@ def test_confusion_matrix_counts():
     assert (result.tolist(), result.dtype) == (expected, torch.int64)
 
 
+def test_confusion_sums_take_targets_that_are_not_classes():
+    """Sums of the weights by true and predicted class; targets that are not classes, in any dtype, have a last row."""
+    predicted, weights = torch.tensor([0, 1, 1, 0, 1, 0]), torch.tensor([1.0, 2, 4, 8, 16, 32], dtype=torch.float64)
+    for odd in (torch.tensor([0, 1, 0, -100, 2, 0]), torch.tensor([0, 1, 0, torch.nan, 0.5, 0])):
+        sums = confusion_sums(predicted, odd, 2, weights)
+        assert (sums.tolist(), sums.dtype) == ([[33, 4], [0, 2], [8, 16]], torch.float64)
+
+
 @pytest.mark.parametrize(
     ("predicted", "targets", "match"),
     [
         ([0, 1], [0], r"\(2,\) and \(1,\)"),
-        ([0, 3], [0, 1], "predicted has class 3 at index 1: allowed are 0..2"),
-        ([0, 1], [-1, 1], "targets has class -1 at index 0"),
+        ([0, 3], [0, 1], r"predicted must be classes 0\.\.2, got 3 at index 1"),
+        ([0, 1], [-1, 1], "targets must be classes .*, got -1 at index 0"),
     ],
 )
 def test_confusion_matrix_refuses(predicted, targets, match):
-    """Different shapes and classes out of range are refused by name."""
+    """Different shapes and classes out of range are refused, and named."""
     with pytest.raises(ValueError, match=match):
         confusion_matrix(torch.tensor(predicted), torch.tensor(targets), 3)
 
@@ -65,8 +74,8 @@ def test_real_world_cost_is_the_sum_over_mistakes():
     expected = 0.0
     for i, j in zip(targets.tolist(), outputs.argmax(1).tolist(), strict=True):
         expected += 0 if i == j else FN[i].item() + FP[i, j].item()
-    assert real_world_cost(outputs, targets, FN, FP).item() == pytest.approx(expected / 200)
-    assert real_world_cost(outputs.bfloat16(), outputs.bfloat16().argmax(1), FN, FP).item() == 0
+    assert real_world_cost(outputs, targets, CostMatrix(FN, FP)).item() == pytest.approx(expected / 200)
+    assert real_world_cost(outputs.bfloat16(), outputs.bfloat16().argmax(1), CostMatrix(FN, FP)).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
@@ -74,11 +83,11 @@ def test_binary_real_world_cost_counts_both_errors(dtype):
     """The binary cost is (FN c_fn + FP c_fp) / N at logit 0, for (N,), (N, 1) and two columns alike."""
     z = torch.tensor([2.0, -1, -3, 0.5, 0])
     y = torch.tensor([0, 1, 0, 1, 1]).to(dtype)
-    expected = (2 * 20 + 1 * 3) / 5
-    assert real_world_cost(z, y, 20, 3).item() == pytest.approx(expected)
-    assert real_world_cost(z.unsqueeze(1), y.unsqueeze(1), 20, 3).item() == pytest.approx(expected)
-    assert real_world_cost(torch.stack([-z, z], 1), y, 20, 3).item() == pytest.approx(expected)
-    assert real_world_cost(z[:0], y[:0], 20, 3).isnan()
+    costs, expected = CostMatrix(20, 3), (2 * 20 + 1 * 3) / 5
+    assert real_world_cost(z, y, costs).item() == pytest.approx(expected)
+    assert real_world_cost(z.unsqueeze(1), y.unsqueeze(1), costs).item() == pytest.approx(expected)
+    assert real_world_cost(torch.stack([-z, z], 1), y, costs).item() == pytest.approx(expected)
+    assert real_world_cost(z[:0], y[:0], costs).isnan()
 
 
 @pytest.mark.parametrize(
@@ -88,15 +97,14 @@ def test_binary_real_world_cost_counts_both_errors(dtype):
         (torch.zeros(4, 3), torch.zeros(4), (2, 1), r"\(N, 2\).*got shape \(4, 3\)"),
         (torch.zeros(4), torch.zeros(4), (FN, FP), r"got shape \(4,\)"),
         (torch.zeros(4, 1), torch.zeros(4), (2, 1), r"\(4, 1\) and \(4,\)"),
-        (torch.zeros(4), torch.full((4,), 2), (2, 1), "class 2 at index 0"),
-        (torch.zeros(4), torch.zeros(4), (2, FP), "two numbers"),
-        (torch.zeros(4), torch.zeros(4), (-2, 1), "at least 0"),
+        (torch.zeros(4), torch.full((4,), 2), (2, 1), r"targets must be classes 0\.\.1, got 2 at index 0"),
+        (torch.zeros(4, 3), torch.zeros(4), (FP.expand(4, 3, 3),), r"shape \(C, C\), got shape \(4, 3, 3\)"),
     ],
 )
 def test_real_world_cost_refuses(outputs, targets, costs, match):
     """Outputs, targets and costs that do not go together are refused."""
     with pytest.raises(ValueError, match=match):
-        real_world_cost(outputs, targets, *costs)
+        real_world_cost(outputs, targets, CostMatrix(*costs) if len(costs) == 2 else costs[0])
 
 
 def test_cost_optimal_decision_minimises_the_expected_cost():
@@ -149,7 +157,7 @@ def test_the_cost_optimal_decision_costs_least_for_true_probabilities():
     ],
 )
 def test_cost_optimal_decision_refuses(probabilities, costs, match):
-    """Shapes that do not fit, infinite costs, and logits in place of probabilities are refused."""
+    """Shapes that do not fit, infinite costs, and logits instead of probabilities are refused."""
     with pytest.raises(ValueError, match=match):
         cost_optimal_decision(probabilities, costs)
 
@@ -173,6 +181,8 @@ def test_a_whole_matrix_is_split_into_misses_and_what_single_mistakes_cost_on_to
 @pytest.mark.parametrize(
     ("costs", "options", "match"),
     [
+        ((2, FP), {}, "two numbers"),
+        ((-2, 1), {}, "fn_cost must be finite and at least 0"),
         ((5,), {}, r"fp_cost beside it; got shape \(\)"),
         (([[0, 1, 2], [1, 0, 2]],), {}, r"shape \(C, C\).*got shape \(2, 3\)"),
         (([[0]],), {}, "C >= 2"),
@@ -187,7 +197,7 @@ def test_a_whole_matrix_is_split_into_misses_and_what_single_mistakes_cost_on_to
     ],
 )
 def test_cost_matrix_refuses(costs, options, match):
-    """Costs that are no costs, and names that are not one for each class, are refused with what was given."""
+    """Invalid costs, and names that do not fit the classes, are refused with the value given."""
     with pytest.raises(ValueError, match=match):
         CostMatrix(*costs, **options)
 
@@ -221,25 +231,6 @@ def test_costs_by_example_and_savings_are_those_of_a_loop():
     assert kept.item() == pytest.approx(costs.savings(decisions[1::2], targets[1::2]).item())
     with pytest.raises(ValueError, match="not all 0"):
         costs.cheapest_constant([0, 0, 0])
-
-
-def test_costs_of_single_examples():
-    """With a matrix for each example, decision and cost are those of deciding one by one; equal ones are one matrix."""
-    outputs, targets = random_problem()
-    generator = torch.Generator().manual_seed(1)
-    each = torch.rand(200, 3, 3, generator=generator) * 9 * (1 - torch.eye(3))
-    probabilities = outputs.softmax(1)
-    decisions = cost_optimal_decision(probabilities, each)
-    one_by_one = [cost_optimal_decision(p[None], m).item() for p, m in zip(probabilities, each, strict=True)]
-    assert decisions.tolist() == one_by_one
-    paid = [m[t, d].item() for m, t, d in zip(each, targets, outputs.argmax(1), strict=True)]
-    assert real_world_cost(outputs, targets, each).item() == pytest.approx(sum(paid) / 200)
-    same = CostMatrix(FN, FP)
-    repeated = same.matrix.expand(200, 3, 3)
-    assert torch.equal(cost_optimal_decision(probabilities, repeated), cost_optimal_decision(probabilities, same))
-    torch.testing.assert_close(real_world_cost(outputs, targets, repeated), real_world_cost(outputs, targets, same))
-    with pytest.raises(ValueError, match="5 cost matrices for 200 examples"):
-        cost_optimal_decision(probabilities, each[:5])
 
 
 def test_weights_of_examples_count_in_costs():

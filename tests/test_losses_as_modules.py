@@ -126,7 +126,7 @@ def test_nll_loss_is_torchs(shape):
 
 
 def test_as_loss_leaves_the_users_own_alone():
-    """Subclasses, functions, other modules, objects with sums and what has no exact form stay as they are."""
+    """Subclasses, functions, other modules, objects with sums and losses without an exact form are returned unchanged."""
 
     class Mine(nn.CrossEntropyLoss):
         pass
@@ -153,11 +153,11 @@ def test_as_loss_refuses_other_reductions(kind):
     """A torch loss that sums, or does not reduce, is refused with the reason."""
     with pytest.raises(ValueError, match=r"reduction='sum'.*depends on the batch size"):
         as_loss(kind(reduction="sum"))
-    with pytest.raises(ValueError, match=r"reduction='none'.*no scalar"):
+    with pytest.raises(ValueError, match=r"reduction='none'.*not a scalar"):
         as_loss(kind(reduction="none"))
 
 
-def test_as_loss_refuses_what_is_no_function():
+def test_as_loss_refuses_what_is_not_a_function():
     """A string is refused, and the class of a loss where an instance is needed."""
     with pytest.raises(TypeError, match="got 'ce'"):
         as_loss("ce")
@@ -166,7 +166,7 @@ def test_as_loss_refuses_what_is_no_function():
 
 
 def test_weighted_and_unweighted_change_the_class_weights_alone():
-    """Losses of classes get other weights, or none, and keep their own options; the original stays as it was."""
+    """Class losses get other weights, or none, and keep their options; the original does not change."""
     output, target, w = logits(8, 3), labels((8,), 3), weights_of(3)
     target[0] = -7
     for build in (
@@ -186,8 +186,8 @@ def test_weighted_and_unweighted_change_the_class_weights_alone():
             loss.weighted(w)
 
 
-def test_a_loss_of_ones_own_is_exact_after_one_method():
-    """The method unreduced alone gives the mean, the sums, the examples and their weights."""
+def test_a_custom_loss_is_exact_after_one_method():
+    """A custom loss that implements only `unreduced` has the right mean, sums and losses per example."""
 
     class Brier(Loss):
         def unreduced(self, output, target):
@@ -213,7 +213,7 @@ def test_a_loss_of_ones_own_is_exact_after_one_method():
     ],
 )
 def test_other_weights_leave_a_loss_as_it_is_and_share_what_it_learns(build, weights):
-    """A loss with other weights has the parameters of the first, not copies; the first keeps its own weights and dtype."""
+    """A reweighted loss shares the parameters of the original, which keeps its weights and dtype."""
 
     def learning(base):
         class Learning(base):

@@ -84,7 +84,7 @@ def reference(name, output, target, ignore_index=None):
 @pytest.mark.parametrize("shape", [(9, 4), (5, 4, 3), (3, 4, 2, 2), (4,)])
 @pytest.mark.parametrize("ignored", [False, True])
 def test_every_way_to_call_a_loss_gives_its_formula(name, shape, ignored):
-    """forward, sums and per_example are the formula, position by position, and ignored positions are not there."""
+    """forward, sums and per_example equal the formula, position by position, and leave ignored positions out."""
     output = logits(*shape, scale=1.0)
     target = labels(shape[:1] + shape[2:] if len(shape) > 1 else (), 4)
     ignore_index = None
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_finite_differences(name):
 @every_loss
 @pytest.mark.parametrize("level", [0.0, 4096.0])
 def test_logits_of_scale_100_in_float32(name, level):
-    """Value and gradient in float32 are those of float64 to 2e-6, also where a constant on all logits takes their digits."""
+    """Value and gradient in float32 equal float64 to 2e-6, also with a large constant added to all logits."""
     # sixteenths, so that the sum with the constant is exact
     output = ((logits(256, 4, scale=100.0) * 16).detach().round() / 16 + level).float()
     target = labels((256,), 4)
@@ -155,7 +155,7 @@ def test_bfloat16_outputs_and_autocast(name):
 
 @every_loss
 def test_weights_of_examples_are_repetitions(name):
-    """Weights 2, 0, 3, ... are the same as examples twice, left out, three times; any weights multiply the formula."""
+    """Weights 2, 0, 3, ... equal repeating or dropping the examples; any weights multiply the formula."""
     loss = CASES[name][0]()
     output, target, times = logits(8, 4, scale=1.0), labels((8,), 4), torch.tensor([2, 0, 3, 1, 0, 1, 1, 4])
     index = torch.arange(8).repeat_interleave(times)
@@ -186,7 +186,7 @@ def test_masks_of_positions_are_ignored_positions(name):
 
 @every_loss
 def test_sums_add_up_over_ragged_batches(name):
-    """Sums of the parts of a batch sorted by class, with weights of the examples, are those of the whole."""
+    """Sums over parts of a batch sorted by class, with weights of the examples, add up to those of the whole batch."""
     loss, output, target = CASES[name][0](), logits(40, 4, scale=1.0), labels((40,), 4).sort().values
     w = torch.rand(40, dtype=torch.float64)
     cut = [1, 20, 2, 17]
@@ -267,7 +267,7 @@ def test_class_weights_of_one_logit():
 
 
 def test_special_cases_are_cross_entropy():
-    """With gamma = 0, tau = 0, and no margin at scale 1 are cross-entropy with the same weights."""
+    """Focal with gamma 0, logit adjustment with tau 0, and LDAM without margin at scale 1 equal weighted cross-entropy."""
     output, target = logits(12, 4), labels((12,), 4)
     for loss in (
         fw.Focal(0.0, weight=WEIGHT),
@@ -293,7 +293,7 @@ def test_tau_1_is_the_balanced_softmax():
 
 
 def test_equal_costs_expect_the_error_rate():
-    """With every mistake at cost 1 the expected cost is the probability of being wrong."""
+    """With all mistakes at cost 1 the expected cost is the probability of an error."""
     output, target = logits(12, 4), labels((12,), 4)
     wrong = 1 - output.softmax(1).gather(1, target[:, None]).mean()
     torch.testing.assert_close(fw.ExpectedCost(1 - torch.eye(4))(output, target), wrong)
@@ -370,14 +370,14 @@ def test_targets_that_are_not_known_may_be_nan_where_they_weigh_nothing(loss):
     ],
 )
 def test_options_out_of_range_are_refused(build, match):
-    """Options that make no sense are refused when the loss is built, with what was given."""
+    """Invalid options are refused at construction, with the value given."""
     with pytest.raises(ValueError, match=match):
         build()
 
 
 @pytest.mark.parametrize("name", ["focal", "logit adjustment", "LDAM", "expected cost"])
 def test_outputs_and_targets_that_do_not_fit_are_refused(name):
-    """Shapes, numbers of classes and labels are named, as cross-entropy names them."""
+    """Errors name shapes, numbers of classes and labels, as those of cross-entropy do."""
     loss, y = CASES[name][0](), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(2,\)"):
         loss(torch.zeros(3, 4), y[:2])
@@ -393,7 +393,7 @@ def test_outputs_and_targets_that_do_not_fit_are_refused(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_takes_masked_logits(gamma, dtype):
-    """A logit of -inf is a class that is not there, in value and gradient; a class that is alone costs nothing."""
+    """A logit of -inf removes its class from value and gradient; a single remaining class has loss 0."""
     loss, y = fw.Focal(gamma), labels((7,), 2)
     output = logits(7, 2, dtype=dtype)
     for masked in (1, 2):

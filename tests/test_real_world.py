@@ -47,15 +47,6 @@ def test_real_world_does_not_depend_on_the_level_of_the_logits():
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("scale", [1, 10, 100])
-def test_real_world_is_exact_in_float64(scale):
-    """Value and gradient in float64 equal the formula to 1e-12."""
-    fn, fp = costs_of(6)
-    output, target = logits(32, 6, scale=scale), labels((32,), 6)
-    loss = RealWorldCrossEntropy(fn, fp)
-    assert_same(lambda x: reference(x, target, fn, fp), lambda x: loss(x, target), output)
-
-
 @pytest.mark.parametrize("gap", [5.0, 17, 40, 90, 1000])
 def test_the_worst_mistakes_keep_their_gradient(gap):
     """A wrong class that leads by any gap costs fp * gap and more, with gradient fp on it and nothing that is nan."""
@@ -76,8 +67,8 @@ def test_the_worst_binary_mistakes_keep_their_gradient(gap):
     assert output.grad.tolist() == pytest.approx([3, -20])
 
 
-def test_a_sure_and_right_answer_costs_nothing():
-    """A right class that leads by 200 has loss 0 and a finite gradient, though its own 1 - p is 0."""
+def test_a_confident_correct_answer_costs_nothing():
+    """A correct class that leads by 200 has loss 0 and a finite gradient, although 1 - p is 0."""
     output = torch.tensor([[200.0, 0, 0]], requires_grad=True)
     value = RealWorldCrossEntropy([1.0, 1, 1], 1 - torch.eye(3))(output, torch.tensor([0]))
     value.backward()
@@ -132,38 +123,11 @@ def test_two_classes_are_weighted_cross_entropy():
     assert_same(lambda x: F.cross_entropy(x, target, weight, reduction="sum") / 9, lambda x: loss(x, target), output)
 
 
-@pytest.mark.parametrize("shape", [(6, 4, 3), (6, 4, 3, 2)])
-def test_real_world_over_positions(shape):
-    """Outputs (N, C, d1, ...) give the mean over all positions, and per example the mean over its own."""
-    fn, fp = costs_of(4)
-    output, target = logits(*shape), labels(shape[:1] + shape[2:], 4)
-    loss = RealWorldCrossEntropy(fn, fp)
-
-    def flat(x, y):
-        return reference(x.movedim(1, -1).reshape(-1, 4), y.reshape(-1), fn, fp)
-
-    assert_same(lambda x: flat(x, target), lambda x: loss(x, target), output)
-    losses, weights = loss.per_example(output, target)
-    expected = torch.stack([flat(output[i : i + 1], target[i : i + 1]) for i in range(6)])
-    torch.testing.assert_close(losses, expected)
-    assert weights.tolist() == [target[0].numel()] * 6
-
-
-def test_real_world_unbatched():
-    """One example without a batch dimension gives the loss of a batch of one."""
-    fn, fp = costs_of(4)
-    output = logits(4)
-    torch.testing.assert_close(
-        RealWorldCrossEntropy(fn, fp)(output, torch.tensor(2)),
-        reference(output.unsqueeze(0), torch.tensor([2]), fn, fp),
-    )
-
-
 def test_real_world_has_no_class_weights_but_costs():
-    """Weights are refused; without weights the loss is plain cross-entropy; unit costs are no weights."""
+    """Weights are refused; without weights the loss is plain cross-entropy; unit costs do not count as weights."""
     output, target = logits(9, 3), labels((9,), 3)
     loss = RealWorldCrossEntropy(*costs_of(3))
-    with pytest.raises(TypeError, match="costs already say"):
+    with pytest.raises(TypeError, match="takes no class weights"):
         loss.weighted(torch.ones(3))
     assert (loss.has_weights, loss.unweighted().has_weights) == (True, False)
     torch.testing.assert_close(loss.unweighted()(output, target), F.cross_entropy(output, target))
@@ -188,7 +152,7 @@ def test_costs_as_numbers_are_not_rounded_to_bfloat16():
 
 @pytest.mark.parametrize("shape", [(9, 5), (400, 50)])  # the second beyond what is computed at once
 def test_sums_and_mean_are_summed_up_by_the_kernel(shape):
-    """The gradient of the mean, of a sum and of single losses agree, also in a large batch, twice, and twice derived."""
+    """Gradients of the mean, the sum and single losses agree, also in a large batch, when repeated, and at second order."""
     fn, fp = costs_of(shape[1])
     output, target = logits(*shape), labels(shape[:1], shape[1])
     loss = RealWorldCrossEntropy(fn, fp)

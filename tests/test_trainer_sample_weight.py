@@ -194,7 +194,7 @@ def test_weights_that_cannot_be_taken_are_refused(data):
         trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loss, device="cpu")
         trainer.fit([(x, y, w)], epochs=1)
 
-    with pytest.raises(TypeError, match="carries a sample_weight, which cross_entropy can't take"):
+    with pytest.raises(TypeError, match="has a sample_weight, which cross_entropy cannot take"):
         fit(F.cross_entropy, torch.ones(64))
     with pytest.raises(ValueError, match=r"sample_weight must have shape \(64,\).*got shape \(63,\)"):
         fit(None, torch.ones(63))

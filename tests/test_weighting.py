@@ -1,4 +1,4 @@
-"""Class counts become class weights, and impossible ones are refused by name."""
+"""Class weights follow from class counts, and impossible counts are refused."""
 
 import math
 from fractions import Fraction
@@ -97,7 +97,7 @@ def test_an_absent_class(scheme):
     ],
 )
 def test_class_weights_refuses(arguments, options, match):
-    """Unknown schemes, options out of range and impossible counts are refused with what was given."""
+    """Unknown schemes, options out of range and impossible counts are refused with the value given."""
     with pytest.raises(ValueError, match=match):
         class_weights(*arguments, **options)
 
@@ -127,7 +127,7 @@ def test_as_class_weights_takes_tensors_sequences_and_mappings():
     ],
 )
 def test_as_class_weights_refuses(weights, match):
-    """Weights that are no weights, and mappings with other keys than 0..K-1, are refused."""
+    """Invalid weights, and mappings with keys other than 0..K-1, are refused."""
     with pytest.raises(ValueError, match=match):
         as_class_weights(weights)
 
@@ -154,7 +154,7 @@ def test_each_label_is_a_problem_of_two_classes(scheme):
 
 
 def test_a_label_that_lacks_a_class():
-    """What a label lacks is named with its side; on request both its weights are 1, and the others keep theirs."""
+    """A missing class of a label is named; with absent="zero" both its weights are 1, and other labels keep theirs."""
     counts = [[90, 10], [100, 0], [0, 0]]
     named = "^the positives of label 1, the negatives of label 2, the positives of label 2 are absent.*for weight 1$"
     with pytest.raises(ValueError, match=named):

@@ -13,15 +13,15 @@ from fitwatch.losses.baseline import Baseline, TargetSums
 
 
 def expected_baseline(loss: Any, train_loader: Any, val_loader: Any) -> Baseline | None:
-    """The baseline before any validation, where both data sets show their targets; else None.
+    """Return the baseline before any validation, if both data sets show their targets; else None.
 
-    The number of classes is that of the loss, else taken from the labels; the first validation, which sees the
-    outputs, says it for sure. An own ``collate_fn`` may give other targets than the data set shows.
+    The number of classes is the one that the loss fixes, else it is taken from the labels; the first validation, which
+    sees the outputs, makes it certain. A ``collate_fn`` of the user's may give other targets than the data set shows.
     """
     loaders = (train_loader, val_loader)
     if not all(isinstance(x, DataLoader) and x.collate_fn in (default_collate, default_convert) for x in loaders):
         return None
-    with suppress(*FAILURES):  # it is a line in a report; what is wrong with the data, training explains
+    with suppress(*FAILURES):  # only a line in a report: training itself explains what is wrong with the data
         return _expected(loss, train_loader, val_loader)
     return None
 
@@ -36,14 +36,12 @@ def _expected(loss: Any, train_loader: DataLoader[Any], val_loader: DataLoader[A
         ignore_index = getattr(loss, "ignore_index", None)
         kept = [labels if ignore_index is None else labels[labels != ignore_index] for labels in (train[0], targets)]
         both = torch.cat([labels.flatten() for labels in kept])
-        if targets.dtype is torch.bool or not len(both) or int(both.min()) < 0:  # the validation will tell
+        if targets.dtype is torch.bool or not len(both) or int(both.min()) < 0:  # the validation will find it
             return None
-        per_class = loss._per_class() if isinstance(loss, Loss) else None  # noqa: SLF001 - no one else's business
-        classes = int(both.max()) + 1
-        if per_class is not None:
-            if len(per_class) < classes:
-                return None
-            classes = len(per_class)
+        classes, fixed = int(both.max()) + 1, loss.fixed_classes if isinstance(loss, Loss) else None
+        if fixed is not None and fixed < classes:
+            return None
+        classes = fixed or classes
         output = torch.empty((len(targets), classes, *targets.shape[1:]), device="meta")
     elif isinstance(loss, ClassLoss) and targets.dim() != 2:
         return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.dtypes import wide_float
 
 
 @runtime_checkable
@@ -37,9 +38,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     if not tensors:
         return []
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-    # Sums of many float32 values are taken in float64; MPS has none.
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    flat = torch.cat([t.detach().reshape(-1).to(device, wide) for t in tensors]).tolist()
+    flat = torch.cat([t.detach().reshape(-1).to(device, wide_float(device)) for t in tensors]).tolist()
     parts, start = [], 0
     for t in tensors:
         parts.append(flat[start : start + t.numel()])
@@ -110,9 +109,9 @@ class WeightedMean:
             self.bad = min((i * ranks.size() + rank for rank, i in found if i is not None), default=None)
 
     def _fold(self) -> None:
-        wide = torch.float32 if self._totals[0].device.type == "mps" else torch.float64
-        self._totals, self._folded = [torch.stack([t.to(wide) for t in self._totals]).sum()], True
         device = self._totals[0].device
+        wide = wide_float(device)
+        self._totals, self._folded = [torch.stack([t.to(wide) for t in self._totals]).sum()], True
         self._weights = [torch.stack([torch.as_tensor(w, dtype=wide, device=device) for w in self._weights]).sum()]
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fitwatch import ranks
+from fitwatch.dtypes import wide_float
 
 
 class StepGradient:
@@ -92,9 +93,8 @@ class StepGradient:
         gradients = [p.grad for p in held if p.grad is not None]
         if not gradients:
             return
-        # In float64, which MPS lacks: the first gradient's dtype may be less precise than the others'.
-        wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64
-        factor = inverse(total, gradients[0].new_empty((), dtype=wide))
+        # In a wide dtype: that of the first gradient may be less precise than the others'.
+        factor = inverse(total, gradients[0].new_empty((), dtype=wide_float(gradients[0].device)))
         if self._guess is not None:
             factor = factor * self._guess
             self._guess = _positive(total)

@@ -7,7 +7,8 @@ from attrs import define, field
 from torch import Tensor
 
 from fitwatch.callback import Callback
-from fitwatch.losses.costs import CostMatrix, as_cost_matrix, decide, probabilities_of
+from fitwatch.dtypes import wide_float
+from fitwatch.losses.costs import CostMatrix, as_cost_matrix, confusion_sums, decide, probabilities_of
 from fitwatch.markdown import table
 from fitwatch.state import State
 from fitwatch.tensorboard.confusion import confusion_image
@@ -104,16 +105,12 @@ class _Decisions:
         targets, decisions = targets.reshape(-1), self.decide(outputs)
         if targets.shape != decisions.shape:
             raise ValueError(f"got {len(targets)} targets for {len(decisions)} decisions")
-        wide = torch.float32 if outputs.device.type == "mps" else torch.float64
+        wide = wide_float(outputs.device)
         weight = torch.ones_like(targets, dtype=wide) if sample_weight is None else sample_weight.reshape(-1).to(wide)
-        labels = targets.long()
-        valid = (labels >= 0) & (labels < classes) & (labels == targets)
         if self.ignore_index is not None:
             weight = torch.where(targets == self.ignore_index, 0, weight)
-        cells = torch.where(valid, labels, classes) * classes + decisions
-        if self._sums is None:
-            self._sums = weight.new_zeros((classes + 1) * classes)
-        self._sums.index_add_(0, cells, weight)
+        sums = confusion_sums(decisions, targets, classes, weight)
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def compute(self) -> Tensor:
         """Return the mean cost per example.
@@ -122,12 +119,12 @@ class _Decisions:
             ValueError: A target with weight is not a class index.
         """
         if self._sums is not None:
-            classes = self.costs.num_classes
-            sums = self._sums.cpu().double().reshape(-1, classes)
+            sums = self._sums.cpu().double()
             self.counts = sums[:-1]
             if bool(sums[-1].any()):
                 raise ValueError(
                     f"RealWorldCost: targets with weight {sums[-1].sum():g} of {sums.sum():g} are not class indices: "
-                    f"allowed are 0..{classes - 1}" + ("" if self.ignore_index is None else f" and {self.ignore_index}")
+                    f"allowed are 0..{self.costs.num_classes - 1}"
+                    + ("" if self.ignore_index is None else f" and {self.ignore_index}")
                 )
         return (self.counts * self.costs.matrix).sum() / self.counts.sum()

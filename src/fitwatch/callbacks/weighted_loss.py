@@ -167,9 +167,9 @@ class WeightedLoss(Callback):
             return counts[0] if len(counts) == 1 else counts
         ignore_index = getattr(self._loss, "ignore_index", None)
         counts = count_over_ranks(state.train_loader, num_classes=num_classes, ignore_index=ignore_index)
-        own = self._loss._per_class()  # noqa: SLF001 - nothing else tells C
-        if num_classes is None and own is not None and len(counts) < len(own):
-            counts = functional.pad(counts, (0, len(own) - len(counts)))  # the last classes are absent
+        fixed = self._loss.fixed_classes
+        if num_classes is None and fixed is not None and len(counts) < fixed:
+            counts = functional.pad(counts, (0, fixed - len(counts)))  # the last classes are absent
         return counts
 
     def _loss_in(self, epoch: int) -> Loss:

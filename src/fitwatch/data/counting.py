@@ -1,12 +1,11 @@
-"""How often each class occurs: in targets, in a data set, in what a loader gives."""
-
-from __future__ import annotations
+"""Class counts of targets, data sets and loaders."""
 
 import copy
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,68 +25,63 @@ from fitwatch import ranks
 from fitwatch.data.batches import generators_of, length, parts, sampler_of
 from fitwatch.data.sharding import gives_part, split
 from fitwatch.losses.base import as_sample_weight, without_masked
+from fitwatch.losses.errors import check_values
 from fitwatch.rng import rng_state, set_rng_state
 
-_Known = tuple[Tensor, Tensor | None]  # all targets, and the weights of the examples where there are some
+_Known = tuple[Tensor, Tensor | None]  # all targets, and the weights of the examples if there are any
 
 _ALLOWED = "classes are counted in targets, in a Dataset, or in a loader of batches (input, target)"
 
 
 def count_classes(
-    data: Any, *, num_classes: int | None = None, ignore_index: int | None = None, multi_label: bool = False
+    data: object, *, num_classes: int | None = None, ignore_index: int | None = None, multi_label: bool = False
 ) -> Tensor:
-    """How often each class occurs.
+    """Count how often each class occurs.
 
-    Targets are read by their dtype:
+    Targets are interpreted by their dtype:
 
     - integers of any shape are class indices;
     - bools, and floats that are all 0 or 1 (but not of shape (N, C)), are labels of a binary problem;
     - floats of shape (N, C) with C >= 2 are class probabilities, rows in [0, 1] that sum to 1.
 
-    Where the data carries weights of the examples, each adds its weight in place of 1. A data set that shows its
+    If the data carries weights of the examples, each example adds its weight instead of 1. A data set that exposes its
     targets is counted without reading an example: a `TensorDataset` of ``(x, y)`` or ``(x, y, sample_weight)``, or an
     attribute ``targets`` or ``labels`` of its length (whose examples then have no weights), also through `Subset`,
     `ConcatDataset` and `SubsetRandomSampler`. Any other, and one with a ``target_transform``, takes one pass, which
-    leaves the random generators as they were.
+    restores the state of the random generators.
 
     Args:
         data: Targets (a tensor, an array or a (nested) sequence); a `Dataset`; or a loader, which is any iterable of
-            batches that can be iterated again. Examples and batches are ``(input, target)``,
+            batches that can be iterated more than once. Examples and batches are ``(input, target)``,
             ``(input, target, sample_weight)``, or mappings with these keys.
-        num_classes: C. By default the largest label plus 1 (2 for a binary problem): give it where the last
-            class may be absent. With ``multi_label``, K.
+        num_classes: C. Default: the largest label plus 1 (2 for a binary problem); give it if the last class may be
+            absent. With ``multi_label``, K.
         ignore_index: A label that does not count, for class indices.
         multi_label: The targets are those of `BinaryCrossEntropy`, all 0 or 1 in any dtype: shape (N, K) for K labels
-            that do not exclude each other; any other shape is one label, K = 1. Weights of shape (N, K) leave out
+            that do not exclude each other; any other shape is one label, K = 1. Weights of shape (N, K) mask
             single labels.
 
     Returns:
         Shape (C,), or (K, 2) with the negatives and positives of each label: int64, or float64 sums of weights or
-        probabilities. A pass counts what the loader draws; without one, a sampler that draws some examples more often
-        than others makes no difference.
+        probabilities. A pass counts the examples that the loader draws; without a pass, a sampler that draws some
+        examples more often than others has no effect.
 
     Raises:
-        ValueError: A label is negative or at least `num_classes` (named, with its index in the flattened
+        ValueError: A label is negative or at least `num_classes` (the message names it and its index in the flattened
             targets), a float is neither a binary label nor a probability, weights do not fit, or there are no targets
             and no `num_classes`.
-        TypeError: `data` is none of these, an iterator, which counting would use up, or gives something else than
-            batches.
+        TypeError: `data` is none of these, is an iterator, which counting would exhaust, or does not return batches.
     """
-    if isinstance(data, Iterator):  # and not iter(data): a DataLoader would draw a random number
+    if isinstance(data, Iterator):  # not iter(data): a DataLoader would draw a random number
         raise TypeError(
-            "can't count the classes of an iterator, which a pass would use up: give a loader that can be iterated "
+            "can't count the classes of an iterator, which a pass would exhaust: give a loader that can be iterated "
             "again (WeightedLoss also takes counts, or the weights themselves)"
         )
     if multi_label and ignore_index is not None:
-        raise ValueError(
-            f"multi_label targets have no ignore_index, got {ignore_index}: leave labels out by a weight of 0"
-        )
-
-    def count(targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        if multi_label:
-            return _count_labels(targets, weight, num_classes)
-        return _count(targets, weight, num_classes, ignore_index)
-
+        raise ValueError(f"multi_label targets have no ignore_index, got {ignore_index}: mask labels by a weight of 0")
+    count: Callable[..., Tensor] = partial(_count, num_classes=num_classes, ignore_index=ignore_index)
+    if multi_label:
+        count = partial(_count_labels, num_labels=num_classes)
     known = exposed_targets(data)
     counts = _count_by_pass(data, count) if known is None else count(*known)
     if counts is None or not len(counts):
@@ -97,14 +91,21 @@ def count_classes(
     return counts
 
 
-def count_over_ranks(loader: Any, **options: Any) -> Tensor:
-    """`count_classes` of all that the ranks train on, the same on each of them.
+def count_over_ranks(
+    loader: Iterable[object],
+    *,
+    num_classes: int | None = None,
+    ignore_index: int | None = None,
+    multi_label: bool = False,
+) -> Tensor:
+    """Return `count_classes` of the training data of all ranks, the same on each rank.
 
-    Where a data set shows its targets, and where a loader is the same on all ranks, one has it all.
+    Exposed targets, and a loader that is the same on all ranks, are complete on every rank.
     """
+    count = partial(count_classes, num_classes=num_classes, ignore_index=ignore_index, multi_label=multi_label)
     if not gives_part(loader) or exposed_targets(loader) is not None:
-        return count_classes(loader, **options)
-    counts, *others = ranks.gather(count_classes(split(loader), **options))
+        return count(loader)
+    counts, *others = ranks.gather(count(split(loader)))
     for new in others:
         counts = _added(counts, new)
     return counts
@@ -113,34 +114,38 @@ def count_over_ranks(loader: Any, **options: Any) -> Tensor:
 # -- targets -----------------------------------------------------------------------------------------------------------
 
 
-def _count(labels: Tensor, weight: Tensor | None, num_classes: int | None, ignore_index: int | None) -> Tensor:
-    """Counts of shape (C,), or (0,) where nothing counts and C is not known."""
+def _count(
+    labels: Tensor, weight: Tensor | None = None, *, num_classes: int | None, ignore_index: int | None
+) -> Tensor:
+    """Return counts of shape (C,), or (0,) if nothing counts and C is unknown."""
     if labels.is_floating_point():
         if labels.dim() == 2 and labels.shape[1] > 1:
             return _sum_probabilities(labels, weight, num_classes)
-        _refuse_unless_binary(
-            labels,
-            "floating-point targets must be binary labels 0 and 1, or probabilities of shape (N, C), and class "
-            "indices must be integers",
-        )
+        allowed = "be binary labels 0 and 1, or probabilities of shape (N, C), and class indices must be integers"
+        check_values(f"floating-point targets must {allowed}", labels, (labels != 0) & (labels != 1))
     if num_classes is None and labels.numel() and (labels.is_floating_point() or labels.dtype is torch.bool):
         num_classes = 2
     if weight is not None:
         weight = as_sample_weight(weight, labels.double()).flatten()
     labels = labels.flatten().long()
+    wrong = labels < 0
+    if num_classes is not None:
+        wrong |= labels >= num_classes
     kept = labels
     if ignore_index is not None:
         valid = labels != ignore_index
+        wrong &= valid
         kept, weight = labels[valid], None if weight is None else weight[valid]
-    if len(kept):
-        low, high = (int(bound) for bound in kept.aminmax())
-        if low < 0 or (num_classes is not None and high >= num_classes):
-            _refuse_label(labels, num_classes, ignore_index)
+    if bool(wrong.any()):
+        index = int(wrong.nonzero()[0])
+        allowed = "at least 0" if num_classes is None else f"0..{num_classes - 1}"
+        ignored = "" if ignore_index is None else f" and ignore_index={ignore_index}"
+        raise ValueError(f"label {int(labels[index])} at index {index} is out of range: allowed are {allowed}{ignored}")
     return torch.bincount(kept, weight, minlength=num_classes or 0)
 
 
-def _count_labels(targets: Tensor, weight: Tensor | None, num_labels: int | None) -> Tensor:
-    """Negatives and positives of each label, shape (K, 2)."""
+def _count_labels(targets: Tensor, weight: Tensor | None = None, *, num_labels: int | None) -> Tensor:
+    """Return negatives and positives of each label, shape (K, 2)."""
     if weight is not None:
         targets = without_masked(targets, weight)
         weight = as_sample_weight(weight, targets.double())
@@ -148,7 +153,7 @@ def _count_labels(targets: Tensor, weight: Tensor | None, num_labels: int | None
         targets, weight = targets.reshape(-1, 1), None if weight is None else weight.reshape(-1, 1)
     if num_labels not in (None, targets.shape[1]):
         raise ValueError(f"targets of shape {tuple(targets.shape)} have {targets.shape[1]} labels, not {num_labels}")
-    _refuse_unless_binary(targets, "multi_label targets must be 0 or 1")
+    check_values("multi_label targets must be 0 or 1", targets, (targets != 0) & (targets != 1))
     positive = targets != 0
     if weight is None:
         number = positive.sum(0)
@@ -173,44 +178,24 @@ def _sum_probabilities(rows: Tensor, weight: Tensor | None, num_classes: int | N
     return rows.sum(0)
 
 
-def _refuse_unless_binary(labels: Tensor, allowed: str) -> None:
-    wrong = (labels != 0) & (labels != 1)
-    if bool(wrong.any()):
-        index = int(wrong.flatten().nonzero()[0])
-        value = labels.flatten()[index].item()
-        raise ValueError(f"{allowed}; got {value} at index {index} of targets of shape {tuple(labels.shape)}")
-
-
-def _refuse_label(labels: Tensor, num_classes: int | None, ignore_index: int | None) -> None:
-    wrong = labels < 0
-    if num_classes is not None:
-        wrong |= labels >= num_classes
-    if ignore_index is not None:
-        wrong &= labels != ignore_index
-    index = int(wrong.nonzero()[0])
-    allowed = "at least 0" if num_classes is None else f"0..{num_classes - 1}"
-    also = "" if ignore_index is None else f" and ignore_index={ignore_index}"
-    raise ValueError(f"label {int(labels[index])} at index {index} is out of range: allowed are {allowed}{also}")
-
-
-def _as_tensor(values: Any) -> Tensor:
+def _as_tensor(values: object) -> Tensor:
     if isinstance(values, Tensor):
         return values.detach()
     if isinstance(values, (list, tuple, range)) and len(values) and type(values[0]) is int:
-        # a tenth of torch.tensor's time; a list of more than integers is left to it
+        # a tenth of torch.tensor's time; it raises for a list of more than integers, which torch.tensor then takes
         with suppress(TypeError, OverflowError):
             return torch.frombuffer(array("q", values), dtype=torch.int64)
-    if hasattr(values, "__array__"):  # else a pandas Series would be read element by element
+    if hasattr(values, "__array__"):  # a pandas Series would be read element by element
         values = values.__array__()
-    # torch.tensor and not as_tensor: it copies, so that a read-only array is taken without a warning
+    # torch.tensor instead of as_tensor: it copies, so that a read-only array does not raise a warning
     return torch.tensor(values)
 
 
 # -- data sets and loaders -----------------------------------------------------------------------------------------
 
 
-def exposed_targets(data: Any) -> _Known | None:
-    """All targets, where no example has to be read for them."""
+def exposed_targets(data: object) -> _Known | None:
+    """Return all targets, and weights if there are any; None if examples would have to be read for them."""
     if isinstance(data, DataLoader):
         known = _exposed(data.dataset)
         sampler = sampler_of(data)
@@ -222,24 +207,24 @@ def exposed_targets(data: Any) -> _Known | None:
         try:
             return _as_tensor(data), None
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{_ALLOWED}, got a {type(data).__name__} that is no array of numbers: {error}") from error
+            raise TypeError(f"{_ALLOWED}, got a {type(data).__name__} that is not an array: {error}") from error
     if not isinstance(data, Iterable):
         raise TypeError(f"{_ALLOWED}, got {data!r}")
     return None
 
 
-def _is_batch(item: Any) -> bool:
-    """Whether the first element of a list is a batch rather than a target, or a row of targets."""
+def _is_batch(item: object) -> bool:
+    """Tell whether the first element of a list is a batch rather than a target, or a row of targets."""
     if isinstance(item, (tuple, list)):
         return any(isinstance(part, Tensor) and part.dim() > 0 for part in item)
     return isinstance(item, Mapping)
 
 
-def _exposed(dataset: Any) -> _Known | None:
-    """All targets of a data set that shows them.
+def _exposed(dataset: object) -> _Known | None:
+    """Return all targets of a data set that exposes them.
 
-    None where they can't be read cheaply, or may not be what the examples hold: another length than the data set, a
-    ``target_transform``, names in place of numbers.
+    None if they can't be read cheaply, or may differ from those of the examples: another length than the data set, a
+    ``target_transform``, names instead of numbers.
     """
     if getattr(dataset, "target_transform", None) is not None:
         return None
@@ -251,14 +236,14 @@ def _exposed(dataset: Any) -> _Known | None:
         tensors = dataset.tensors
         return (tensors[1], tensors[2] if len(tensors) == 3 else None) if len(tensors) in (2, 3) else None
     for name in ("targets", "labels"):
-        with suppress(AttributeError, TypeError, ValueError, RuntimeError):  # none, or names of classes
+        with suppress(AttributeError, TypeError, ValueError, RuntimeError):  # no such attribute, or class names
             targets = _as_tensor(getattr(dataset, name))
-            if targets.ndim and len(targets) == len(dataset):
+            if targets.ndim and isinstance(dataset, Sized) and len(targets) == len(dataset):
                 return targets, None
     return None
 
 
-def _rows(known: _Known | None, indices: Any) -> _Known | None:
+def _rows(known: _Known | None, indices: object) -> _Known | None:
     if known is None:
         return None
     chosen = _as_tensor(indices).long()
@@ -267,7 +252,7 @@ def _rows(known: _Known | None, indices: Any) -> _Known | None:
 
 
 def _joined(found: list[_Known | None]) -> _Known | None:
-    """The targets of all parts; None where a part lacks them, or has them in another form."""
+    """Join the targets of all parts; return None if a part lacks them, or has them in another form."""
     known = [part for part in found if part is not None]
     forms = {(t.shape[1:], t.dtype, None if w is None else w.shape[1:]) for t, w in known}
     if len(known) < len(found) or len(forms) != 1:
@@ -276,16 +261,15 @@ def _joined(found: list[_Known | None]) -> _Known | None:
     return torch.cat([t for t, _ in known]), torch.cat(weights) if weights else None
 
 
-def _count_by_pass(data: Any, count: Callable[..., Tensor]) -> Tensor | None:
-    """The counts of all examples or batches, on the CPU; None of an empty loader."""
-    single = isinstance(data, Dataset)
-    source: Iterable[Any] = data
-    if single and not isinstance(data, IterableDataset):
-        source = (data[i] for i in range(len(data)))
+def _count_by_pass(data: object, count: Callable[..., Tensor]) -> Tensor | None:
+    """Count all examples or batches, on the CPU; return None for an empty loader."""
+    single, source = isinstance(data, Dataset), data
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        source = (data[i] for i in range(len(cast(Sized, data))))
     elif isinstance(data, DataLoader):
-        source = copy.copy(data)  # with persistent_workers, training would go on with those that the pass has used
-    kept = [(g, g.get_state()) for g in generators_of(data)]
-    before = rng_state()  # drawing batches moves the generators; training must not notice
+        source = copy.copy(data)  # with persistent_workers, training would continue with the workers of this pass
+    generators = [(g, g.get_state()) for g in generators_of(data)]
+    before = rng_state()  # drawing batches advances the generators
     counts: Tensor | None = None
     try:
         bar = tqdm(source, desc="counting classes", total=length(data), disable=None, leave=False)
@@ -299,13 +283,13 @@ def _count_by_pass(data: Any, count: Callable[..., Tensor]) -> Tensor | None:
                 raise
     finally:
         set_rng_state(before)
-        for generator, state in kept:
+        for generator, state in generators:
             generator.set_state(state)
     return counts
 
 
 def _added(counts: Tensor, new: Tensor) -> Tensor:
-    """The sum of two counts, of which one may know more classes."""
+    """Add two counts, of which one may have more classes."""
     if counts.dim() == 2 and counts.shape != new.shape:
         raise ValueError(f"the targets have {len(new)} labels, and those before have {len(counts)}")
     if len(counts) < len(new):

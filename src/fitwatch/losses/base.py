@@ -1,27 +1,34 @@
-"""What every loss is: a module that gives weighted sums."""
+"""The base classes of all losses."""
 
 from __future__ import annotations
 
 import abc
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from functools import partial
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from fitwatch.losses.errors import refuse_classes
+from fitwatch.losses.errors import check_classes, check_types, check_values
 from fitwatch.losses.weighting import as_class_weights
 
 PRECISE = frozenset({torch.float32, torch.float64})
 """The dtypes that losses compute in; outputs in half precision are computed in float32."""
 
 FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AttributeError)
-"""What torch (or a target that is no tensor) raises where a clear error can be given instead."""
+"""What torch raises for invalid outputs or targets, to be replaced by a descriptive error."""
+
+
+class LossFunction(Protocol):
+    """A plain loss function: takes outputs and targets, returns the mean over the batch as a scalar tensor."""
+
+    def __call__(self, output: Any, target: Any, /) -> Tensor: ...
 
 
 class LossSum(NamedTuple):
-    """A loss as a fraction, not yet divided.
+    """A weighted mean, not yet divided.
 
     Attributes:
         total: The sum of w_i l_i, 0-dim, differentiable.
@@ -36,9 +43,9 @@ class LossSum(NamedTuple):
         """Total over weight; nan where the weight is 0."""
         return self.total / self.weight
 
-    # A step adds a penalty or puts a factor before its loss: arithmetic on the mean, not that of tuples.
-    def __add__(self, penalty: Any) -> LossSum:
-        """The loss with a penalty added to its mean, 0-dim or a number."""
+    # A training step may add a penalty or apply a factor: arithmetic on the mean, not on the tuple.
+    def __add__(self, penalty: Tensor | float | tuple[object, ...]) -> LossSum:
+        """Add a penalty, 0-dim or a number, to the mean."""
         if isinstance(penalty, tuple):
             raise TypeError("a LossSum can't be added to another, since their weights may differ: add their means")
         return LossSum(self.total + penalty * self.weight, self.weight)
@@ -47,7 +54,7 @@ class LossSum(NamedTuple):
         return self + penalty
 
     def __mul__(self, factor: Tensor | float) -> LossSum:  # type: ignore[override] # tuples repeat
-        """The loss times a factor, 0-dim or a number."""
+        """Multiply the loss by a factor, 0-dim or a number."""
         return LossSum(self.total * factor, self.weight)
 
     def __rmul__(self, factor: Tensor | float) -> LossSum:  # type: ignore[override] # as above
@@ -55,86 +62,81 @@ class LossSum(NamedTuple):
 
 
 class Loss(nn.Module, abc.ABC):
-    """A loss that knows its weights.
+    """Base class of losses that return weighted sums.
 
-    A loss of your own derives from it and gives `unreduced`; all else follows from that, weights of the examples
-    included.
+    Subclasses implement `unreduced`; everything else follows from it, weights of the examples included.
     """
 
     def forward(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The weighted mean over the batch, 0-dim: `sums(output, target, sample_weight).mean`."""
-        return self.sums(output, target, sample_weight).mean
+        """Return the weighted mean over the batch, 0-dim: `sums(output, target, sample_weight).mean`."""
+        fused = self._fused(output, target, mean=True) if sample_weight is None else None
+        return self.sums(output, target, sample_weight).mean if fused is None else fused[0]
 
     @abc.abstractmethod
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Weighted losses w_i l_i and weights w_i, before any sum is taken.
+        """Compute the weighted losses w_i l_i and the weights w_i, before any reduction.
 
         Args:
-            output: What the model gave, as the class says.
-            target: What it should have given, as the class says.
+            output: Outputs of the model, as the class documents them.
+            target: Targets, as the class documents them.
 
         Returns:
-            Both of shape (N,), or (N, d1, ...) where an example has several positions (pixels, labels); the
-            weights may be one number instead, for all positions.
+            Both of shape (N,), or (N, d1, ...) where an example has several positions (pixels, labels). The
+            weights may be a single number for all positions.
 
         Raises:
-            ValueError: Shapes, dtypes or devices that do not fit, all named.
+            ValueError: Shapes, dtypes or devices that do not fit; the message names them.
             IndexError: A class index out of range (on the CPU; other devices assert, as torch does).
-            TypeError: Outputs or targets that are no tensors.
+            TypeError: Outputs or targets that are not tensors.
         """
 
     def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
-        """The weighted sum of the batch and the weight to divide it by.
+        """Compute the weighted sum over the batch and the sum of the weights.
 
         Args:
             output: As for `unreduced`.
             target: As for `unreduced`.
-            sample_weight: How much each example counts, shape (N,), or each position, of the shape of the
-                positions; finite, at least 0, any dtype. It multiplies the weights that the loss has itself. An
-                example of weight 0 (a mask) adds nothing, whatever its loss, and its target may be nan. The values
-                are checked on the CPU only.
+            sample_weight: Weight of each example, shape (N,), or of each position, with the shape of the positions;
+                finite, at least 0, any dtype. It multiplies the loss's own weights. An example of weight 0 (a mask)
+                adds nothing, whatever its loss, and its target may be nan. Values are checked on the CPU only.
 
         Returns:
-            Sums that may be added up over batches before they are divided, once.
+            Sums to add up over batches and divide once.
 
         Raises:
-            ValueError, IndexError, TypeError: As for `unreduced`, and weights of another shape, or negative.
+            ValueError, IndexError, TypeError: As for `unreduced`, and for weights of another shape, or negative.
         """
+        fused = self._fused(output, target, mean=False) if sample_weight is None else None
+        if fused is not None:
+            return LossSum(*fused)
         losses, weights = self._weighed(output, target, sample_weight)
-        if isinstance(weights, Tensor):
-            return LossSum(losses.sum(), weights.sum())
-        return LossSum(losses.sum(), weights * losses.numel())
+        return LossSum(losses.sum(), weights.sum() if isinstance(weights, Tensor) else weights * losses.numel())
 
     def per_example(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The loss and the weight of every example.
-
-        Args:
-            output: As for `sums`.
-            target: As for `sums`.
-            sample_weight: As for `sums`.
+        """Compute the loss and the weight of every example; arguments as for `sums`.
 
         Returns:
-            Losses and weights, both of shape (N,), with sum(losses * weights) / sum(weights) the loss of the
-            batch. The weight of an example is the sum over its positions (pixels, labels), its loss their
-            weighted mean, or 0 where the weight is 0.
+            Losses and weights, both of shape (N,); sum(losses * weights) / sum(weights) is the loss of the batch.
+            The weight of an example is the sum over its positions (pixels, labels), its loss their weighted mean,
+            or 0 where the weight is 0.
         """
         losses, weights = self._weighed(output, target, sample_weight)
         if not isinstance(weights, Tensor):
             weights = torch.full_like(losses, weights)
-        losses, weights = sum_by_example(losses), sum_by_example(weights)
+        losses, weights = (t.reshape(-1) if t.dim() < 2 else t.flatten(1).sum(1) for t in (losses, weights))
         counts = weights != 0
         return torch.where(counts, losses / torch.where(counts, weights, 1), 0), weights
 
     def weighted(self, weights: Tensor) -> Loss:
-        """A copy with these weights of the classes, shape (C,), in place of its own.
+        """Return a copy with these class weights, shape (C,), instead of its current ones.
 
         Raises:
-            TypeError: The loss takes none.
+            TypeError: The loss takes no class weights.
         """
         raise TypeError(f"{type(self).__name__} takes no class weights (got weights of shape {tuple(weights.shape)})")
 
     def unweighted(self) -> Loss:
-        """The same loss without weights of the classes."""
+        """Return the same loss without class weights."""
         return self
 
     @property
@@ -142,12 +144,22 @@ class Loss(nn.Module, abc.ABC):
         """Whether some classes count more than others."""
         return False
 
+    @property
+    def fixed_classes(self) -> int | None:
+        """The number of classes that the loss's weights, costs or counts fix; None if it takes any number."""
+        per_class = self._per_class()
+        return None if per_class is None else len(per_class)
+
     def _per_class(self) -> Tensor | None:
-        """What there is one of for each class, shape (C, ...), if there is."""
+        """Per-class tensor, shape (C, ...), or None."""
+        return None
+
+    def _fused(self, _output: Tensor, _target: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | float] | None:  # noqa: ARG002
+        """Compute total and weight (or mean and 1) of the batch in one kernel; return None if no kernel takes it."""
         return None
 
     def _twin(self) -> Self:
-        """A copy for other weights, with what is learned shared: a deep copy's parameters no optimizer would know."""
+        """Return a copy for other weights that shares all parameters, since no optimizer would know copies of them."""
         twin = copy.copy(self)
         twin._buffers = dict(self._buffers)  # noqa: SLF001 - of the same class
         return twin
@@ -161,11 +173,15 @@ class Loss(nn.Module, abc.ABC):
         return torch.where(scale != 0, losses * scale, 0), weights * scale
 
 
+AnyLoss: TypeAlias = Loss | LossFunction
+"""What a user may give as a loss."""
+
+
 class ClassLoss(Loss):
-    """A loss of classes that exclude each other, which may have weights.
+    """Base class of losses over exclusive classes, with optional class weights.
 
     Args:
-        weight: Weights of the classes, shape (C,), finite, at least 0, not all 0. Kept as a buffer.
+        weight: Class weights, shape (C,), finite, at least 0, not all 0. Kept as a buffer.
         ignore_index: Class index of positions that do not count.
     """
 
@@ -193,7 +209,6 @@ class ClassLoss(Loss):
         return self._buffers["weight"] is not None
 
     def extra_repr(self) -> str:
-        """The options, for `repr`."""
         weight = None if self.weight is None else self.weight.tolist()
         return f"weight={weight}, ignore_index={self.ignore_index}"
 
@@ -201,27 +216,23 @@ class ClassLoss(Loss):
         return self.weight
 
     def _weights(self, labels: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weights of positions with these classes, 0 for those that do not count."""
+        """Return the weight of each position: that of its class, or 0 where it does not count."""
         weights = counts.to(dtype)
         return weights if self.weight is None else weights * self.weight.to(dtype)[labels]
-
-    def _refuse(
-        self, output: Tensor, target: Tensor, cause: Exception | None = None, *, probabilities: bool = False
-    ) -> None:
-        refuse_classes(
-            output, target, self._per_class(), ignore_index=self.ignore_index, probabilities=probabilities, cause=cause
-        )
 
 
 def as_classes(
     output: Tensor, target: Tensor, per_class: Tensor | None, ignore_index: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Precise logits (N, ..., C), class indices in range (N, ...), and which of these count (N, ...).
+    """Check outputs and targets, see `as_two_classes` and `check_classes`, and bring them into one form.
 
-    Takes what `as_two_classes` and `refuse_classes` say; an index that does not count becomes 0.
+    Returns:
+        Logits in float32 or float64, (N, ..., C); class indices in range, (N, ...), 0 where ignored; and which
+        positions count, (N, ...).
     """
     output, target = as_two_classes(output, target)
-    refuse_classes(output, target, per_class, ignore_index=ignore_index, probabilities=False)
+    check = partial(check_classes, output, target, per_class, ignore_index)
+    check()
     if output.dim() == 1:
         output, target = output.unsqueeze(0), target.unsqueeze(0)
     logits, labels = precise(output).movedim(1, -1), target.long()
@@ -230,38 +241,33 @@ def as_classes(
     if labels.is_cpu and labels.numel():
         low, high = labels.aminmax()
         if low.item() < 0 or high.item() >= logits.shape[-1]:
-            cause = IndexError("a class index is out of range")
-            refuse_classes(output, target, per_class, ignore_index=ignore_index, probabilities=False, cause=cause)
+            check(labels=True)
     return logits, labels, counts
 
 
 def as_two_classes(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """One logit of shape (N,) or (N, 1) as the logits (0, z) of two classes; other outputs as they are.
+    """Turn one logit z, shape (N,) or (N, 1), into the logits (0, z) of two classes; return other outputs unchanged.
 
-    The targets then have the shape of the outputs and are 0 or 1, in any dtype (looked at on the CPU only).
+    One logit is known by targets of its own shape, any dtype; they must be 0 or 1 (checked on the CPU only).
 
     Raises:
-        ValueError: A target is neither.
+        ValueError: A target is neither 0 nor 1.
     """
-    if not (isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape == target.shape):
-        return output, target
-    if output.dim() not in (1, 2) or (output.dim() == 2 and output.shape[1] != 1):
+    check_types(output, target)
+    if output.shape != target.shape or output.dim() not in (1, 2) or (output.dim() == 2 and output.shape[1] != 1):
         return output, target
     labels = target.reshape(-1)
     if labels.is_cpu:
-        wrong = (labels != 0) & (labels != 1)
-        if bool(wrong.any()):
-            index = int(wrong.nonzero()[0])
-            raise ValueError(f"binary targets must be 0 or 1, got {labels[index].item()} at index {index} of the batch")
+        check_values("binary targets must be 0 or 1", labels, (labels != 0) & (labels != 1))
     z = output.reshape(-1)
     return torch.stack([torch.zeros_like(z), z], 1), labels.long()
 
 
 def as_sample_weight(sample_weight: Tensor, like: Tensor) -> Tensor:
-    """Weights of examples or positions in a shape that multiplies ``like``, the losses of shape (N, d1, ...).
+    """Expand weights of examples or positions to the shape of ``like``, the losses of shape (N, d1, ...).
 
     Raises:
-        ValueError: The shape does not fit, or (looked at on the CPU only) a weight is negative or not finite.
+        ValueError: The shape does not fit, or (checked on the CPU only) a weight is negative or not finite.
     """
     if not isinstance(sample_weight, Tensor):
         raise TypeError(f"sample_weight must be a tensor, got {type(sample_weight).__name__}")
@@ -279,14 +285,13 @@ def as_sample_weight(sample_weight: Tensor, like: Tensor) -> Tensor:
     if weight.is_cpu and weight.numel():
         low, high = weight.aminmax()
         if not (low.item() >= 0 and high.item() < torch.inf):  # nan fails both
-            index = int((~(weight.isfinite() & (weight >= 0))).flatten().nonzero()[0])
-            value = weight.flatten()[index].item()
-            raise ValueError(f"sample_weight must be finite and at least 0, got {value} at index {index} of the batch")
+            wrong = ~(weight.isfinite() & (weight >= 0))
+            check_values("sample_weight must be finite and at least 0", weight, wrong)
     return weight
 
 
 def without_masked(target: Tensor, sample_weight: Tensor) -> Tensor:
-    """Targets with 0 in place of those of weight 0: nan, of what is not known, would come back in the gradient."""
+    """Replace targets of weight 0 by 0, since a nan there would reach the gradient."""
     if not (isinstance(target, Tensor) and isinstance(sample_weight, Tensor) and target.is_floating_point()):
         return target
     if target.device != sample_weight.device or target.shape[: sample_weight.dim()] != sample_weight.shape:
@@ -296,14 +301,9 @@ def without_masked(target: Tensor, sample_weight: Tensor) -> Tensor:
 
 
 def precise(output: Tensor) -> Tensor:
-    """The outputs in a dtype that a sum of logarithms can be computed in."""
+    """Return the outputs in float32 or float64."""
     if output.dtype in PRECISE:
         return output
     if not output.is_floating_point():
         raise TypeError(f"outputs of {output.dtype}")
     return output.float()
-
-
-def sum_by_example(positions: Tensor) -> Tensor:
-    """Sums over all dimensions but the first, shape (N,)."""
-    return positions.reshape(-1) if positions.dim() < 2 else positions.flatten(1).sum(1)

@@ -1,16 +1,13 @@
-"""What a loss value means: the loss of a model that learned nothing from its inputs."""
-
-from __future__ import annotations
+"""The baseline of a loss: its value for the best constant prediction."""
 
 import copy
 import math
-from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor
 
-from fitwatch.losses.base import ClassLoss, as_sample_weight, without_masked
+from fitwatch.losses.base import AnyLoss, ClassLoss, Loss, as_sample_weight, without_masked
 from fitwatch.losses.cross_entropy import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, NegativeLogLikelihood
 from fitwatch.losses.imbalanced import ExpectedCost
 from fitwatch.losses.real_world import RealWorldCrossEntropy
@@ -18,8 +15,8 @@ from fitwatch.losses.real_world import RealWorldCrossEntropy
 MOST_CLASSES = 300
 """With more classes there is no baseline: the search for the best constant takes C^2 numbers a step."""
 
-_NOTHING = 1e-9
-"""A loss that is 0 but for logits that can't be infinite."""
+_NEGLIGIBLE = 1e-9
+"""Losses up to this are 0, apart from finite logits."""
 
 
 @frozen
@@ -27,49 +24,48 @@ class Baseline:
     """The loss of predictions that are the same for every input.
 
     Attributes:
-        constant: Of the best constant prediction, which is the least that a model reaches without its inputs. For
+        constant: Loss of the best constant prediction, the least that a model reaches without using its inputs. For
             cross-entropy it is the entropy of the (weighted) class shares, for the squared error the variance.
-        uniform: Of equal logits for all classes: ln C for plain cross-entropy. NaN for a regression.
+        uniform: Loss of equal logits for all classes: ln C for plain cross-entropy. NaN for a regression.
     """
 
     constant: float
     uniform: float
 
     def left(self, loss: float) -> float:
-        """The share of ``constant`` that ``loss`` still is: at 1 nothing is learned, 0 is perfect.
+        """Return ``loss`` as a share of ``constant``: 1 if nothing is learned, 0 for a perfect model.
 
-        NaN where the constant is 0, as where all targets are of one class.
+        NaN where the constant is 0, for example if all targets are of one class.
         """
-        return loss / self.constant if self.constant > _NOTHING else math.nan
+        return loss / self.constant if self.constant > _NEGLIGIBLE else math.nan
 
 
 class TargetSums:
-    """What the baseline of a loss has to know of the targets, gathered over batches, on the host.
+    """Sums over the targets from which the baseline of a loss is computed, gathered over batches, on the host.
 
     Args:
-        loss: Any loss. There is no baseline for a function, a `Loss` of the user's own, or more than `MOST_CLASSES`
-            classes.
+        loss: Any loss. Functions, the user's own `Loss` classes and more than `MOST_CLASSES` classes have no baseline.
 
     Attributes:
-        known: Whether there may be one.
+        known: Whether there may be a baseline.
     """
 
-    def __init__(self, loss: Any) -> None:
-        self.loss = loss
+    def __init__(self, loss: AnyLoss) -> None:
         self.known = isinstance(
             loss, (ClassLoss, BinaryCrossEntropy, RealWorldCrossEntropy, ExpectedCost, MeanSquaredError)
         )
+        self._loss = loss
         self._kind = ""
         self._level: Tensor | None = None
         self._sums: Tensor | None = None
 
-    def update(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> None:
-        """Take a batch in; ``output`` is asked for its shape only."""
+    def update(self, output: object, target: object, sample_weight: Tensor | None = None) -> None:
+        """Add a batch; only the shape of ``output`` is used."""
         if not (self.known and isinstance(output, Tensor) and isinstance(target, Tensor)):
             return
         one_logit = output.dim() < 2 or output.shape[1] == 1
-        squared = isinstance(self.loss, MeanSquaredError)
-        exclusive = output.shape != target.shape or (isinstance(self.loss, CrossEntropy) and not one_logit)
+        squared = isinstance(self._loss, MeanSquaredError)
+        exclusive = output.shape != target.shape or (isinstance(self._loss, CrossEntropy) and not one_logit)
         classes = output.shape[0 if output.dim() == 1 else 1] if exclusive and not squared else 0
         if classes > MOST_CLASSES:
             self.known = False
@@ -80,7 +76,7 @@ class TargetSums:
             target = without_masked(target, weight)
         if squared:
             y, w = _columns(target, weight)
-            if self._level is None:  # the variance as a difference loses its digits where the mean is large
+            if self._level is None:  # the variance as a difference loses its digits if the mean is large
                 self._level = torch.where(w > 0, y, 0).sum(0) / (w > 0).sum(0).clamp(min=1)
             y = y - self._level
             self._add("moments", torch.stack([w.sum(0), (w * y).sum(0), (w * y * y).sum(0)]))
@@ -95,18 +91,17 @@ class TargetSums:
             self._add("probabilities", (rows * w.unsqueeze(-1)).flatten(0, -2).sum(0))
 
     def baseline(self) -> Baseline | None:
-        """The baseline on the targets seen so far; None where there is none."""
-        sums = self._sums
-        if sums is None or not bool(sums.any()):
+        """Compute the baseline for the targets seen so far; None if there is none."""
+        sums, loss = self._sums, self._loss
+        if sums is None or not isinstance(loss, Loss) or not bool(sums.any()):
             return None
         if self._kind == "moments":
             weight, first, second = sums
             return Baseline(constant=float((second - first**2 / weight).sum() / weight.sum()), uniform=math.nan)
-        loss = self.loss
-        if isinstance(loss, NegativeLogLikelihood):  # takes log-probabilities, the search is over logits
+        if isinstance(loss, NegativeLogLikelihood):  # takes log-probabilities, but the search is over logits
             loss = CrossEntropy(loss.weight, ignore_index=loss.ignore_index)
-        fixed = copy.deepcopy(loss).cpu().double().requires_grad_(False)  # what it learns stays as it is
-        return _search(fixed, self._kind, sums)
+        # the copy keeps the user's loss in its dtype, and its learned parameters unchanged
+        return _search(copy.deepcopy(loss).cpu().double().requires_grad_(False), self._kind, sums)
 
     def _add(self, kind: str, sums: Tensor) -> None:
         self._kind, self._sums = kind, sums if self._sums is None else self._sums + sums
@@ -116,7 +111,7 @@ class TargetSums:
         weights = torch.ones(positions.shape, dtype=torch.float64)
         if weight is not None:
             weights = as_sample_weight(weight, weights)
-        ignore_index = getattr(self.loss, "ignore_index", None)
+        ignore_index = getattr(self._loss, "ignore_index", None)
         if ignore_index is not None:
             kept = positions != ignore_index
             positions, weights = positions[kept], weights[kept]
@@ -125,7 +120,7 @@ class TargetSums:
 
 
 def _columns(target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Targets and weights of all positions, (positions, K), one column for each constant that is free."""
+    """Return targets and weights of all positions, (positions, K), one column per constant to fit."""
     y = target.double()
     w = torch.ones_like(y) if weight is None else as_sample_weight(weight, y)
     if y.dim() < 2:
@@ -133,8 +128,8 @@ def _columns(target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     return y.movedim(1, -1).flatten(0, -2), w.movedim(1, -1).flatten(0, -2)
 
 
-def _search(loss: Any, kind: str, sums: Tensor) -> Baseline:
-    """The baseline from the loss of one example of each kind of target, weighed with their sums, in float64."""
+def _search(loss: Loss, kind: str, sums: Tensor) -> Baseline:
+    """Find the baseline from the loss of one example of each kind of target, weighted by their sums, in float64."""
     if kind == "labels":
         targets = torch.tensor([[0.0], [1.0]], dtype=sums.dtype).expand_as(sums)
         start = (sums[1] / sums[0]).log().nan_to_num(0.0)
@@ -145,15 +140,15 @@ def _search(loss: Any, kind: str, sums: Tensor) -> Baseline:
     def value(constant: Tensor) -> Tensor:
         losses, weights = loss.unreduced(constant.expand(len(targets), -1), targets)
         weights = torch.as_tensor(weights, dtype=sums.dtype).expand_as(losses)
-        # losses of one logit come as (2,), the sums are (2, 1)
+        # losses of one logit have shape (2,), the sums (2, 1)
         total: Tensor = (losses.reshape(sums.shape) * sums).sum()
         return total / (weights.reshape(sums.shape) * sums).sum()
 
     uniform = float(value(torch.zeros_like(start)))
-    if isinstance(loss, ExpectedCost):  # linear in the probabilities: least at a corner, which no logits reach
+    if isinstance(loss, ExpectedCost):  # linear in the probabilities: least at a corner, which finite logits miss
         counts = sums.T.flatten() if kind == "labels" else sums
         return Baseline(constant=float((counts @ loss.costs).min() / counts.sum()), uniform=uniform)
-    constant = start.clamp(-30, 30).requires_grad_()  # where the optimum is, for a plain cross-entropy
+    constant = start.clamp(-30, 30).requires_grad_()  # the optimum of a plain cross-entropy
     optimizer = torch.optim.LBFGS([constant], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

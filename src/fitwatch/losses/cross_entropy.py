@@ -1,6 +1,4 @@
-"""The losses that torch has too, as weighted sums."""
-
-from __future__ import annotations
+"""Counterparts of torch's losses, as weighted sums."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Self
@@ -9,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitwatch.losses.base import FAILURES, PRECISE, ClassLoss, Loss, LossSum, precise
-from fitwatch.losses.errors import refuse_logits, refuse_shapes
+from fitwatch.losses.base import FAILURES, PRECISE, ClassLoss, Loss, precise
+from fitwatch.losses.errors import check_classes, check_logits, check_shapes
 
-# One kernel that gives both the sum and its weight: the exact fraction for the price of the mean.
+# One kernel returns both the sum and its weight: the exact fraction for the price of the mean.
 _nll_loss = torch.ops.aten.nll_loss_forward.default
 _nll_loss2d = torch.ops.aten.nll_loss2d_forward.default
 _SUM = 2  # ATen's number for reduction="sum"
@@ -23,17 +21,17 @@ class CrossEntropy(ClassLoss):
     """Cross-entropy of softmax outputs, equal to `torch.nn.CrossEntropyLoss` in value and gradient.
 
     Outputs are logits of shape (N, C), (N, C, d1, ...) or (C,), with C >= 2. Targets are class indices of shape
-    (N,), (N, d1, ...) or (), int64; or probabilities of the shape of the outputs, floating-point.
+    (N,), (N, d1, ...) or (), int64; or class probabilities with the shape of the outputs, floating-point.
 
-    For class indices the weight of a position is that of its class, so the loss is divided by the sum of the
-    weights; for probabilities it is 1, as in torch. With `label_smoothing` e the smoothing mass has the weights of
-    the classes that it falls on, as in torch (pytorch#104776): an example of class y adds
-    (1 - e) w[y] nll[y] + e/C sum of w[c] nll[c] to the total, and w[y] to the weight. So one of a class with weight 0
-    adds to the total but not to the weight, and `per_example` leaves it out.
+    For class indices the weight of a position is that of its class, and the loss is divided by the sum of the
+    weights; for probabilities it is 1, as in torch. With `label_smoothing` e, the smoothing mass of each class has the
+    weight of that class, as in torch (pytorch#104776): an example of class y adds
+    (1 - e) w[y] nll[y] + e/C sum of w[c] nll[c] to the total, and w[y] to the weight. An example of a class with
+    weight 0 therefore adds to the total but not to the weight, and `per_example` leaves it out.
 
     Args:
-        weight: Weights of the classes, shape (C,), finite, at least 0, not all 0. Kept as a buffer.
-        label_smoothing: The mass that is spread evenly over the classes, in [0, 1].
+        weight: Class weights, shape (C,), finite, at least 0, not all 0. Kept as a buffer.
+        label_smoothing: Probability mass spread evenly over the classes, in [0, 1].
         ignore_index: Class index of positions that do not count.
 
     Raises:
@@ -42,69 +40,20 @@ class CrossEntropy(ClassLoss):
 
     _takes_probabilities: ClassVar[bool] = True
 
-    weight: Tensor | None
-
     def __init__(
-        self,
-        weight: Tensor | Sequence[float] | None = None,
-        *,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
+        self, weight: Tensor | Sequence[float] | None = None, *, label_smoothing: float = 0.0, ignore_index: int = -100
     ) -> None:
         super().__init__(weight, ignore_index=ignore_index)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
         self.label_smoothing = label_smoothing
 
-    def forward(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The weighted mean over the batch, 0-dim: `sums(output, target, sample_weight).mean`."""
-        if sample_weight is None:
-            try:
-                known = self._log_probabilities(output, target)
-                if known is not None:
-                    return F.nll_loss(known[0], target, known[1], ignore_index=self.ignore_index)
-            except FAILURES as error:
-                self._refuse(output, target, error)
-                raise
-        return super().forward(output, target, sample_weight)
-
-    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
-        if sample_weight is None:
-            try:
-                known = self._log_probabilities(output, target)
-                if known is not None:
-                    log_p, weight = known
-                    if log_p.dim() == 2:
-                        return LossSum(*_nll_loss(log_p, target, weight, _SUM, self.ignore_index))
-                    flat = log_p.flatten(2).unsqueeze(2), target.flatten(1).unsqueeze(1)
-                    return LossSum(*_nll_loss2d(*flat, weight, _SUM, self.ignore_index))
-            except FAILURES as error:
-                self._refuse(output, target, error)
-                raise
-        return super().sums(output, target, sample_weight)
-
-    def _log_probabilities(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """What the kernels take, and the weights: for a batch of class indices without smoothing; else None."""
-        # _buffers, since self.weight would go through nn.Module.__getattr__; few checks, since the kernels have their
-        # own, and a failure is explained when it happens.
-        shape = output.shape
-        if target.dtype is not _INT64 or self.label_smoothing or len(shape) < 2 or shape[1] < 2:
-            return None
-        if len(shape) > 2 and target.shape != shape[:1] + shape[2:]:
-            return None
-        weight = self._buffers["weight"]
-        logits = output if output.dtype in PRECISE else precise(output)
-        if weight is not None and weight.dtype is not logits.dtype:
-            weight = weight.to(logits.dtype)
-        return self._log_softmax(logits, 1), weight
-
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
-        self._refuse(output, target)
+        self._check(output, target)
         if output.dim() == 1:
             output, target = output.unsqueeze(0), target.unsqueeze(0)
-        log_p = self._log_softmax(precise(output), 1)
+        log_p = weighted_log_p = self._log_softmax(precise(output), 1)
         weight = None if self.weight is None else self.weight.to(log_p.dtype)
-        weighted_log_p = log_p
         if weight is not None:
             weighted_log_p = log_p * weight.view(-1, *[1] * (log_p.dim() - 2))
         smoothing = self.label_smoothing
@@ -114,33 +63,53 @@ class CrossEntropy(ClassLoss):
         target = target.long()
         try:
             losses = F.nll_loss(log_p, target, weight, ignore_index=self.ignore_index, reduction="none")
-        except FAILURES as error:
-            self._refuse(output, target, error)
+        except FAILURES:
+            self._check(output, target, labels=True)
             raise
         valid = target != self.ignore_index
-        weights = valid.to(log_p.dtype)
-        if weight is not None:
-            weights = weight[torch.where(valid, target, 0)] * weights
+        weights = self._weights(torch.where(valid, target, 0), valid, log_p.dtype)
         if smoothing:
             uniform = torch.where(valid, -weighted_log_p.mean(1), 0)
             losses = (1 - smoothing) * losses + smoothing * uniform
         return losses, weights
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, label_smoothing={self.label_smoothing}"
+
+    def _fused(self, output: Tensor, target: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | float] | None:
+        # For batches of class indices without smoothing. There are few checks, since the kernel has its own, and
+        # failures are explained afterwards.
+        try:
+            shape = output.shape
+            if target.dtype is not _INT64 or self.label_smoothing or len(shape) < 2 or shape[1] < 2:
+                return None
+            if len(shape) > 2 and target.shape != shape[:1] + shape[2:]:
+                return None
+            weight = self._buffers["weight"]  # faster than self.weight, which goes through nn.Module.__getattr__
+            log_p = self._log_softmax(output if output.dtype in PRECISE else precise(output), 1)
+            if weight is not None and weight.dtype is not log_p.dtype:
+                weight = weight.to(log_p.dtype)
+            if mean:
+                return F.nll_loss(log_p, target, weight, ignore_index=self.ignore_index), 1.0
+            kernel, labels = _nll_loss, target
+            if len(shape) > 2:
+                kernel, log_p, labels = _nll_loss2d, log_p.flatten(2).unsqueeze(2), target.flatten(1).unsqueeze(1)
+            fused: tuple[Tensor, Tensor] = kernel(log_p, labels, weight, _SUM, self.ignore_index)
+        except FAILURES:
+            self._check(output, target, labels=True)
+            raise
+        return fused
+
     def _log_softmax(self, output: Tensor, dim: int) -> Tensor:
         return torch.log_softmax(output, dim)
 
-    def extra_repr(self) -> str:
-        """The options, for `repr`."""
-        return f"{super().extra_repr()}, label_smoothing={self.label_smoothing}"
-
-    def _refuse(
-        self, output: Tensor, target: Tensor, cause: Exception | None = None, *, probabilities: bool = True
-    ) -> None:
-        super()._refuse(output, target, cause, probabilities=probabilities and self._takes_probabilities)
+    def _check(self, output: Tensor, target: Tensor, *, labels: bool = False) -> None:
+        probabilities = self._takes_probabilities
+        check_classes(output, target, self._per_class(), self.ignore_index, probabilities=probabilities, labels=labels)
 
 
 class NegativeLogLikelihood(CrossEntropy):
-    """`torch.nn.NLLLoss`: cross-entropy of outputs that are log-probabilities already."""
+    """Cross-entropy of outputs that are log-probabilities already, equal to `torch.nn.NLLLoss`."""
 
     _takes_probabilities = False
 
@@ -151,47 +120,36 @@ class NegativeLogLikelihood(CrossEntropy):
 class BinaryCrossEntropy(Loss):
     """Cross-entropy of sigmoid outputs, equal to `torch.nn.BCEWithLogitsLoss` in value and gradient.
 
-    Outputs are logits of shape (N,), (N, 1), or (N, K) for K labels that do not exclude each other. Targets have
-    the same shape, any dtype, in [0, 1]; the range is checked on the CPU only: elsewhere a look waits for the device.
+    Outputs are logits of shape (N,), (N, 1), or (N, K) for K labels that do not exclude each other. Targets have the
+    same shape, any dtype, in [0, 1]; the range is checked on the CPU only, since the check synchronises elsewhere.
 
-    The loss is divided by the number of elements: `pos_weight` and `neg_weight` change the scale, as in torch.
+    The loss is divided by the number of elements: `pos_weight` changes its scale, as in torch.
 
     Args:
-        pos_weight: How much a positive counts, greater than 0: a number, or shape () or (K,). Kept as a buffer.
-        neg_weight: How much a negative counts, likewise; 1 by default, as in torch.
+        pos_weight: Weight of the positives, greater than 0: a number, or shape () or (K,). Kept as a buffer.
 
     Raises:
-        ValueError: A weight is out of range or has more dimensions.
+        ValueError: The weight is out of range or has more dimensions.
     """
 
     pos_weight: Tensor | None
-    neg_weight: Tensor | None
+    _neg_weight: Tensor | None
 
-    def __init__(
-        self,
-        pos_weight: Tensor | Sequence[float] | float | None = None,
-        *,
-        neg_weight: Tensor | Sequence[float] | float | None = None,
-    ) -> None:
+    def __init__(self, pos_weight: Tensor | Sequence[float] | float | None = None) -> None:
         super().__init__()
-        for name, weight in (("pos_weight", pos_weight), ("neg_weight", neg_weight)):
-            self.register_buffer(name, None if weight is None else _as_label_weight(name, weight))
-
-    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
-        if sample_weight is not None:
-            return super().sums(output, target, sample_weight)
-        return LossSum(self._reduced(output, target, "sum"), output.numel())
+        self.register_buffer("pos_weight", None if pos_weight is None else _as_label_weight(pos_weight))
+        self.register_buffer("_neg_weight", None)
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
         return self._reduced(output, target, "none"), 1.0
 
     def weighted(self, weights: Tensor, *, keep_scale: bool = False) -> Self:
-        """A copy with weights of the two classes.
+        """Return a copy with weights of the two classes.
 
         Args:
             weights: Shape (2,), or (K, 2) for K labels; greater than 0.
-            keep_scale: By default ``pos_weight = weights[1] / weights[0]``, and negatives count 1. True: both count
-                what they are given.
+            keep_scale: False: ``pos_weight = weights[1] / weights[0]``, and negatives have weight 1. True: both
+                classes have the weights given.
         """
         pairs = torch.as_tensor(weights).detach()
         if pairs.dim() not in (1, 2) or pairs.shape[-1] != 2 or not bool(((pairs > 0) & pairs.isfinite()).all()):
@@ -201,59 +159,61 @@ class BinaryCrossEntropy(Loss):
             )
         negative, positive = pairs.unbind(-1)
         loss = self._twin()
-        loss.pos_weight = _as_label_weight("pos_weight", positive if keep_scale else positive / negative)
-        loss.neg_weight = _as_label_weight("neg_weight", negative) if keep_scale else None
+        loss.pos_weight = _as_label_weight(positive if keep_scale else positive / negative)
+        loss._neg_weight = _as_label_weight(negative) if keep_scale else None  # noqa: SLF001 - of the same class
         return loss
 
     def unweighted(self) -> Self:
         loss = self._twin()
-        loss.pos_weight = loss.neg_weight = None
+        loss.pos_weight = loss._neg_weight = None  # noqa: SLF001 - of the same class
         return loss
 
     @property
     def has_weights(self) -> bool:
-        return self._buffers["pos_weight"] is not None or self._buffers["neg_weight"] is not None
+        return self._buffers["pos_weight"] is not None
 
     def extra_repr(self) -> str:
-        """The options, for `repr`."""
-        weights = {"pos_weight": self.pos_weight, "neg_weight": self.neg_weight}
-        return ", ".join(f"{name}={None if w is None else w.tolist()}" for name, w in weights.items())
+        weights = {"pos_weight": self.pos_weight, "neg_weight": self._neg_weight}
+        return ", ".join(f"{name}={w.tolist()}" for name, w in weights.items() if w is not None)
+
+    def _fused(self, output: Tensor, target: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | float] | None:
+        return None if mean else (self._reduced(output, target, "sum"), output.numel())
 
     def _reduced(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
-        pos_weight, neg_weight = self._buffers["pos_weight"], self._buffers["neg_weight"]
-        # Checked first, since torch would broadcast a (K,) pos_weight over whatever fits, a batch of (N,) too.
-        for weight in (pos_weight, neg_weight):
-            refuse_logits(output, target, weight)
+        pos_weight, neg_weight = self._buffers["pos_weight"], self._buffers["_neg_weight"]
+        # torch would broadcast a (K,) pos_weight over any outputs that fit, including a batch of shape (N,)
+        check_logits(output, target, pos_weight)
         logits = precise(output)
         if pos_weight is not None:
             pos_weight = pos_weight.to(logits.dtype)
-        if neg_weight is not None:  # torch's `weight` multiplies both sides
-            neg_weight = neg_weight.to(logits.dtype)
-            pos_weight = (1 if pos_weight is None else pos_weight) / neg_weight
+            if neg_weight is not None:  # torch's `weight` multiplies both sides
+                neg_weight = neg_weight.to(logits.dtype)
+                pos_weight = pos_weight / neg_weight
         return F.binary_cross_entropy_with_logits(
             logits, target.to(logits.dtype), weight=neg_weight, pos_weight=pos_weight, reduction=reduction
         )
 
 
 class MeanSquaredError(Loss):
-    """The squared error, equal to `torch.nn.MSELoss` in value and gradient.
+    """Squared error, equal to `torch.nn.MSELoss` in value and gradient.
 
-    Outputs and targets have one shape, (N,) or (N, d1, ...): torch would broadcast (N, 1) and (N,) to (N, N). Targets
-    of another dtype are taken in that of the outputs. The loss is divided by the number of elements.
+    Outputs and targets have the same shape, (N,) or (N, d1, ...), which is checked because torch would broadcast
+    (N, 1) and (N,) to (N, N). Targets are cast to the dtype of the outputs. The loss is divided by the number of
+    elements.
     """
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
-        refuse_shapes(output, target)
+        check_shapes(output, target)
         predicted = precise(output)
         return (predicted - target.to(predicted.dtype)).square(), 1.0
 
 
-def _as_label_weight(name: str, weight: Tensor | Sequence[float] | float) -> Tensor:
+def _as_label_weight(weight: Tensor | Sequence[float] | float) -> Tensor:
     result = torch.as_tensor(weight).detach().clone()
     if result.dtype not in PRECISE:
         result = result.float()
     if result.dim() > 1 or result.numel() == 0:
-        raise ValueError(f"{name} must be a number or have shape (K,), got shape {tuple(result.shape)}")
+        raise ValueError(f"pos_weight must be a number or have shape (K,), got shape {tuple(result.shape)}")
     if not bool((result.isfinite() & (result > 0)).all()):
-        raise ValueError(f"{name} must be finite and greater than 0, got {result.tolist()}")
+        raise ValueError(f"pos_weight must be finite and greater than 0, got {result.tolist()}")
     return result.reshape(()) if result.numel() == 1 else result

@@ -1,6 +1,4 @@
-"""Losses for classes that are rare, or whose mistakes differ in cost."""
-
-from __future__ import annotations
+"""Losses for rare classes, and for mistakes that differ in cost."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from fitwatch.losses.cross_entropy import CrossEntropy
 
 
 class Focal(ClassLoss):
-    """Cross-entropy that fades out what is right already (Lin et al. 2017, arXiv 1708.02002, eq. 5).
+    """Cross-entropy that down-weights well-classified examples (Lin et al. 2017, arXiv 1708.02002, eq. 5).
 
     With p = softmax(logits), or (1 - sigmoid(z), sigmoid(z)) for one logit z, and y the true class::
 
@@ -23,14 +21,14 @@ class Focal(ClassLoss):
 
     Outputs are logits of shape (N, C), (N, C, d1, ...) or (C,), targets class indices of shape (N,), (N, d1, ...) or
     (); or one logit, shape (N,) or (N, 1), with targets 0 and 1 of the same shape. As in `CrossEntropy`, the weight of
-    a position is that of its class, and the loss is divided by the sum of the weights; the paper's alpha is
-    ``weight=[1 - alpha, alpha]``, and it divides by the number of positives.
+    a position is that of its class, and the loss is divided by the sum of the weights. The paper's alpha is
+    ``weight=[1 - alpha, alpha]``; the paper divides by the number of positives.
 
     Exact to rounding however confident the logits are, also for gamma < 1.
 
     Args:
-        gamma: How fast the right ones fade, at least 0; 0 is `CrossEntropy`.
-        weight: Weights of the classes, shape (C,). Kept as a buffer.
+        gamma: Strength of the down-weighting, at least 0; 0 is `CrossEntropy`.
+        weight: Class weights, shape (C,). Kept as a buffer.
         ignore_index: Class index of positions that do not count.
 
     Raises:
@@ -47,31 +45,30 @@ class Focal(ClassLoss):
         logits, labels, counts = as_classes(output, target, self.weight, self.ignore_index)
         weights = self._weights(labels, counts, logits.dtype)
         log_odds = _log_odds(logits, labels)
-        # (1 - p)^gamma through its logarithm: the power of a 0 that was rounded has no gradient below gamma = 1
-        fading = (self.gamma * F.logsigmoid(-log_odds)).exp()
-        return -weights * fading * F.logsigmoid(log_odds), weights
+        # (1 - p)^gamma through its logarithm: where 1 - p rounds to 0, the power has no gradient for gamma < 1
+        factor = (self.gamma * F.logsigmoid(-log_odds)).exp()
+        return -weights * factor * F.logsigmoid(log_odds), weights
 
     def extra_repr(self) -> str:
-        """The options, for `repr`."""
         return f"gamma={self.gamma}, {super().extra_repr()}"
 
 
 class LogitAdjusted(CrossEntropy):
-    """Cross-entropy whose logits know how frequent the classes are (Menon et al. 2021, arXiv 2007.07314, eq. 10).
+    """Cross-entropy with logits shifted by the log class frequencies (Menon et al. 2021, arXiv 2007.07314, eq. 10).
 
     ::
 
         l = CrossEntropy(logits + tau log(counts / sum(counts)))
 
-    At tau = 1 it is the balanced softmax (Ren et al. 2020, arXiv 2007.10740, eq. 4). A model trained with it is used
-    without it: the arg-max of its logits is the decision for classes that are equally frequent. The loss itself stays
-    adjusted in validation, so that it means the same in both.
+    At tau = 1 it is the balanced softmax (Ren et al. 2020, arXiv 2007.10740, eq. 4). At inference the logits are used
+    unadjusted: their arg-max is the decision for equally frequent classes. In validation the loss stays adjusted, so
+    that it is comparable with training.
 
     Outputs and targets are those of `CrossEntropy`, and also one logit, shape (N,) or (N, 1), with targets 0 and 1.
 
     Args:
-        counts: How many training examples each class has, shape (C,), all greater than 0; any multiple does.
-        tau: How much the frequencies count, at least 0; 0 is `CrossEntropy`.
+        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common factor.
+        tau: Strength of the adjustment, at least 0; 0 is `CrossEntropy`.
         weight: As for `CrossEntropy`.
         label_smoothing: As for `CrossEntropy`.
         ignore_index: As for `CrossEntropy`.
@@ -103,7 +100,6 @@ class LogitAdjusted(CrossEntropy):
         return super().unreduced(*as_two_classes(output, target))
 
     def extra_repr(self) -> str:
-        """The options, for `repr`."""
         return f"tau={self.tau}, {super().extra_repr()}"
 
     def _per_class(self) -> Tensor | None:
@@ -111,7 +107,7 @@ class LogitAdjusted(CrossEntropy):
 
     def _log_softmax(self, output: Tensor, dim: int) -> Tensor:
         adjustment = self.adjustment.to(output.dtype).view(-1, *[1] * (output.dim() - 2))
-        # The largest logit is taken off first: large ones would swamp the adjustment.
+        # subtract the largest logit first: large logits would swamp the adjustment
         return torch.log_softmax(output - output.detach().amax(dim, keepdim=True) + adjustment, dim)
 
 
@@ -122,15 +118,15 @@ class LDAM(ClassLoss):
 
         l = CrossEntropy(scale (z - margin[y] at y)),    margin[c] = max_margin (min(n) / n[c])^(1/4)
 
-    The paper takes cosines as logits (features and the rows of the last layer normalised to length 1), which is what
-    the defaults of ``scale`` and ``max_margin`` are for, and switches class weights on late: see `WeightedLoss`'s
+    The paper uses cosines as logits (features and the rows of the last layer normalised to length 1); the defaults of
+    ``scale`` and ``max_margin`` suit them. It applies class weights late in training: see `WeightedLoss`'s
     ``start_epoch``. Outputs and targets are those of `Focal`; the loss is divided by the sum of the weights.
 
     Args:
-        counts: How many training examples each class has, shape (C,), all greater than 0; any multiple does.
-        max_margin: The margin of the rarest class, at least 0, in units of the logits.
-        scale: What the logits are multiplied with, greater than 0.
-        weight: Weights of the classes, shape (C,). Kept as a buffer.
+        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common factor.
+        max_margin: Margin of the rarest class, at least 0, in units of the logits.
+        scale: Factor on the logits, greater than 0.
+        weight: Class weights, shape (C,). Kept as a buffer.
         ignore_index: Class index of positions that do not count.
 
     Raises:
@@ -159,13 +155,12 @@ class LDAM(ClassLoss):
         logits, labels, counts = as_classes(output, target, self.margin, self.ignore_index)
         true = labels.unsqueeze(-1)
         margin = self.margin.to(logits.dtype)[true]
-        logits = logits - logits.detach().amax(-1, keepdim=True)  # large ones would swamp the margin
+        logits = logits - logits.detach().amax(-1, keepdim=True)  # large logits would swamp the margin
         log_p = (self.scale * logits.scatter_add(-1, true, -margin)).log_softmax(-1)
         weights = self._weights(labels, counts, logits.dtype)
         return -weights * log_p.gather(-1, true).squeeze(-1), weights
 
     def extra_repr(self) -> str:
-        """The options, for `repr`."""
         return f"max_margin={self.max_margin}, scale={self.scale}, {super().extra_repr()}"
 
     def _per_class(self) -> Tensor | None:
@@ -173,14 +168,14 @@ class LDAM(ClassLoss):
 
 
 class ExpectedCost(Loss):
-    """What decisions drawn from the probabilities of the model cost (Galdran et al. 2020, arXiv 2010.00291).
+    """Expected cost of a decision drawn from the model's probabilities (Galdran et al. 2020, arXiv 2010.00291).
 
     With p = softmax(logits), y the true class and C the cost matrix::
 
         l = sum over j of C[y, j] p[j]
 
     in units of the costs. Outputs and targets are those of `Focal`; every position has weight 1. The gradient vanishes
-    where the model is sure, also where it is wrong: the paper adds the loss to a cross-entropy.
+    where the model is confident, even if it is wrong: the paper adds the loss to a cross-entropy.
 
     Args:
         costs: A `CostMatrix`, or a matrix of shape (C, C): row true, column predicted. Kept as a buffer.
@@ -203,7 +198,6 @@ class ExpectedCost(Loss):
         return (self.costs.to(logits.dtype)[labels] * logits.softmax(-1)).sum(-1) * weights, weights
 
     def extra_repr(self) -> str:
-        """The options, for `repr`."""
         return f"costs={self.costs.tolist()}, ignore_index={self.ignore_index}"
 
     def _per_class(self) -> Tensor | None:
@@ -211,14 +205,11 @@ class ExpectedCost(Loss):
 
 
 def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """log(p / (1 - p)) of the true class, (N, ...), from logits (N, ..., C).
-
-    z_y minus the logsumexp of the others. Their largest is taken off both first: large logits would swamp the rest.
-    """
+    """Compute log(p / (1 - p)) of the true class, (N, ...), from logits (N, ..., C): z_y - logsumexp of the others."""
     true = labels.unsqueeze(-1)
-    # where all others are -inf (masked), their logsumexp less their largest would be nan, and so would its gradient
+    # if all others are -inf (masked), logsumexp minus their largest is nan, in its gradient too
     others = logits.clamp(min=torch.finfo(logits.dtype).min).scatter(-1, true, -torch.inf)
-    top = others.detach().amax(-1, keepdim=True)
+    top = others.detach().amax(-1, keepdim=True)  # subtracted first: large logits would swamp the rest
     return (logits.gather(-1, true) - top).squeeze(-1) - (others - top).logsumexp(-1)
 
 

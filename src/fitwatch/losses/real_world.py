@@ -1,21 +1,19 @@
 """The real-world-weight cross-entropy."""
 
-from __future__ import annotations
-
 from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitwatch.losses.base import FAILURES, PRECISE, Loss, LossSum, as_classes, precise
-from fitwatch.losses.costs import CostMatrix, Costs, as_cost_matrix, check_costs
-from fitwatch.losses.errors import refuse_logits
+from fitwatch.losses.base import FAILURES, PRECISE, Loss, as_classes, precise
+from fitwatch.losses.costs import CostMatrix, Costs, as_cost_matrix
+from fitwatch.losses.errors import check_logits, check_types
 from fitwatch.losses.real_world_kernel import real_world_losses
 
 
 class RealWorldCrossEntropy(Loss):
-    """Cross-entropy that charges each mistake what it costs (Ho & Wookey 2020, arXiv 2001.00570).
+    """Cross-entropy that charges each mistake its cost (Ho & Wookey 2020, arXiv 2001.00570).
 
     With two numbers, outputs are logits z of shape (N,), (N, 1) or (N, 1, d1, ...), targets y in [0, 1] of the
     same shape, and
@@ -27,20 +25,19 @@ class RealWorldCrossEntropy(Loss):
 
         l = -fn_cost[y] log p[y] - sum over j != y of fp_cost[y, j] log(1 - p[j]).
 
-    A matrix of costs, or a `CostMatrix`, is split into the two: what a miss of the class costs at least, and what the
-    single mistakes cost on top. So equal costs are plain cross-entropy. Of two classes, either kind of costs takes
-    either kind of outputs, with class 1 as the positive one.
+    A whole matrix is split into the two as in `CostMatrix`, so that equal costs are plain cross-entropy. For two
+    classes, either kind of costs takes either kind of outputs, with class 1 as the positive one.
 
     Every position has weight 1: the loss is the mean, not divided by the sum of the costs, nor by the number of
-    classes as in the authors' own code. Values and gradients are exact to rounding however wrong and
-    confident the logits are. With other costs than equal ones the softmax of the model is no estimate of the
-    probabilities; decide for its largest.
+    classes as in the authors' code. Values and gradients are exact to rounding however wrong and confident the logits
+    are. Unless all costs are equal, the softmax of the model does not estimate the probabilities; decide for its
+    arg-max. The loss takes no class weights: the costs already say how much each class counts.
 
     Args:
         fn_cost: Cost of a false negative: a number, or the cost of missing each class, shape (C,). Alone: a
             `CostMatrix`, or a matrix of shape (C, C), row true, column predicted, zero diagonal.
-        fp_cost: Cost of a false positive: a number, or the cost of calling class i (row) a j (column), shape
-            (C, C), zero diagonal. Tensors are kept as buffers.
+        fp_cost: Cost of a false positive: a number, or the cost of predicting class j (column) for class i (row),
+            shape (C, C), zero diagonal. Tensors are kept as buffers.
         ignore_index: Class index of positions that do not count, for outputs of several classes; none by default.
 
     Raises:
@@ -55,43 +52,24 @@ class RealWorldCrossEntropy(Loss):
     ) -> None:
         super().__init__()
         self.ignore_index = ignore_index
-        if isinstance(fn_cost, CostMatrix) or fp_cost is None:
-            costs = as_cost_matrix(fn_cost)
-            fn, fp = costs.fn_cost, costs.fp_cost
-        else:
-            fn, fp = check_costs(fn_cost, fp_cost)
-        plain = fn if fn.dim() == 0 else torch.zeros_like(fp)
-        self._has_weights = bool((fn != 1).any()) or not torch.equal(fp, plain)
-        if fn.dim() == 0:
-            # the numbers as given: in fn and fp they are rounded to float32
+        costs = as_cost_matrix(fn_cost, fp_cost)
+        self._has_weights = bool((costs.fn_cost != 1).any() or costs.fp_cost.any())
+        if fp_cost is not None and torch.as_tensor(fp_cost).dim() == 0:
+            # the numbers as given, since a CostMatrix rounds them to float32
             self.fn_cost, self.fp_cost = float(cast(float, fn_cost)), float(cast(float, fp_cost))
         else:
-            self.register_buffer("fn_cost", fn.clone())
-            self.register_buffer("fp_cost", fp.clone())
-
-    def forward(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The weighted mean over the batch, 0-dim: `sums(output, target, sample_weight).mean`."""
-        if sample_weight is None:
-            mean = self._at_once(output, target, len(target) if isinstance(target, Tensor) and target.dim() else 1)
-            if mean is not None:
-                return mean
-        return super().forward(output, target, sample_weight)
-
-    def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
-        if sample_weight is None:
-            total = self._at_once(output, target, 1)
-            if total is not None:
-                return LossSum(total, len(target))
-        return super().sums(output, target, sample_weight)
+            self.register_buffer("fn_cost", costs.fn_cost.clone())
+            self.register_buffer("fp_cost", costs.fp_cost.clone())
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
-        losses = self._at_once(output, target, None)
+        losses = self._kernel(output, target, None)
         if losses is not None:
             return losses, 1.0
-        fn, fp = self.fn_cost, self.fp_cost
-        one_logit = isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape == target.shape
+        check_types(output, target)
+        fn, fp, one_logit = self.fn_cost, self.fp_cost, output.shape == target.shape
         if not (isinstance(fn, Tensor) and isinstance(fp, Tensor)):
-            if one_logit or not _is_of_two(output, target):
+            indices = not target.is_floating_point() and target.shape == output.shape[:1] + output.shape[2:]
+            if one_logit or not (indices and output.dim() > 1 and output.shape[1] == 2):
                 return _one_logit(output, target, fn, fp), 1.0
             fn, fp = precise(output).new_tensor([fp, fn]), precise(output).new_zeros(2, 2)
         elif one_logit and len(fn) == 2 and output.dim() > 0 and (output.dim() == 1 or output.shape[1] == 1):
@@ -100,19 +78,8 @@ class RealWorldCrossEntropy(Loss):
         flat = real_world_losses(logits.flatten(0, -2), labels.flatten(), fn.to(logits.dtype), fp.to(logits.dtype))
         return torch.where(counts, flat.view_as(labels), 0), counts.to(logits.dtype)
 
-    def weighted(self, weights: Tensor) -> Loss:
-        """Not possible.
-
-        Raises:
-            TypeError: Always: the costs are the weights.
-        """
-        raise TypeError(
-            "RealWorldCrossEntropy takes no class weights: its costs already say how much each class counts "
-            f"(got weights of shape {tuple(weights.shape)})"
-        )
-
     def unweighted(self) -> Self:
-        """The loss whose costs are those of plain cross-entropy: 1 for a miss, in binary form 1 and 1."""
+        """Return the loss with the costs of plain cross-entropy: 1 for a miss, in binary form 1 and 1."""
         loss = self._twin()
         if isinstance(self.fn_cost, Tensor) and isinstance(self.fp_cost, Tensor):
             loss.fn_cost, loss.fp_cost = torch.ones_like(self.fn_cost), torch.zeros_like(self.fp_cost)
@@ -123,23 +90,27 @@ class RealWorldCrossEntropy(Loss):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the costs are others than those of plain cross-entropy."""
+        """Whether the costs differ from those of plain cross-entropy."""
         return self._has_weights
 
     def extra_repr(self) -> str:
-        """The costs, for `repr`."""
         fn, fp = (c.tolist() if isinstance(c, Tensor) else c for c in (self.fn_cost, self.fp_cost))
         return f"fn_cost={fn}, fp_cost={fp}"
 
     def _per_class(self) -> Tensor | None:
         return self.fn_cost if isinstance(self.fn_cost, Tensor) else None
 
-    def _at_once(self, output: Tensor, target: Tensor, divisor: float | None) -> Tensor | None:
-        """What the kernel gives in the common case, (N, C) on the CPU with nothing ignored; None in any other.
+    def _fused(self, output: Tensor, target: Tensor, *, mean: bool) -> tuple[Tensor, Tensor | float] | None:
+        examples = len(target) if isinstance(target, Tensor) and target.dim() else 1
+        reduced = self._kernel(output, target, examples if mean else 1)
+        return None if reduced is None else (reduced, 1 if mean else examples)
 
-        A wrong index raises in the kernel, so the targets need no look before.
+    def _kernel(self, output: Tensor, target: Tensor, divisor: float | None) -> Tensor | None:
+        """Call the kernel directly in the common case, outputs (N, C) on the CPU and nothing ignored; else return None.
+
+        The targets are not checked before, since a wrong index raises in the kernel.
         """
-        buffers = self._buffers  # self.fn_cost would go through nn.Module.__getattr__
+        buffers = self._buffers  # faster than self.fn_cost, which goes through nn.Module.__getattr__
         fn, fp = buffers.get("fn_cost"), buffers.get("fp_cost")
         if fn is None or fp is None or not isinstance(output, Tensor) or output.dtype not in PRECISE:
             return None
@@ -154,24 +125,12 @@ class RealWorldCrossEntropy(Loss):
                     fn, fp = fn.to(output.dtype), fp.to(output.dtype)
                 return real_world_losses(output, target, fn, fp, divisor)
         except FAILURES:
-            pass  # an index that is ignored, or an input that `as_classes` explains
+            pass  # an ignored index, or an input for which `as_classes` raises a descriptive error
         return None
 
 
-def _is_of_two(output: Tensor, target: Tensor) -> bool:
-    """Whether these are the logits and the indices of two classes."""
-    return (
-        isinstance(output, Tensor)
-        and isinstance(target, Tensor)
-        and output.dim() > 1
-        and output.shape[1] == 2
-        and not target.is_floating_point()
-        and target.shape == output.shape[:1] + output.shape[2:]
-    )
-
-
 def _one_logit(output: Tensor, target: Tensor, fn_cost: Tensor | float, fp_cost: Tensor | float) -> Tensor:
-    refuse_logits(output, target, single=True)
+    check_logits(output, target, single=True)
     z = precise(output)
     y = target.to(z.dtype)
     # logsigmoid and not softplus, which torch cuts off at 20

@@ -10,8 +10,6 @@ overflows, however large the logits are. In the plain log(1 - p) the worst mista
 gradient.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SMALL = 1 << 13
-"""Elements of the logits up to which the number of operations counts, and beyond which the work inside them does."""
+"""Number of logits up to which the count of operations dominates the run time, and beyond which their work does."""
 
 _CHUNK = 1 << 19
-"""Elements of the logits worked on at once beyond that: few enough for four such arrays to stay in the cache."""
+"""Number of logits in a chunk beyond that: few enough for four arrays of this size to stay in the cache."""
 
 _LOG2_E = math.log2(math.e)
 
@@ -32,25 +30,25 @@ _LOG2_E = math.log2(math.e)
 def real_world_losses(
     logits: Tensor, target: Tensor, fn_cost: Tensor, fp_cost: Tensor, divisor: float | None = None
 ) -> Tensor:
-    """Losses -fn_cost[y] log p[y] - sum over j != y of fp_cost[y, j] log(1 - p[j]), with p = softmax(logits).
+    """Compute -fn_cost[y] log p[y] - sum over j != y of fp_cost[y, j] log(1 - p[j]), with p = softmax(logits).
 
-    Gradients go to the logits only. They are computed with the losses, while the rows are in the cache, and kept in
-    place of all intermediate results; second derivatives, `torch.func` and `torch.compile` go through the plain
-    formula, which gives the same.
+    Gradients go to the logits only. They are computed with the losses, while the rows are in the cache, and saved
+    instead of all intermediate results; second derivatives, `torch.func` and `torch.compile` use the plain formula,
+    with the same result.
 
     Args:
-        logits: Shape (N, C), float32 or float64, C >= 2; -inf for a class that is not the true one gives it p = 0.
+        logits: Shape (N, C), float32 or float64, C >= 2; -inf gives a class p = 0, if it is not the true one.
         target: Class indices in range, shape (N,), int64.
         fn_cost: Cost of missing each class, shape (C,), of the logits' dtype.
-        fp_cost: Cost of calling class i (row) a j (column), shape (C, C), zero diagonal, of the logits' dtype.
-        divisor: What to divide the sum of the losses by. To sum up here spares autograd two nodes, which is a tenth of
-            the time of a small batch.
+        fp_cost: Cost of predicting class j (column) for class i (row), shape (C, C), zero diagonal, of their dtype.
+        divisor: Divisor of the sum of the losses. Summing here saves autograd two nodes, a tenth of the time of a
+            small batch.
 
     Returns:
-        Losses of shape (N,); with a divisor their sum over it, 0-dim.
+        Losses of shape (N,); with a divisor, their sum divided by it, 0-dim.
     """
-    # Function.apply refuses torch.func unless the class gives rules for it. There is no public way to ask; this is how
-    # torch itself does.
+    # Function.apply refuses torch.func unless the class defines rules for it. There is no public query; torch itself
+    # uses this one.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # noqa: SLF001
         return _reduced(_formula(logits, target, fn_cost, fp_cost).losses, divisor)
     # torch has no types for apply
@@ -68,8 +66,8 @@ class _RealWorldLosses(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, fn_cost: Tensor, fp_cost: Tensor, divisor: float | None
     ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
-        # Nothing in here is recorded. To pass by the layer that would record it spares a small batch 7 % of its time.
-        with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 - there is no public way
+        # Nothing in here is recorded. Bypassing the layer that would record it saves 7 % of the time of a small batch.
+        with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 - no public equivalent
             if logits.numel() <= _SMALL:
                 parts = _formula(logits, target, fn_cost, fp_cost)
                 losses, ascent = parts.losses, _row_ascents(parts) if needs_grad else None
@@ -85,8 +83,7 @@ class _RealWorldLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         create_graph = torch.is_grad_enabled()
         if not create_graph and ctx.ascent is not None:
-            # Scaled in place, since a copy of so large an array takes as long as a tenth of all the rest; so it
-            # serves only once.
+            # Scaled in place, since a copy would add a tenth to the run time; it can therefore be used only once.
             ascent, ctx.ascent = ctx.ascent, None
             scale = -grad_output.unsqueeze(1) if ctx.divisor is None else grad_output / -ctx.divisor
             return ascent.mul_(scale), None, None, None, None
@@ -98,7 +95,7 @@ class _RealWorldLosses(torch.autograd.Function):
 
 
 class _Parts(NamedTuple):
-    """The losses, (N,), and what their gradient is made of: names as above, (N, C) or (N, 1)."""
+    """The losses, (N,), and the terms of their gradient: names as above, (N, C) or (N, 1)."""
 
     losses: Tensor
     top: Tensor
@@ -120,7 +117,7 @@ def _formula(
     fp_cost: Tensor,
     work: Sequence[Tensor | None] = (None, None, None, None),
 ) -> _Parts:
-    """The losses; without work, four arrays like the logits to compute in, differentiable any number of times."""
+    """Compute the losses: with work, four arrays of the logits' shape, in place; without it, differentiably."""
     for_e, for_p, for_fp, for_log = work
     labels = target.unsqueeze(1)
     if for_log is None:
@@ -128,11 +125,11 @@ def _formula(
     else:
         top = _argmax(logits, for_log)
         highest = logits.gather(1, top)
-    # The most negative number and not -inf: E* = 0 too, and all stays finite where all other logits are -inf.
+    # the most negative number instead of -inf: E* is 0 as well, and finite even if all other logits are -inf
     e = torch.scatter(logits, 1, top, torch.finfo(logits.dtype).min, out=for_e)
     second = e.detach().amax(1, keepdim=True)
     e = e.sub_(second)
-    # In a large array exp2, since torch leaves exp to MKL, which on many a processor takes more than twice as long.
+    # exp2 in large arrays, since torch's exp uses MKL, which takes more than twice as long on many processors
     e = e.exp_() if for_e is None else e.mul_(_LOG2_E).exp2_()
     r = e.sum(1, keepdim=True)
     d = r.log() - (highest - second)
@@ -147,14 +144,14 @@ def _formula(
 
 
 def _argmax(logits: Tensor, work: Tensor) -> Tensor:
-    """Index of a largest logit of each row, (N, 1): three times as fast as torch, which looks at one after another."""
+    """Return the index of a largest logit of each row, (N, 1): three times as fast as torch's sequential argmax."""
     columns = torch.arange(logits.shape[1], dtype=logits.dtype, device=logits.device)
     torch.eq(logits, logits.amax(1, keepdim=True), out=work)
     return work.mul_(columns).amax(1, keepdim=True).long()
 
 
 def _row_ascents(parts: _Parts) -> Tensor:
-    """Minus the gradient of each loss by its own row of logits, (N, C), in place of E; overwrites the parts.
+    """Compute minus the gradient of each loss by its own row of logits, (N, C), in E; overwrites the parts.
 
     With g_j = fp_j p_j / (1 - p_j), the sum S of g over all but the largest class, and g* = fp* p* / u:
 
@@ -176,7 +173,7 @@ def _row_ascents(parts: _Parts) -> Tensor:
 def _in_chunks(
     logits: Tensor, target: Tensor, fn_cost: Tensor, fp_cost: Tensor, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses, (N,), and minus their gradient, (N, C), from rows that fit into the cache together."""
+    """Compute losses, (N,), and minus their gradient, (N, C), in chunks of rows that fit into the cache."""
     n, num_classes = logits.shape
     rows = min(n, max(1, _CHUNK // num_classes))
     losses = logits.new_empty(n)

@@ -1,54 +1,32 @@
-"""From class counts to class weights: how much each class should count in a loss.
-
-`class_weights` turns counts into weights, `as_class_weights` checks weights that you chose yourself.
-"""
-
-from __future__ import annotations
+"""Class weights: computed from class counts by `class_weights`, or the user's own, checked by `as_class_weights`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def _balanced(counts: Tensor, _beta: float) -> Tensor:
-    return counts.sum() / (len(counts) * counts)
-
-
-def _inverse(counts: Tensor, _beta: float) -> Tensor:
-    return counts.sum() / counts
-
-
-def _sqrt_inverse(counts: Tensor, _beta: float) -> Tensor:
-    return (counts.sum() / counts).sqrt()
-
-
-def _median_frequency(counts: Tensor, _beta: float) -> Tensor:
-    # quantile, since torch.median takes the lower of the two middle values
-    return counts.quantile(0.5) / counts
-
-
 def _effective_number(counts: Tensor, beta: float) -> Tensor:
-    # 1 - beta^n as -expm1(n log beta): the plain form loses every digit when beta is close to 1.
+    # 1 - beta^n as -expm1(n log beta): the plain form loses every digit if beta is close to 1
     rest = torch.tensor(1 - beta, dtype=counts.dtype)
     return rest / -torch.expm1(counts * torch.log1p(-rest))
 
 
 _FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "balanced": _balanced,
-    "inverse": _inverse,
-    "sqrt_inverse": _sqrt_inverse,
-    "median_frequency": _median_frequency,
+    "balanced": lambda counts, _: counts.sum() / (len(counts) * counts),
+    "inverse": lambda counts, _: counts.sum() / counts,
+    "sqrt_inverse": lambda counts, _: (counts.sum() / counts).sqrt(),
+    # quantile, since torch.median returns the lower of the two middle values
+    "median_frequency": lambda counts, _: counts.quantile(0.5) / counts,
     "effective_number": _effective_number,
 }
 
 SCHEMES: tuple[str, ...] = tuple(_FORMULAS)
-"""The names that `class_weights` knows."""
+"""The names that `class_weights` accepts."""
 
 
-def _as_tensor(values: Any) -> Tensor:
-    # torch.tensor and not as_tensor: it copies, so that a read-only array is taken without a warning
+def _as_tensor(values: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+    # torch.tensor instead of as_tensor: it copies, so that a read-only array does not raise a warning
     return values.detach() if isinstance(values, Tensor) else torch.tensor(values)
 
 
@@ -60,7 +38,7 @@ def class_weights(
     absent: str = "error",
     normalize: bool = False,
 ) -> Tensor:
-    """Weights of the classes from their counts.
+    """Compute class weights from class counts.
 
     With n_c the count of class c, N the sum of the counts and K the number of classes:
 
@@ -76,15 +54,15 @@ def class_weights(
 
     Args:
         counts: Shape (C,): examples of each class, whole numbers or fractions, at least 0. Or shape (K, 2): negatives
-            and positives of K labels that do not exclude each other, each a problem of two classes by itself.
-        scheme: A name of the table.
-        beta: For `"effective_number"` only, in [0, 1): 0 weighs all classes alike, close to 1 is close to
+            and positives of K labels that do not exclude each other, each a separate problem of two classes.
+        scheme: A name from the table.
+        beta: For `"effective_number"` only, in [0, 1): 0 weighs all classes equally, values close to 1 approach
             inverse counts.
-        absent: What to do about a class with count 0: `"error"`, or `"zero"` to give it weight 0. The other
-            classes then get the weights of a problem without it: N, K and the median are over those present. A label
-            that lacks one of its two classes has nothing to balance: with `"zero"` both its weights are 1.
+        absent: Treatment of a class with count 0: `"error"`, or `"zero"` to give it weight 0 and the other classes
+            the weights of a problem without it. A label that lacks one of its two classes has nothing to balance:
+            with `"zero"` both its weights are 1.
         normalize: Whether to scale the weights to a mean of 1 over the data (for each label), sum n_c w_c = N, so that
-            they leave the scale of a loss that does not divide by their sum.
+            they keep the scale of a loss that does not divide by their sum.
 
     Returns:
         The shape of `counts`, float32, on their device.
@@ -102,11 +80,11 @@ def class_weights(
     numbers = as_counts(counts)
     present = numbers > 0
     if not bool(present.any()):
-        what = "classes" if numbers.dim() == 1 else "labels"
-        raise ValueError(f"all {len(numbers)} {what} have count 0: there is nothing to weigh")
+        kind = "classes" if numbers.dim() == 1 else "labels"
+        raise ValueError(f"all {len(numbers)} {kind} have count 0: there is nothing to weigh")
     if absent == "error" and not bool(present.all()):
         raise ValueError(
-            f"{_missing(present)} absent from the training data, so there is no {scheme!r} weight: check the labels "
+            f"{_absent(present)} absent from the training data, so there is no {scheme!r} weight: check the labels "
             f"and the split, or give absent='zero' for weight {0 if present.dim() == 1 else 1}"
         )
     formula = _FORMULAS[scheme]
@@ -121,14 +99,14 @@ def class_weights(
 
 
 def normalized(weights: Tensor, counts: Tensor) -> Tensor:
-    """The weights, scaled to a mean of 1 over the data.
+    """Scale the weights to a mean of 1 over the data.
 
     Args:
         weights: Shape (C,) or (K, 2).
-        counts: Shape (C,), or (K, 2), where each label is scaled by itself.
+        counts: Shape (C,), or (K, 2), where each label is scaled separately.
 
     Returns:
-        The shape of both together, the dtype of `weights`.
+        The broadcast shape of both, the dtype of `weights`.
 
     Raises:
         ValueError: The numbers of classes differ, or every example has weight 0.
@@ -137,7 +115,7 @@ def normalized(weights: Tensor, counts: Tensor) -> Tensor:
         raise ValueError(f"there are {weights.shape[-1]} class weights, and counts of {counts.shape[-1]} classes")
     counts = counts.to(weights.device).double()
     numbers = counts.sum(-1, keepdim=True)
-    # a label without an example keeps its weights
+    # a label without examples keeps its weights
     mean = torch.where(numbers > 0, (counts * weights).sum(-1, keepdim=True) / numbers, 1)
     if not bool((mean > 0).all()):
         raise ValueError(
@@ -147,7 +125,7 @@ def normalized(weights: Tensor, counts: Tensor) -> Tensor:
 
 
 def as_counts(counts: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
-    """Check counts of classes, shape (C,), or of labels, shape (K, 2), and give them as a tensor of float64.
+    """Check counts of classes, shape (C,), or of labels, shape (K, 2), and convert them to a float64 tensor.
 
     Raises:
         ValueError: Another shape, empty, negative or not finite.
@@ -164,14 +142,14 @@ def as_counts(counts: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> T
 
 
 def as_class_weights(weights: Tensor | Sequence[float] | Mapping[int, float]) -> Tensor:
-    """Check weights that someone chose and give them as a tensor.
+    """Check class weights and convert them to a new tensor.
 
     Args:
         weights: One weight per class, finite, at least 0, not all 0: a tensor or sequence of shape (C,), or a
             mapping from each class 0..C-1 to its weight.
 
     Returns:
-        A new tensor of shape (C,). A float32 or float64 tensor keeps its dtype, everything else becomes float32.
+        Shape (C,). A float32 or float64 tensor keeps its dtype, everything else becomes float32.
 
     Raises:
         ValueError: Not one-dimensional, empty, negative, not finite, all 0, or keys that are not 0..C-1.
@@ -180,14 +158,14 @@ def as_class_weights(weights: Tensor | Sequence[float] | Mapping[int, float]) ->
         classes = range(len(weights))
         missing = [label for label in classes if label not in weights]
         if missing:
-            extra = [label for label in weights if label not in classes]
+            unexpected = [label for label in weights if label not in classes]
             raise ValueError(
                 f"class weights must have the classes 0..{len(weights) - 1} as keys, one for each of the "
-                f"{len(weights)} entries: missing {missing}, unexpected {extra}"
+                f"{len(weights)} entries: missing {missing}, unexpected {unexpected}"
             )
         weights = [weights[label] for label in classes]
     result = _as_tensor(weights)
-    result = result.to(result.dtype if result.dtype in (torch.float32, torch.float64) else torch.float32, copy=True)
+    result = result.to(torch.float64 if result.dtype is torch.float64 else torch.float32, copy=True)
     if result.dim() != 1 or len(result) == 0:
         raise ValueError(f"class weights must have shape (C,) with C >= 1, got shape {tuple(result.shape)}")
     if not bool((result.isfinite() & (result >= 0)).all()):
@@ -197,8 +175,8 @@ def as_class_weights(weights: Tensor | Sequence[float] | Mapping[int, float]) ->
     return result
 
 
-def _missing(present: Tensor) -> str:
-    """What is not there, as the subject of a sentence, with its verb."""
+def _absent(present: Tensor) -> str:
+    """Name the absent classes, with the verb of the sentence."""
     absent = (~present).nonzero().tolist()
     if present.dim() == 2:
         return ", ".join(f"the {('negatives', 'positives')[side]} of label {label}" for label, side in absent) + " are"
