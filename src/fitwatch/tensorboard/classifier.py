@@ -4,8 +4,10 @@ import torch
 from attrs import define
 from torch import Tensor
 
+from fitwatch.dtypes import wide_float
 from fitwatch.losses import BinaryCrossEntropy, ExpectedCost, RealWorldCrossEntropy
 from fitwatch.losses.base import ClassLoss
+from fitwatch.losses.costs import confusion_sums
 from fitwatch.state import State
 
 STEPS = 128
@@ -63,7 +65,7 @@ class ClassCounts:
             self.counts.scores = _sum(self.counts.scores, batch.scores)
 
     def _count(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None) -> Counts | None:
-        wide = torch.float32 if outputs.device.type == "mps" else torch.float64
+        wide = wide_float(outputs.device)
         logits = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         weights = torch.ones(len(logits), dtype=wide, device=logits.device)
         if sample_weight is not None:
@@ -82,7 +84,7 @@ class ClassCounts:
             targets = targets.long()
             weights = weights * ((targets >= 0) & (targets < columns))  # ignored targets are out of range
             is_k = torch.nn.functional.one_hot(targets.clamp(0, columns - 1), columns).to(wide)
-            matrix = _matrix(logits.argmax(1), is_k, weights)
+            matrix = confusion_sums(logits.argmax(1), targets, columns, weights)[:-1]
             shown = slice(1, 2) if columns == 2 else slice(None)  # the curve of class 1 has all that class 0 has
             return Counts(matrix, _scores(logits.softmax(1)[:, shown], is_k[:, shown], weights))
         if isinstance(self._loss, BinaryCrossEntropy) and logits.dim() == 2 and targets.shape == logits.shape:

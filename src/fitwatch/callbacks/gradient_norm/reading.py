@@ -10,6 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from fitwatch.callbacks.gradient_norm.layers import NO_GRAD, Layers
+from fitwatch.dtypes import wide_float
 from fitwatch.records import Value
 from fitwatch.rules.gradients import LayerGradient
 
@@ -55,7 +56,7 @@ class Reading:
         self._device = first.device
         self._index = torch.tensor(layers.index, device=self._device)
         # Squares of tiny or huge norms stay in the range of float64.
-        self._wide = torch.float32 if self._device.type == "mps" else torch.float64
+        self._wide = wide_float(self._device)
         alike = all(p.dtype is first.dtype and p.device == first.device for p in self._parameters)
         # The dtype of all parameters if a single call can measure them, else None.
         self._dtype = first.dtype if alike and first.dtype in (torch.float32, torch.float64) else None
