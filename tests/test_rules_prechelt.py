@@ -103,7 +103,9 @@ def test_limits_where_a_formula_divides_by_zero():
     assert stops(fw.rules.GL(5), [1, 1, 1], [0.0, 0.0, 1e-9]) == 3
     assert stops(fw.rules.PQ(0.5, k=2), [0.1] * 4, [1, 1, 1, 1]) is None
     assert stops(fw.rules.PQ(0.5, k=2), [0.1] * 4, [1, 1, 1, 1.001]) == 4
-    assert stops(fw.rules.PQ(0.5, k=3), [0.173] * 3, [1, 1, 1.001]) == 3  # the mean of these is rounded to less than 0.173
+    assert (
+        stops(fw.rules.PQ(0.5, k=3), [0.173] * 3, [1, 1, 1.001]) == 3
+    )  # the mean of these is rounded to less than 0.173
     assert stops(fw.rules.PQ(0.5, k=2), [0.0, 0.1, 0.0, 0.1], [1, 1, 1, 5]) is None
     assert stops(fw.rules.PQ(0.5, k=2), [0.0] * 4, [1, 1, 1, 5]) == 4
 
@@ -127,7 +129,9 @@ def test_a_value_that_is_not_finite_stops_at_once(rule):
     assert rule.sentence == "the train_loss is nan at evaluation 3"
 
 
-@pytest.mark.parametrize(("rule", "stop"), [(fw.rules.GL(5), 7), (fw.rules.PQ(0.5, k=2), 8), (fw.rules.UP(2, k=2), 10)], ids=repr)
+@pytest.mark.parametrize(
+    ("rule", "stop"), [(fw.rules.GL(5), 7), (fw.rules.PQ(0.5, k=2), 8), (fw.rules.UP(2, k=2), 10)], ids=repr
+)
 def test_nothing_stops_during_warm_up(rule, stop):
     """Six evaluations of warm-up do not stop a rising curve, and their rises do not count; then it stops as usual."""
     answers = [rule.update(1.0 + 0.1 * i, train_loss=1.0, warm_up=i < 6) for i in range(12)]

@@ -22,7 +22,9 @@ def loop(folder, windows, *, log_every=50, max_steps=None):
     page.on_epoch_start(state)
     for number, values in enumerate(windows):
         state.progress.step = log_every * (number + 1)
-        state.records = [fw.records.Record(name, state.progress.step, v, reduce) for name, (v, reduce) in values.items()]
+        state.records = [
+            fw.records.Record(name, state.progress.step, v, reduce) for name, (v, reduce) in values.items()
+        ]
         page.on_log(state)
     page.on_fit_end(state)
     return page.run_dir
