@@ -21,7 +21,9 @@ import fitwatch as fw
 def windows(count, scalars):
     """Records of so many windows; the values differ, as those of a training do."""
     names = [f"train/params/grad_norm/layer{i}" for i in range(scalars)]
-    return [[fw.records.Record(name, 50 * (w + 1), 1 / (w + i + 1)) for i, name in enumerate(names)] for w in range(count)]
+    return [
+        [fw.records.Record(name, 50 * (w + 1), 1 / (w + i + 1)) for i, name in enumerate(names)] for w in range(count)
+    ]
 
 
 def ours(records):
