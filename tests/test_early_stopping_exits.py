@@ -340,7 +340,7 @@ def test_a_stopped_training_stays_stopped_for_the_same_reason(tmp_path):
     first = resumable(tmp_path, first).go()
     trainer = resumable(tmp_path, stop)
     again = trainer.go(resume="auto")
-    assert first.stop_reason == again.stop_reason == "early stopping on val/loss: 4 has reached the threshold 4"
+    assert first.stop_reason == again.stop_reason == "early stopping on val/loss: 4 has reached the threshold of 4"
     assert (stop.reason, trainer.state.progress.step, trainer.weight) == (fw.rules.StopReason.THRESHOLD, 2, 2.0)
 
 

@@ -116,8 +116,8 @@ def test_a_learning_rate_of_zero_is_a_note():
     texts, _ = fit(model, regression(40), optimizer, loss=nn.MSELoss(), scheduler=schedule, log_every=10)
     assert texts.warnings == []
     first, second = texts.notes
-    assert first == "Frozen: `0`, `2` is not trained: its learning rate is 0."
-    assert second.startswith("No longer frozen")
+    assert first == "Not trained: `0`, `2` (its learning rate is 0)."
+    assert second.startswith("Now trained")
 
 
 class Freeze(fw.Callback):
@@ -142,7 +142,7 @@ def test_layers_that_a_later_callback_freezes(at):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     texts, trainer = fit(model, regression(20), optimizer, after=[Freeze(at)], loss=nn.MSELoss(), epochs=3, log_every=5)
     assert texts.warnings == []
-    assert texts.notes == ["Frozen: `0` is not trained: requires_grad is False."]
+    assert texts.notes == ["Not trained: `0` (requires_grad is False)."]
     assert trainer.state.report["layers not healthy"] == "none"
     assert trainer.state.report["layers not trained"] == "`0`"
 

@@ -99,7 +99,7 @@ def test_frozen_unused_and_half_precision_parameters(data):
     norm = fw.GradientNorm()
     norm.on_fit_start(state)
     norm.on_gradients_ready(state)
-    state.flush()
+    state.log.close_window({})
     logged = {r.name: r.value for r in state.records}
     assert logged["train/optim/grad_norm"] == pytest.approx(2 * half.weight.grad[0, 0].item(), rel=1e-6)
 
@@ -126,7 +126,7 @@ def test_sparse_gradients(data):
     norm = fw.GradientNorm()
     norm.on_fit_start(state)
     norm.on_gradients_ready(state)
-    state.flush()
+    state.log.close_window({})
     expected = embedding.weight.grad.to_dense().norm().item()
     assert {r.name: r.value for r in state.records}["train/optim/grad_norm"] == pytest.approx(expected, rel=1e-6)
 
@@ -141,7 +141,7 @@ def test_a_nan_is_not_hidden_by_the_maximum(data):
         for p in model.parameters():
             p.grad = torch.full_like(p, value)
         norm.on_gradients_ready(state)
-    state.flush()
+    state.log.close_window({})
     logged = {r.name: r.value for r in state.records}
     assert logged["train/optim/grad_norm"] != logged["train/optim/grad_norm"]
     assert logged["train/optim/grad_norm_max"] != logged["train/optim/grad_norm_max"]
@@ -170,7 +170,7 @@ def stepped(model, gradients, **options):
         state.optimizer.step()
         state.progress.step += 1
         norm.on_step_end(state)
-    state.flush()
+    state.log.close_window({})
     return {r.name: r.value for r in state.records}
 
 
@@ -335,7 +335,7 @@ def test_layers_thawed_within_an_open_window():
             p.grad = torch.ones_like(p) if p.requires_grad else None
         norm.on_gradients_ready(state)
         model.requires_grad_()
-    state.flush()
+    state.log.close_window({})
     logged = [(r.name, pytest.approx(r.value)) for r in state.records if "params/grad_norm/" in r.name]
     assert [("train/params/grad_norm/1", 3**0.5)] + [
         (f"train/params/grad_norm/{layer}", n**0.5) for layer, n in (("1", 3), ("0", 6))
@@ -357,7 +357,7 @@ def test_a_deep_model_has_at_most_twenty_series():
             state.optimizer.step()
             state.progress.step += 1
             norm.on_step_end(state)
-        state.flush()
+        state.log.close_window({})
         shown.append({r.name.rpartition("/")[2] for r in state.records if "params/grad_norm/" in r.name})
     assert {str(i) for i in range(25, 40)} == shown[0]
     assert shown[0] | {"3", "4"} == shown[1]
@@ -377,7 +377,7 @@ def test_the_suggested_clip_norm_is_a_quantile_over_the_running_median():
         model.weight.grad = torch.full((1, 1), value)
         norm.on_gradients_ready(state)
         if step % 50 == 0:
-            state.flush()
+            state.log.close_window({})
     blocks = torch.tensor(norms, dtype=torch.float64).view(10, 20)
     levels = blocks.quantile(0.5, dim=1)
     relative = (blocks / levels[:, None]).flatten().sort().values

@@ -204,7 +204,7 @@ def test_a_part_without_a_gradient_is_named(batches):
     texts, _ = fit(model, batches, epochs=2)
     ((step, text),) = texts.of("warnings")
     assert step == 5
-    assert text.startswith("No gradient at all in `extra` (steps 1 to 5)")
+    assert text.startswith("No gradient in `extra` (steps 1 to 5)")
 
 
 def test_frozen_layers_are_notes_with_their_reason(batches, caplog):
@@ -216,8 +216,8 @@ def test_frozen_layers_are_notes_with_their_reason(batches, caplog):
     assert texts.of("warnings") == []
     ((step, text),) = texts.of("gradients")
     assert step == 5
-    assert "`0` is not trained: requires_grad is False" in text
-    assert "`2` is not trained: the optimizer does not hold it" in text
+    assert "Not trained: `0` (requires_grad is False)." in text
+    assert "Not trained: `2` (the optimizer does not hold it)." in text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert trainer.state.report["layers not healthy"] == "none"
     assert trainer.state.report["layers not trained"] == "`0`, `2`"
@@ -233,7 +233,7 @@ def test_weights_that_rounding_holds_still_are_named(batches):
     texts, _ = fit(model, halved, lr=1e-7)
     ((step, text),) = texts.of("warnings")
     assert step == 10
-    assert text.startswith("Frozen: `0`, `2` did not move in two sampled steps")
+    assert text.startswith("Frozen: `0`, `2` did not change in two sampled steps")
     texts, _ = fit(mlp(6, 8, 2), batches, lr=0.0)
     assert texts.of("warnings") == []
     assert "its learning rate is 0" in texts.of("gradients")[0][1]
@@ -253,7 +253,7 @@ def test_thawing_a_layer_is_noted(batches):
     callbacks = [Thaw(), fw.GradientNorm(), texts]
     fw.Trainer(model, optimizer, callbacks=callbacks, log_every=5, device="cpu").fit(batches, epochs=2)
     assert texts.of("warnings") == []
-    assert [text.split(":")[0] for _, text in texts.of("gradients")] == ["Frozen", "No longer frozen"]
+    assert [text.split(":")[0] for _, text in texts.of("gradients")] == ["Not trained", "Now trained"]
 
 
 def test_a_diverging_training_is_named_before_its_nan(batches):

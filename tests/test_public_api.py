@@ -15,7 +15,7 @@ DOCUMENTED = [
     "Callback",
     "Callbacks",
     "State",
-    "Progress",
+    "Watch",
     "WeightedLoss",
     "GradientNorm",
     "OverfittingDetector",

@@ -160,7 +160,7 @@ def test_nothing_waits_for_the_device_before_the_end():
     for shape, weight_shape in (((8, 3), (8,)), ((8, 3, 2, 2), (8,)), ((8, 3, 2, 2), (8, 2, 2))):
         outputs, targets = torch.empty(shape, device="meta"), torch.empty(8, *shape[2:], device="meta").long()
         for name in ("cost", "cost_optimal"):
-            metric = state.val_metrics[name]
+            metric = state.validation.metrics[name]
             metric.reset()
             metric.update(outputs, targets)
             metric.update(outputs, targets, torch.empty(weight_shape, device="meta"))
@@ -172,7 +172,7 @@ def test_targets_are_checked_once_at_the_end():
     state = trainer_of().state
     state.val_loader = [()]
     callback.on_fit_start(state)
-    metric = state.val_metrics["cost"]
+    metric = state.validation.metrics["cost"]
     outputs, targets = torch.eye(3).repeat(2, 1), torch.tensor([0, 0, 2, -1, 9, -100])
     metric.update(outputs, targets, torch.tensor([1.0, 2, 1, 0, 0, 1]))
     paid = COSTS.matrix[0, 1].item() * 2

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fitwatch as fw
+from fitwatch.progress import Plan
 from fitwatch.tensorboard.thinning import LIMIT, Thinner, horizon
 from tests._events import points
 
@@ -18,13 +19,13 @@ def loop(folder, windows, *, log_every=50, max_steps=None):
     """Feed a TensorBoard callback with records, one dict per log window, and return the run's folder."""
     model = nn.Linear(1, 1)
     state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters()), loss=fw.CrossEntropy())
-    state.max_steps = max_steps
+    state.plan = Plan(max_steps=max_steps)
     page = fw.TensorBoard(folder, show_link=False)
     page.on_fit_start(state)
     page.on_epoch_start(state)
     for number, values in enumerate(windows):
         state.progress.step = log_every * (number + 1)
-        state.records = [
+        state.log.records = [
             fw.records.Record(name, state.progress.step, v, reduce) for name, (v, reduce) in values.items()
         ]
         page.on_log(state)

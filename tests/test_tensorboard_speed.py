@@ -59,7 +59,7 @@ def test_examples_per_second_and_epoch_seconds_leave_validation_out(tmp_path, mo
         (2, 4.0), (4, 4.0), (5, 2.0), (7, 4.0), (9, 4.0), (10, 2.0),
     ]  # fmt: skip
     assert points(tmp_path / "run/train", "speed/epoch_seconds") == [(5, 5.0), (10, 5.0)]
-    assert trainer.state.examples == 36
+    assert trainer.state.train_loss.examples == 36
 
 
 def test_validation_within_an_epoch_is_left_out_too(tmp_path, monkeypatch):

@@ -547,7 +547,7 @@ def test_the_report_of_labels():
     model = nn.Linear(1, 1)
     state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters()), loss=fw.BinaryCrossEntropy())
     fw.WeightedLoss(counts=[[3_000_001, 10], [5, 15]]).on_fit_start(state)
-    state.flush()
+    state.log.close_window({})
     assert state.records[0].value.splitlines()[0].startswith("| label | negatives | positives |")
     assert state.records[0].value.splitlines()[2:] == [
         "| 0 | 3000001 | 10 | 0.5 | 1.5e+05 |",
@@ -649,4 +649,4 @@ def test_unused_weights_give_a_warning(model, data, caplog, asks):
     trainer.fit(loader, loader, epochs=3)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (not asks)
-    assert all("training does not use the class weights of WeightedLoss: training_step does not" in one for one in said)
+    assert all("the training step does not use it: compute the loss with self.compute_loss" in one for one in said)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fitwatch.metrics import to_host
+from fitwatch.progress import Progress
 from fitwatch.records import Histogram, Image, Marker, Record, Value
 
 Reduction = Literal["mean", "max", "last"] | Callable[[Tensor], Tensor]
@@ -23,13 +24,15 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Log:
     """What `State.log` is: call it to log a value.
 
+    Args:
+        progress: The counters of the fit; a record gets their ``step``.
+
     Attributes:
-        step: Optimizer steps completed; the loop keeps it up to date.
         records: What the newest log window held, for ``on_log``.
     """
 
-    def __init__(self) -> None:
-        self.step = 0
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self.records: list[Record] = []
         self._ready: list[Record] = []
         self._waiting: dict[_Names | Receiver, tuple[Reduction, list[float | Tensor]]] = {}
@@ -48,7 +51,7 @@ class Log:
             ValueError: ``reduce`` is unknown, or differs from earlier values of this log window.
         """
         if isinstance(value, (str, Marker, Image, Histogram)):
-            self._ready.append(Record(str(names), self.step, value))
+            self._ready.append(Record(str(names), self._progress.step, value))
         else:
             self._add((names,) if isinstance(names, str) else tuple(names), value, reduce)
 
@@ -75,7 +78,9 @@ class Log:
 
         Reduces on the device and copies to the host in one transfer.
         """
-        self.records = self._ready + self._reduced() + [Record(name, self.step, value) for name, value in more.items()]
+        self.records = (
+            self._ready + self._reduced() + [Record(name, self._progress.step, value) for name, value in more.items()]
+        )
         self._ready, self._waiting = [], {}
 
     def _add(self, key: _Names | Receiver, value: float | Tensor, reduce: Reduction) -> None:
@@ -103,9 +108,9 @@ class Log:
         records = []
         for key, kind, numbers in zip(self._waiting, kinds, to_host(reduced), strict=True):
             if isinstance(key, tuple):
-                records += [Record(name, self.step, v, kind) for name, v in zip(key, numbers, strict=True)]
+                records += [Record(name, self._progress.step, v, kind) for name, v in zip(key, numbers, strict=True)]
             else:
-                records += [Record(name, self.step, v) for name, v in key(numbers).items()]
+                records += [Record(name, self._progress.step, v) for name, v in key(numbers).items()]
         return records
 
 

@@ -159,7 +159,6 @@ def load(path: Path, state: State) -> dict[str, str]:
         state.callbacks.load_state_dict(content["callbacks"])
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
-    state.log.step = state.progress.step
     state.history.entries = content["history"]
     if ranks.rank() == 0:  # the sums of all ranks
         since = state.train_loss.since_evaluation

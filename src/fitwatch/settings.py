@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 
 from fitwatch.data import batches
 from fitwatch.data.sharding import gives_part
+from fitwatch.progress import Plan
 from fitwatch.saving import unwrap
-from fitwatch.state import Plan, State
+from fitwatch.state import State
 from fitwatch.step import parameters
 
 logger = logging.getLogger("fitwatch")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import ranks
@@ -12,7 +12,7 @@ from fitwatch.history import Entry, History
 from fitwatch.log import Log
 from fitwatch.losses.baseline import Baseline
 from fitwatch.metrics import Metric, RunningLoss
-from fitwatch.options import integer, number
+from fitwatch.progress import Plan, Progress
 from fitwatch.records import Record
 from fitwatch.rules.overfitting import Verdict
 from fitwatch.schedule import Scheduler
@@ -27,46 +27,6 @@ class Resumable(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
-
-
-@define(kw_only=True)
-class Progress:
-    """Where training stands: integers, each of which counts completed things.
-
-    Attributes:
-        epoch: Completed epochs, which is also the index (from 0) of the running one.
-        step: Optimizer steps, the x-axis of every curve.
-        epoch_step: Steps within the current epoch.
-        epoch_batch: Micro-batches within the current epoch.
-        first_epoch: ``epoch`` when the current fit started; its ``epochs`` count from here.
-        first_step: ``step`` when the current fit started; its ``max_steps`` count from here.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    epoch_step: int = 0
-    epoch_batch: int = 0
-    first_epoch: int = 0
-    first_step: int = 0
-
-
-@frozen(kw_only=True)
-class Plan:
-    """What the current fit was asked for.
-
-    Attributes:
-        epochs: Epochs to train; None: no limit.
-        max_steps: Optimizer steps to train; None: no limit.
-        accumulate: Micro-batches per step. The last step of an epoch may have fewer.
-        clip_norm: Largest total 2-norm of the gradients; None: no clipping.
-        log_every: Steps per log window.
-    """
-
-    epochs: int | None = field(default=None, validator=integer(1, or_none=True))
-    max_steps: int | None = field(default=None, validator=integer(1, or_none=True))
-    accumulate: int = field(default=1, validator=integer(1))
-    clip_norm: float | None = field(default=None, validator=number(above=0, or_none=True))
-    log_every: int = field(default=50, validator=integer(1))
 
 
 @define(kw_only=True, eq=False)
@@ -118,7 +78,7 @@ class State:
     plan: Plan = field(factory=Plan)
     progress: Progress = field(factory=Progress)
     history: History = field(init=False)
-    log: Log = field(factory=Log, init=False)
+    log: Log = field(init=False)
     train_loss: RunningLoss = field(factory=RunningLoss, init=False)
     validation: Validation = field(factory=Validation)
     batch: Any = None
@@ -135,7 +95,7 @@ class State:
         self.history = History(validates=self.val_loader is not None)
         if self.val_loader is not None:
             self.history.names |= {f"val/{name}" for name in self.validation.metrics}
-        self.log.step = self.progress.step
+        self.log = Log(self.progress)
 
     @property
     def metrics(self) -> Entry:

@@ -215,7 +215,6 @@ class Training:
         self._ready = self._stepped = False
         progress.step += 1
         progress.epoch_step += 1
-        state.log.step = progress.step
         self._rates_due = True
         self._hooks.on_step_end(state)
         if progress.epoch_step % state.plan.log_every == 0:

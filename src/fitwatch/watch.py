@@ -18,11 +18,12 @@ from fitwatch.expected_baseline import expected_baseline
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.metrics import Metric, Metrics
 from fitwatch.options import check_counts
+from fitwatch.progress import Plan, Progress
 from fitwatch.recorder import Recorder
 from fitwatch.result import Result
 from fitwatch.schedule import Scheduler
 from fitwatch.settings import describe, shared_facts, warn_of_changes
-from fitwatch.state import Plan, Progress, State
+from fitwatch.state import State
 from fitwatch.step import parameters, zero_grad
 from fitwatch.training import Training
 from fitwatch.validation import Validation
