@@ -76,7 +76,7 @@ def test_imports_run_one_way():
 
 
 @pytest.mark.parametrize(
-    ("name", "allowed"), [("rules", {"options"}), ("losses", {"options", "dtypes"}), ("logs", {"rules"})]
+    ("name", "allowed"), [("rules", {"options", "aliases"}), ("losses", {"options", "dtypes"}), ("logs", {"rules"})]
 )
 def test_rules_losses_and_logs_know_no_training(name, allowed):
     """The rules, the losses and the reading of logs can be used, and tested, without a model or a loop."""

@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from fitwatch import ranks
+from fitwatch.aliases import Loader, StateDict
 from fitwatch.state import State
-
-StateDict = dict[str, Any]
-"""What a checkpoint can keep: tensors, numbers, strings, and lists and dicts of them."""
 
 HOOKS = (
     "on_fit_start",
@@ -131,7 +129,7 @@ class Callbacks(Callback):
 
     def __init__(self, callbacks: Iterable[Callback] | Callback = ()) -> None:
         self.callbacks: list[Callback] = []
-        given: Iterable[Any] = callbacks if isinstance(callbacks, Iterable) else [callbacks]
+        given: Loader = callbacks if isinstance(callbacks, Iterable) else [callbacks]
         for c in given:
             if not isinstance(c, Callback):
                 hint = f" (write {c.__name__}())" if isinstance(c, type) else ""

@@ -4,17 +4,17 @@ Hooks run inside the calls on the watch, named in the comments. A loop of your o
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
+from fitwatch.aliases import Batch
 from fitwatch.data.sharding import ABSENT
 from fitwatch.losses import LossSum
 from fitwatch.schedule import Schedule
 from fitwatch.step import step_optimizer
 from fitwatch.watch import Watch
 
-TrainingStep = Callable[[Any], tuple[LossSum | Tensor, int | None]]
+TrainingStep = Callable[[Batch], tuple[LossSum | Tensor, int | None]]
 
 
 class Loop:
@@ -55,7 +55,7 @@ class Loop:
                 # on_epoch_end, on_log
         # on_fit_end
 
-    def _backward(self, batch: Any) -> None:
+    def _backward(self, batch: Batch) -> None:
         loss, examples = self._training_step(batch)
         self._watch.backward(loss, examples)  # on_batch_end
 

@@ -2,11 +2,12 @@
 
 import random
 import sys
-from typing import Any
 
 import torch
 
-RngState = dict[str, Any]  # primitives and tensors, by library
+from fitwatch.aliases import StateDict
+
+RngState = StateDict  # primitives and tensors, by library
 
 
 def seed_all(seed: int) -> None:

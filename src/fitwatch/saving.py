@@ -10,7 +10,6 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from attrs import asdict
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fitwatch import ranks
+from fitwatch.aliases import StateDict
 from fitwatch.data.batches import generators_of
 from fitwatch.rng import rng_state, set_rng_state
 from fitwatch.state import State
@@ -26,7 +26,7 @@ from fitwatch.version import __version__
 FORMAT = 2
 _VERSIONS = {1: "0.1"}  # of fitwatch, by the format that it wrote, before files named it
 
-Content = dict[str, Any]
+Content = StateDict
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ from attrs import frozen
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from fitwatch.aliases import StateDict
 from fitwatch.history import History
 
 
@@ -15,10 +16,10 @@ class Scheduler(Protocol):
     def step(self, *args: Any, **kwargs: Any) -> object:
         """Set the next learning rate."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what a checkpoint keeps."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+    def load_state_dict(self, state_dict: StateDict) -> object:
         """Restore what `state_dict` returned."""
 
 

@@ -1,6 +1,6 @@
 """What hooks read: where training stands, what was measured, and the few things a callback may ask for."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -8,6 +8,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.aliases import Batch, Loader, StateDict
 from fitwatch.history import Entry, History
 from fitwatch.log import Log
 from fitwatch.losses.baseline import Baseline
@@ -22,10 +23,10 @@ from fitwatch.validation import Validation
 class Resumable(Protocol):
     """Has a state that a checkpoint keeps."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return it."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore it."""
 
 
@@ -71,8 +72,8 @@ class State:
     eval_loss: Any = None
     scheduler: Scheduler | None = None
     scaler: torch.amp.GradScaler | None = None
-    train_loader: Iterable[Any] = ()
-    val_loader: Iterable[Any] | None = None
+    train_loader: Loader = ()
+    val_loader: Loader | None = None
     device: torch.device = field(factory=lambda: torch.device("cpu"))
     callbacks: Resumable | None = None
     plan: Plan = field(factory=Plan)
@@ -81,7 +82,7 @@ class State:
     log: Log = field(init=False)
     train_loss: RunningLoss = field(factory=RunningLoss, init=False)
     validation: Validation = field(factory=Validation)
-    batch: Any = None
+    batch: Batch = None
     total_norm: Tensor | None = None
     settings: dict[str, object] = field(factory=dict)
     report: dict[str, str] = field(factory=dict)

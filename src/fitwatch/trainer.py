@@ -1,6 +1,6 @@
 """The Trainer: its options, and the steps that a subclass overrides."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import ranks, rng
+from fitwatch.aliases import Batch, Loader
 from fitwatch.callback import Callback
 from fitwatch.data import batches
 from fitwatch.loop import Loop
@@ -82,7 +83,7 @@ class Trainer:
 
     # -- to override ---------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Any) -> LossSum | Tensor:
+    def training_step(self, batch: Batch) -> LossSum | Tensor:
         """The loss of a batch in train mode, on the device.
 
         Returns:
@@ -91,7 +92,7 @@ class Trainer:
         input, target, *weight = batches.parts(batch)
         return self.compute_loss(self.model(input), target, *weight)
 
-    def validation_step(self, batch: Any) -> LossSum | Tensor:
+    def validation_step(self, batch: Batch) -> LossSum | Tensor:
         """The loss of a batch in eval mode, without gradients.
 
         An own one hands outputs and targets to `update_metrics`, if there are metrics or class weights.
@@ -105,7 +106,7 @@ class Trainer:
         self.update_metrics(output, target, *weight)
         return loss
 
-    def batch_size(self, batch: Any) -> int:
+    def batch_size(self, batch: Batch) -> int:
         """Examples in a batch, for scalar losses and for the speed; override it for own batch formats."""
         return batches.batch_size(batch)
 
@@ -130,8 +131,8 @@ class Trainer:
 
     def fit(
         self,
-        train_loader: Iterable[Any],
-        val_loader: Iterable[Any] | None = None,
+        train_loader: Loader,
+        val_loader: Loader | None = None,
         *,
         epochs: int | None = None,
         max_steps: int | None = None,
@@ -170,7 +171,7 @@ class Trainer:
         Loop(watch, self._train_batch, self._schedule, validate_every).run(epochs)
         return watch.result
 
-    def validate(self, loader: Iterable[Any]) -> dict[str, float]:
+    def validate(self, loader: Loader) -> dict[str, float]:
         """The exact loss and the metrics over ``loader``, in eval mode: ``val/loss``, ``val/<metric>``, ...
 
         Where class weights are on, ``val/loss_unweighted`` is the same loss without them.
@@ -182,7 +183,7 @@ class Trainer:
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
-    def _train_batch(self, batch: Any) -> tuple[LossSum | Tensor, int | None]:
+    def _train_batch(self, batch: Batch) -> tuple[LossSum | Tensor, int | None]:
         """The loss of a batch, and its examples."""
         with self._autocast():
             loss = self.training_step(batch)
@@ -193,7 +194,7 @@ class Trainer:
             return loss, self.batch_size(batch)
         return loss, None
 
-    def _validate_batch(self, batch: Any) -> None:
+    def _validate_batch(self, batch: Batch) -> None:
         with self._autocast():
             self._watch.measured(self._sums(self.validation_step(batch), batch, "validation_step"))
 
@@ -220,5 +221,5 @@ class Trainer:
         dtype = _AUTOCAST[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-    def _sums(self, loss: Any, batch: Any, step: str) -> LossSum:
+    def _sums(self, loss: Any, batch: Batch, step: str) -> LossSum:
         return as_sums(loss, lambda: self.batch_size(batch), f"{type(self).__name__}.{step}")

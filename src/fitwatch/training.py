@@ -1,11 +1,11 @@
 """The batches and steps of a watch: which hooks are due, and which call is missing."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.aliases import Batch
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
 from fitwatch.data.sharding import ABSENT, Rounds, set_epoch
@@ -95,7 +95,7 @@ class Training:
         """Whether the epoch has its last batch behind it, or training stops."""
         return self._complete is not None if self._iterates else self.complete
 
-    def iterate(self, *, ragged: bool) -> Iterator[Any]:
+    def iterate(self, *, ragged: bool) -> Iterator[Batch]:
         """See `Watch.train`."""
         state, progress = self._state, self._state.progress
         rounds = Rounds(state.train_loader, together=ranks.in_step(state.model))

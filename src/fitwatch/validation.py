@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.aliases import Batch, Loader
 from fitwatch.data import batches
 from fitwatch.example_losses import ExampleLosses
 from fitwatch.losses import LossSum, apply
 from fitwatch.losses.baseline import Baseline, TargetSums
 from fitwatch.metrics import Metric, Metrics, WeightedMean, evaluating
 
-Measure = Callable[[Iterable[Any]], dict[str, float]]
+Measure = Callable[[Loader], dict[str, float]]
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
 """Means that there is no baseline, and no need to look for one."""
 
@@ -222,7 +223,7 @@ class Pass:
         return values
 
 
-def _copied(part: Any) -> Any:
+def _copied(part: Batch) -> Any:
     """A copy on the host, without the rest of what it is a view of, which would travel along."""
     return part.detach().cpu().clone() if isinstance(part, Tensor) and not part.is_meta else part
 

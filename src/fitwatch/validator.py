@@ -1,11 +1,12 @@
 """Runs validations: those of the fit, which enter the history, and measurements of other batches."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from fitwatch import ranks
+from fitwatch.aliases import Batch, Loader
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
 from fitwatch.data.sharding import split
@@ -14,7 +15,7 @@ from fitwatch.recorder import Recorder
 from fitwatch.state import State
 from fitwatch.validation import NO_BASELINE, Pass
 
-ValidationStep = Callable[[Any], object]
+ValidationStep = Callable[[Batch], object]
 
 
 class Validator:
@@ -68,7 +69,7 @@ class Validator:
             with self._recording() as done:
                 self._see_all(done, loader)
 
-    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+    def evaluate(self, loader: Loader) -> dict[str, float]:
         """See `Watch.evaluate`."""
         state = self._state
         self._align()
@@ -79,7 +80,7 @@ class Validator:
         state.validation.finish(done)
         return values
 
-    def measure(self, loader: Iterable[Any]) -> dict[str, float]:
+    def measure(self, loader: Loader) -> dict[str, float]:
         """Return the loss and the user's metrics over other batches, without ``val/``."""
         metrics = copy.deepcopy(self._metrics)  # the originals hold what the validation has just measured
         values = self._measure_all(Pass(self.loss, metrics, NO_BASELINE), loader)
@@ -113,12 +114,12 @@ class Validator:
         finally:
             self.running = None
 
-    def _see_all(self, done: Pass, loader: Iterable[Any]) -> None:
+    def _see_all(self, done: Pass, loader: Loader) -> None:
         with self._measuring(done):
             for batch in split(loader):
                 self._step(batches.move(batch, self._state.device))
 
-    def _measure_all(self, done: Pass, loader: Iterable[Any]) -> dict[str, float]:
+    def _measure_all(self, done: Pass, loader: Loader) -> dict[str, float]:
         self._see_all(done, loader)
         return ranks.from_main(done.values())
 

@@ -11,6 +11,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from fitwatch import ranks, saving
+from fitwatch.aliases import Batch, Loader
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.data import batches
@@ -85,15 +86,15 @@ class Watch:
         TypeError: An option has the wrong type.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the options of a training, all but three by keyword
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         callbacks: Iterable[Callback] | Callback = (),
         *,
         loss: Any = None,
-        train_loader: Iterable[Any] | None = None,
-        val_loader: Iterable[Any] | None = None,
+        train_loader: Loader | None = None,
+        val_loader: Loader | None = None,
         metrics: Mapping[str, Metric] | None = None,
         scheduler: Scheduler | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -260,7 +261,7 @@ class Watch:
         """Whether all batches of the epoch were seen, as far as the loader tells."""
         return self._training.complete
 
-    def train(self, *, ragged: bool = False) -> Iterator[Any]:
+    def train(self, *, ragged: bool = False) -> Iterator[Batch]:
         """Iterate over this rank's training batches, on the device, until the epoch or training ends.
 
         Args:
@@ -428,7 +429,7 @@ class Watch:
             raise RuntimeError("update_metrics() is for validation, and no validation is running")
         self._validator.running.update(outputs, targets, sample_weight)
 
-    def evaluate(self, loader: Iterable[Any]) -> dict[str, float]:
+    def evaluate(self, loader: Loader) -> dict[str, float]:
         """Return the loss and the metrics over any loader: ``val/loss``, ``val/<metric>``, ... Nothing is recorded.
 
         Raises:
@@ -437,7 +438,7 @@ class Watch:
         ranks.start(self.state.device)
         return self._validator.evaluate(loader)
 
-    def _default_validation_step(self, batch: Any) -> None:
+    def _default_validation_step(self, batch: Batch) -> None:
         input, target, *weight = batches.parts(batch)
         self.loss(self.state.model(input), target, *weight)
 

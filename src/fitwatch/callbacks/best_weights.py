@@ -4,7 +4,7 @@ import copy
 
 from torch import Tensor, nn
 
-from fitwatch.callback import StateDict
+from fitwatch.aliases import StateDict
 from fitwatch.saving import unwrap
 
 

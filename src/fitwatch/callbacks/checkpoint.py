@@ -6,7 +6,8 @@ from pathlib import Path
 from attrs import define, field
 
 from fitwatch import health, ranks, saving
-from fitwatch.callback import Callback, StateDict
+from fitwatch.aliases import StateDict
+from fitwatch.callback import Callback
 from fitwatch.options import instance, integer
 from fitwatch.state import State
 

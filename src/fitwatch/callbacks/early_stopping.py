@@ -5,7 +5,8 @@ from typing import Literal
 
 from attrs import define, field
 
-from fitwatch.callback import Callback, StateDict
+from fitwatch.aliases import StateDict
+from fitwatch.callback import Callback
 from fitwatch.callbacks.best_weights import BestWeights
 from fitwatch.losses import Loss
 from fitwatch.options import instance, integer, one_of

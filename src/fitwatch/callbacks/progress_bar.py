@@ -4,7 +4,7 @@ from attrs import define
 from tqdm.auto import tqdm
 
 from fitwatch.callback import Callback
-from fitwatch.data.sharding import split_length
+from fitwatch.data.sharding import steps_per_epoch
 from fitwatch.state import State
 
 _SHOWN = {"train/optim/loss": "loss", "train/loss": "train", "val/loss": "val"}
@@ -61,10 +61,7 @@ class ProgressBar(Callback):
 
 def _steps(state: State) -> int | None:
     """Return the number of optimizer steps in the epoch, or None if unknown."""
-    batches, most = split_length(state.train_loader), None
-    if state.plan.max_steps is not None:
-        most = state.plan.max_steps - (state.progress.step - state.progress.first_step)
-    if batches is None:
-        return most
-    steps = -(-batches // state.plan.accumulate)
-    return steps if most is None else min(steps, most)
+    progress, most = state.progress, state.plan.max_steps
+    left = None if most is None else most - (progress.step - progress.first_step)
+    known = [n for n in (left, steps_per_epoch(state.train_loader, state.plan.accumulate)) if n is not None]
+    return min(known, default=None)

@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from attrs import Attribute, define, field
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import WeightedRandomSampler
 
+from fitwatch.aliases import StateDict
 from fitwatch.callback import Callback
 from fitwatch.data.batches import sampler_of
 from fitwatch.data.counting import count_over_ranks
@@ -138,11 +138,11 @@ class WeightedLoss(Callback):
         elif epoch == self.start_epoch:
             state.log("train/report/class_weights", f"Epoch {epoch}: the class weights start to grow.")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the full weights and the counts."""
         return {"saved": self._found}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore what `state_dict` returned."""
         self._found = state_dict["saved"]
 

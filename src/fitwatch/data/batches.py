@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fitwatch.aliases import Batch
 from fitwatch.ranks import local_device
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move the tensors of a batch to ``device``, in tuples, lists, dicts, and objects that have ``to``."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=device.type == "cuda")  # elsewhere unfinished copies could be read
@@ -22,7 +23,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch.to(device) if hasattr(batch, "to") else batch
 
 
-def move(batch: Any, device: torch.device) -> Any:
+def move(batch: Batch, device: torch.device) -> Batch:
     """Return the batch on ``device``; on the CPU, where loaders put batches, unchanged."""
     return batch if device.type == "cpu" else to_device(batch, device)
 

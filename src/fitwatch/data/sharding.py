@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from fitwatch import ranks
+from fitwatch.aliases import Batch
 from fitwatch.data.batches import length, sampler_of
 
 ABSENT: Final = object()
@@ -79,10 +80,12 @@ def split(loader: Iterable[object]) -> Iterable[object]:
     return _known[loader]
 
 
-def split_length(loader: Iterable[object]) -> int | None:
-    """Return the largest number of batches that `split` gives a rank, without communication; None if unknown."""
+def steps_per_epoch(loader: Iterable[object], accumulate: int) -> int | None:
+    """Return how many steps an epoch has on the rank with most batches, without communication; None if unknown."""
     batches = length(loader)
-    return batches if batches is None or gives_part(loader) else -(-batches // ranks.size())
+    if batches is not None and not gives_part(loader):
+        batches = -(-batches // ranks.size())
+    return None if batches is None else -(-batches // accumulate)
 
 
 def gives_part(loader: object) -> bool:
@@ -136,7 +139,7 @@ class _EveryNth(Sampler[Any]):
     def __init__(self, source: Iterable[object]) -> None:
         self._source = source
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         order = ranks.from_main(None if ranks.rank() else list(self._source))
         assert order is not None
         yield from order[ranks.rank() :: ranks.size()]
@@ -151,7 +154,7 @@ class _WithoutPadding(Sampler[Any]):
     def __init__(self, source: DistributedSampler[object]) -> None:
         self._source = source
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return islice(iter(self._source), len(self))
 
     def __len__(self) -> int:

@@ -62,7 +62,7 @@ def _reduced(losses: Tensor, divisor: float | None) -> Tensor:
 
 class _RealWorldLosses(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917 - apply takes no names
+    def forward(
         ctx: Any, logits: Tensor, target: Tensor, fn_cost: Tensor, fp_cost: Tensor, divisor: float | None
     ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]

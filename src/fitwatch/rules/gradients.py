@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from attrs import define, field, frozen
 
+from fitwatch.aliases import StateDict
 from fitwatch.options import Option, integer, number
 from fitwatch.rules.layer_status import MIN_NORMS, LayerGradient, LayerHistory, typical_norms
 from fitwatch.rules.norms import ClipAdvice, LogHistogram
-from fitwatch.rules.stateful import StateDict, Stateful
+from fitwatch.rules.stateful import Stateful
 
 __all__ = ["GradientFinding", "GradientRule", "LayerGradient"]
 

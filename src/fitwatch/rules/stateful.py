@@ -1,11 +1,10 @@
 """State for checkpoints, common to all rules."""
 
 from enum import Enum
-from typing import Any
 
 from attrs import define, evolve, fields
 
-StateDict = dict[str, Any]
+from fitwatch.aliases import StateDict
 
 
 @define

@@ -3,11 +3,12 @@
 import math
 from abc import ABC, abstractmethod
 from enum import Enum
-from typing import Any, Literal
+from typing import Literal
 
 from attrs import converters, define, field, fields, frozen
 from torch import Tensor
 
+from fitwatch.aliases import StateDict
 from fitwatch.rules.paired import influences
 from fitwatch.rules.stateful import Stateful
 
@@ -101,7 +102,7 @@ class StoppingRule(Stateful, ABC):
         self.reason, self.sentence = (None, None) if decision is None or warm_up else decision
         return self.reason is not None
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> StateDict:
         """Return the options of the rule by name."""
         return {a.name: getattr(self, a.name) for a in fields(type(self)) if a.init}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import Attribute, asdict, define, field
 
+from fitwatch.aliases import StateDict
 from fitwatch.callback import Callback
 from fitwatch.options import instance
 from fitwatch.records import Record
@@ -168,7 +169,7 @@ class TensorBoard(Callback):
         name = self.run_dir.name if self.run_dir is not None else self.name
         return page.link(port, None if compare else name, self._metrics)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the run's folder, the state of its curves, and the counts of the best evaluation."""
         return {
             "run_dir": None if self.run_dir is None else str(self.run_dir),
@@ -176,7 +177,7 @@ class TensorBoard(Callback):
             "best_counts": None if self._best_counts is None else asdict(self._best_counts),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore what `state_dict` returned; a folder that no longer exists is ignored."""
         folder, counts = state_dict["run_dir"], state_dict["best_counts"]
         self.run_dir = Path(folder) if folder is not None and Path(folder).is_dir() else None

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from attrs import asdict, define
 
-from fitwatch.data.sharding import split_length
+from fitwatch.aliases import StateDict
+from fitwatch.data.sharding import steps_per_epoch
 from fitwatch.state import State
 
 LIMIT = 1000
@@ -95,11 +95,11 @@ class Thinner:
             if curve.count:
                 yield tag, curve.point()
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
+    def state_dict(self) -> dict[str, StateDict]:
         """Return the state of every curve."""
         return {tag: asdict(curve) for tag, curve in self._curves.items()}
 
-    def load_state_dict(self, state_dict: dict[str, dict[str, Any]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, StateDict]) -> None:
         """Restore what `state_dict` returned."""
         self._curves = {tag: _Curve(**curve) for tag, curve in state_dict.items()}
 
@@ -110,9 +110,9 @@ def horizon(state: State) -> int:
     if state.plan.max_steps is not None:
         ends.append(p.first_step + state.plan.max_steps)
     if state.plan.epochs is not None:
-        batches, done = split_length(state.train_loader), p.epoch - p.first_epoch
+        done, steps = p.epoch - p.first_epoch, steps_per_epoch(state.train_loader, state.plan.accumulate)
         if done:
-            ends.append(p.first_step + state.plan.epochs * (p.step - p.epoch_step - p.first_step) // done)
-        elif batches and p.epoch_batch:  # several batches may make a step
-            ends.append(p.first_step + state.plan.epochs * batches * p.epoch_step // p.epoch_batch)
+            steps = (p.step - p.epoch_step - p.first_step) // done
+        if steps:
+            ends.append(p.first_step + state.plan.epochs * steps)
     return min(ends, default=4 * p.step)

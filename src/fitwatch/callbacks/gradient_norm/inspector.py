@@ -2,10 +2,10 @@
 
 import re
 from functools import partial
-from typing import Any
 
 from attrs import Attribute, define, field
 
+from fitwatch.aliases import StateDict
 from fitwatch.callback import Callback
 from fitwatch.callbacks.gradient_norm.layers import Layers, group
 from fitwatch.callbacks.gradient_norm.reading import Place, Reading
@@ -122,11 +122,11 @@ class GradientNorm(Callback):
         if self._reading is not None:
             self._reading.end_step(state.total_norm)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state of the rule and the layers drawn."""
         return {"rule": self.rule.state_dict(), **self._report.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore what `state_dict` returned."""
         self.rule.load_state_dict(state_dict["rule"])
         self._report.load_state_dict(state_dict)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from attrs import asdict, define, evolve, field
 from torch import Tensor
 
-from fitwatch.callback import Callback, StateDict
+from fitwatch.aliases import StateDict
+from fitwatch.callback import Callback
 from fitwatch.callbacks.best_weights import BestWeights
 from fitwatch.callbacks.overfitting_detector.probe import TrainProbe
 from fitwatch.callbacks.overfitting_detector.remedies import card

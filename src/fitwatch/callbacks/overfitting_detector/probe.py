@@ -1,7 +1,7 @@
 """A fixed part of the training set, measured as the validation set is."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from fitwatch import ranks
+from fitwatch.aliases import Batch, Loader
 from fitwatch.data import batches
 from fitwatch.rng import rng_state, set_rng_state
 from fitwatch.state import State
@@ -41,8 +42,8 @@ class TrainProbe:
         self.wanted, self.examples = examples, 0
         self.reason: str | None = None
         self.collects = False
-        self._batches: Iterable[Any] | None = None
-        self._first: list[Any] = []
+        self._batches: Loader | None = None
+        self._first: list[Batch] = []
         self._collected = 0
 
     def start(self, state: State) -> None:
@@ -55,7 +56,7 @@ class TrainProbe:
         indexed = _is_indexed(loader) or isinstance(loader, Sequence)
         self.collects = self.reason is None and not indexed
 
-    def collect(self, batch: Any) -> None:
+    def collect(self, batch: Batch) -> None:
         """Keep a copy of a training batch, until there are enough."""
         if batch is None:
             self.collects, self.reason = False, "the loop does not take its batches from watch.train()"
@@ -94,7 +95,7 @@ class TrainProbe:
         finally:
             set_rng_state(saved)
 
-    def _choose(self, state: State, wanted: int) -> Iterable[Any]:
+    def _choose(self, state: State, wanted: int) -> Loader:
         loader, generator = state.train_loader, torch.Generator().manual_seed(_SEED)
         if _is_indexed(loader):
             indices = _indices(loader)
@@ -115,7 +116,7 @@ class TrainProbe:
             candidates = [loader[i] for i in torch.randperm(len(loader), generator=generator).tolist()]
         else:  # each rank has its own
             candidates, wanted = self._first, max(1, wanted // ranks.size())
-        kept: list[Any] = []
+        kept: list[Batch] = []
         for batch in candidates:
             size = batches.batch_size(batch)
             if kept and self.examples + size > wanted:
