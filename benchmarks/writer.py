@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import fitwatch as fw
+from fitwatch.progress import Plan
 
 
 def windows(count, scalars):
@@ -30,14 +31,14 @@ def ours(records):
     """Microseconds a scalar, of each window."""
     model = nn.Linear(1, 1)
     state = fw.State(model=model, optimizer=torch.optim.SGD(model.parameters()), loss=fw.CrossEntropy())
-    state.max_steps = 50 * len(records)
+    state.plan = Plan(max_steps=50 * len(records))
     with tempfile.TemporaryDirectory() as folder:
         page = fw.TensorBoard(folder, show_link=False)
         page.on_fit_start(state)
         page.on_epoch_start(state)
         times = []
         for window in records:
-            state.records, state.progress.step = window, window[0].step
+            state.log.records, state.progress.step = window, window[0].step
             start = time.thread_time()
             page.on_log(state)
             times.append((time.thread_time() - start) / len(window) * 1e6)
