@@ -1,6 +1,6 @@
-"""Makes the pictures of the TensorBoard page: trains on the hypothyroid data, serves the runs, and takes screenshots.
+"""Creates the screenshots of the TensorBoard page: trains on the hypothyroid data and serves the runs.
 
-Run it from anywhere with the project's Python; it needs playwright and Chromium, as the browser tests do.
+Run it from anywhere with the project's Python. It needs playwright and Chromium, like the browser tests.
 """
 
 import sys
@@ -25,18 +25,18 @@ from tests.test_browser import CHROMIUM, FLAGS  # noqa: E402
 
 
 def recall(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The share of the ill that were found."""
+    """Share of ill patients that are found."""
     return (outputs.argmax(1) == 1)[targets == 1].double().mean()
 
 
 def precision(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The share of the ill among those called ill."""
+    """Share of ill patients among those predicted to be ill."""
     found = outputs.argmax(1) == 1
     return (targets[found] == 1).double().sum() / found.sum().clamp_min(1)
 
 
 def train(folder: Path, name: str, *, lr: float = 3e-4, dropout: float = 0.0, width: int = 64) -> fw.TensorBoard:
-    """A network that is too large for its data, until early stopping ends it."""
+    """Train a network that is too large for its data until early stopping ends it."""
     torch.manual_seed(0)
     train_set, val_set, _ = hypothyroid.load()
     layers = [nn.Linear(25, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU()]
@@ -62,7 +62,7 @@ def train(folder: Path, name: str, *, lr: float = 3e-4, dropout: float = 0.0, wi
 
 
 def shoot(browser: Browser, address: str, wait_for: str, path: Path, height: int = 1000) -> None:
-    """One screenshot, taken when the last of its charts has its line."""
+    """Take a screenshot of ``address`` once ``wait_for`` is attached."""
     page = browser.new_page(viewport={"width": 1600, "height": height})
     page.goto(address)
     expect(page.locator(wait_for).first).to_be_attached(timeout=20_000)
@@ -75,9 +75,9 @@ def shoot(browser: Browser, address: str, wait_for: str, path: Path, height: int
 
 
 def main() -> None:
-    """Train, serve, and write the pictures."""
+    """Train, serve, and write the screenshots."""
     IMAGES.mkdir(exist_ok=True)
-    # The page shows the folder's name as it is given.
+    # The page shows the folder's name as given.
     with tempfile.TemporaryDirectory() as folder, chdir(folder), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         run = train(Path("runs"), "hypothyroid")

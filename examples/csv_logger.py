@@ -1,4 +1,4 @@
-"""A logger of one's own: every number that is logged goes to a CSV file, one row each."""
+"""A custom logger: writes every logged number to a CSV file, one row each."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A loss of one's own: a module or a function that returns a scalar counts as the mean over the batch."""
+"""A custom loss: any module or function that returns a scalar counts as the mean over the batch."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ import fitwatch as fw
 
 
 class CustomMSELoss(nn.Module):
-    """Squared error in which being too low costs three times as much as being too high."""
+    """Squared error in which predicting too low costs three times as much as predicting too high."""
 
     def forward(self, output, target):
         error = output - target
@@ -26,4 +26,4 @@ trainer = fw.Trainer(
 )
 result = trainer.fit(train, val, epochs=50)
 print(f"best validation loss {result.best.metrics['val/loss']:.4f} in epoch {result.best.epoch}")
-print(f"mean error {(model(x[400:]) - y[400:]).mean().item():+.3f}: above zero, since too low costs more")
+print(f"mean error {(model(x[400:]) - y[400:]).mean().item():+.3f}: above 0, since predicting too low costs more")

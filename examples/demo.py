@@ -1,7 +1,7 @@
-"""Three losses on one real, imbalanced data set whose mistakes differ in cost, side by side.
+"""Compares three losses on a real, imbalanced data set whose mistakes differ in cost.
 
-Prints a table, the verdict of each run, and how to look at them in TensorBoard. The validation set chooses the epoch;
-recall and cost are measured on a test set that no run has seen.
+Prints a table, the verdict of each run, and the links to TensorBoard. The validation set selects the epoch; recall and
+cost are measured on a test set that no run has seen.
 """
 
 import hypothyroid
@@ -17,7 +17,7 @@ COSTS = fw.CostMatrix(MISSED, FALSE_ALARM, classes=CLASSES)
 
 
 def train(name, loss, *callbacks):
-    """One run; its result, its outputs on the test set, and its page."""
+    """Train once; return the result, the outputs on the test set, and the TensorBoard callback."""
     torch.manual_seed(1)
     page = fw.TensorBoard("runs", name=name, show_link=False)
     model = nn.Sequential(nn.Linear(25, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -51,7 +51,7 @@ def row(name, result, predicted):
     counts = fw.losses.confusion_matrix(predicted, targets, 2)
     recalls = (counts.diag() / counts.sum(1)).tolist()
     cost = COSTS.per_example(predicted, targets).mean().item()
-    stopped = "patience" if result.stop_reason else "ran its course"
+    stopped = "patience" if result.stop_reason else "all epochs"
     onset = f"overfits since epoch {result.verdict.onset}" if result.verdict.overfitting else result.verdict.status
     best = result.best.metrics
     loss, left = f"{best['val/loss']:.3f}", f"{best['val/loss_left']:.0%}"
@@ -80,10 +80,10 @@ def main():
     print()
     for line in [head, ["-" * w for w in widths], *rows]:
         print("  ".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)).rstrip())
-    print("\nval loss is each run's own loss: its scale differs with the weights. left: of the loss of the best")
+    print("\nval loss: its scale depends on the weights of the run. left: as a share of the loss of the best")
     print("constant prediction. cost: per patient of the test set;", end=" ")
     answer, constant = COSTS.cheapest_constant(fw.data.count_classes(test_set))
-    print(f"calling all of them {CLASSES[answer]} costs {constant:.3f}.")
+    print(f"predicting {CLASSES[answer]} for all of them costs {constant:.3f}.")
     print("Epochs count from 0. Verdicts at the end of each run:")
     for name, result in (("cross-entropy", plain), ("class weights", weighted), ("real-world costs", real)):
         print(f"{name}: {result.verdict.evidence}")

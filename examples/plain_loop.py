@@ -1,4 +1,4 @@
-"""The same training without the Trainer: a loop written by hand, with a Watch."""
+"""The training of quickstart.py in a hand-written loop, with a Watch instead of the Trainer."""
 
 import hypothyroid
 import torch

@@ -1,4 +1,4 @@
-"""Class weights, gradient norms, overfitting, early stopping with restore, TensorBoard: in eleven lines."""
+"""Class weights, gradient norms, overfitting, early stopping with restored weights and TensorBoard, in eleven lines."""
 
 import hypothyroid
 import torch

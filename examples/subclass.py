@@ -1,4 +1,4 @@
-"""An own training step (noise on the inputs) over dict batches, and an own callback."""
+"""A custom training step (noise on the inputs) with dict batches, and a custom callback."""
 
 import hypothyroid
 import torch
@@ -9,11 +9,11 @@ import fitwatch as fw
 
 
 class Records(Dataset):
-    """Batches of this data set are dicts, not (input, target) tuples."""
+    """A data set with dict batches instead of (input, target) tuples."""
 
     def __init__(self, tensors):
         self.x, self.y = tensors
-        self.labels = self.y  # lets class weights be counted without a pass over the data
+        self.labels = self.y  # lets WeightedLoss count the classes without a pass over the data
 
     def __len__(self):
         return len(self.x)
@@ -23,7 +23,7 @@ class Records(Dataset):
 
 
 class NoisyTrainer(fw.Trainer):
-    """Adds noise to the inputs while training."""
+    """Adds noise to the inputs during training."""
 
     def training_step(self, batch):
         x = batch["features"]
@@ -39,13 +39,12 @@ class PrintEpoch(fw.Callback):
     """Prints a line after each validation."""
 
     def on_validation_end(self, state):
-        print(
-            f"epoch {state.metrics['epoch']}: " + ", ".join(f"{k} {state.metrics[k]:.3f}" for k in sorted(state.names))
-        )
+        figures = ", ".join(f"{name} {state.metrics[name]:.3f}" for name in sorted(state.history.names))
+        print(f"epoch {state.metrics['epoch']}: {figures}")
 
 
 def recall(outputs, targets):
-    """Share of the cases that are found."""
+    """Share of cases that are found."""
     return (outputs.argmax(1)[targets == 1] == 1).float().mean()
 
 
