@@ -120,7 +120,7 @@ def apply(loss: AnyLoss, output: object, target: object, sample_weight: object =
     if sums is None:
         raise TypeError(
             f"the batch has a sample_weight, which {getattr(loss, '__name__', type(loss).__name__)} cannot take, "
-            "since it returns a mean: use a loss of fitwatch, or derive one from fitwatch.Loss"
+            "since it returns a mean: use a loss of fitwatch, or derive one from fitwatch.losses.Loss"
         )
     weighted: LossSum = sums(output, target, sample_weight)
     return weighted
