@@ -10,25 +10,27 @@ import fitwatch as fw
 
 
 class CsvLog(fw.Callback):
-    """Writes rows of step, name and value; a fit that goes on, or is resumed, goes on in the same file."""
+    """Writes rows of step, name and value; a later or resumed fit appends to the same file."""
+
+    main_only = True  # of several ranks, only rank 0 writes
 
     def __init__(self, path):
         self.path, self.file = Path(path), None
 
     def on_fit_start(self, state):
-        goes_on = state.progress.step > 0 and self.path.exists()
-        self.file = self.path.open("a" if goes_on else "w", newline="")
+        append = state.progress.step > 0 and self.path.exists()
+        self.file = self.path.open("a" if append else "w", newline="")
         self.rows = csv.writer(self.file)
-        if not goes_on:
+        if not append:
             self.rows.writerow(["step", "name", "value"])
 
     def on_log(self, state):
         numbers = [record for record in state.records if isinstance(record.value, float)]
         self.rows.writerows([record.step, record.name, record.value] for record in numbers)
-        self.file.flush()  # what is written survives the death of the process
+        self.file.flush()  # so that written rows survive a crash
 
     def on_fit_end(self, state):
-        if self.file is not None:  # on_fit_end comes even if on_fit_start failed
+        if self.file is not None:  # on_fit_end runs even if on_fit_start failed
             self.file.close()
 
 

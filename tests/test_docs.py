@@ -79,19 +79,38 @@ def test_the_hooks_page_has_the_loop_of_the_docstring():
     assert f"```text\n{textwrap.dedent(block)}\n```\n" in (ROOT / "docs/hooks.md").read_text()
 
 
+def names_of(module):
+    """The public names of a sub-package; without an __all__ these are the classes that it defines."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return getattr(module, "__all__", own)
+
+
 def test_the_reference_has_every_public_name():
-    """Each name of fitwatch.__all__ is on the reference page, once, and no other name is."""
-    documented = re.findall(r"^::: fitwatch\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
-    assert sorted(fw.__all__) == sorted(documented)
+    """Each public name of fitwatch and of its public sub-packages is on the reference page, once, and no other is."""
+    documented = re.findall(r"^::: fitwatch\.([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    modules = {name: getattr(fw, name) for name in fw.__all__ if inspect.ismodule(getattr(fw, name))}
+    top = set(fw.__all__) - modules.keys() - {"__version__"}
+    below = [f"{name}.{inner}" for name, module in modules.items() for inner in set(names_of(module)) - top]
+    assert modules.keys() == {"data", "losses", "records", "rules"}
+    assert sorted([*top, *below]) == sorted(documented)
 
 
 def test_the_state_table_has_every_attribute():
-    """The table of State's attributes on the hooks page names those that the class has."""
+    """The table on the hooks page names the attributes and properties of State, each once, and no others."""
     text = (ROOT / "docs/hooks.md").read_text()
     table = text.split("\n## What the state holds\n", 1)[1].split("\n## ", 1)[0]
     documented = re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in table.splitlines() if row[:2] == "| "))
     attributes = [a.name for a in fw.State.__attrs_attrs__ if not a.name.startswith("_")]
-    assert sorted([*attributes, "best"]) == sorted(documented)
+    properties = [name for name, value in vars(fw.State).items() if isinstance(value, property)]
+    assert sorted([*attributes, *properties]) == sorted(documented)
+
+
+def test_the_hooks_page_lists_the_calls_on_the_state():
+    """The table of what a callback may call has every public method of State, and log and log.defer."""
+    text = (ROOT / "docs/hooks.md").read_text()
+    table = text.split("\n## What a callback may do\n", 1)[1].split("\nA callback may also", 1)[0]
+    methods = [name for name, value in vars(fw.State).items() if inspect.isfunction(value) and name[0] != "_"]
+    assert sorted([*methods, "log", "log.defer"]) == sorted(re.findall(r"^\| `state\.([\w.]+)\(", table, re.MULTILINE))
 
 
 def test_the_page_on_callbacks_has_the_logger_of_the_example():
