@@ -2,6 +2,8 @@
 
 from attrs import field, frozen
 
+__all__ = ["Histogram", "Image", "Marker", "Record"]
+
 
 @frozen
 class Marker:

@@ -34,7 +34,7 @@ from fitwatch.validator import ValidationStep, Validator
 class Watch:
     """Gives a training loop everything but the loop: exact weighted losses, hooks, logging, validation and the stop.
 
-    `Trainer.fit` runs on it, and so can any loop of your own::
+    `Trainer.fit` runs on it, and so can a hand-written loop::
 
         with fw.Watch(model, optimizer, callbacks, train_loader=train, val_loader=val) as watch:
             for epoch in watch.epochs(20):
