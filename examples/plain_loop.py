@@ -30,5 +30,6 @@ with fw.Watch(model, optimizer, callbacks, train_loader=train_loader, val_loader
         with watch.validating():
             for x, y in val_loader:
                 watch.loss(model(x), y)
-        print(f"epoch {epoch + 1}: validation loss {watch.state.metrics['val/loss']:.4f}")
+        if watch.evaluated:  # not if the weights are NaN
+            print(f"epoch {epoch + 1}: validation loss {watch.state.metrics['val/loss']:.4f}")
 print(watch.result.best, watch.result.stop_reason, watch.result.verdict.evidence, sep="\n")

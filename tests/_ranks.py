@@ -413,9 +413,26 @@ def ruined(folder):
     return {"reason": result.stop_reason}
 
 
+def unstarted(_):
+    """Fit before anything has joined the ranks, as a script does that torchrun started."""
+
+    class Main(fw.Callback):
+        main_only = True
+
+        def on_epoch_start(self, state):
+            seen.append(state.progress.epoch)
+
+    seen = []
+    x, y = examples()
+    model = network()
+    fw.Trainer(model, sgd(model), callbacks=[Main()], device="cpu").fit([(x, y)] * 4, epochs=2)
+    return {"seen": seen}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    ranks.start(torch.device("cpu"))
+    if sys.argv[2] != "unstarted":
+        ranks.start(torch.device("cpu"))
     for scenario in sys.argv[2:]:
         result = globals()[scenario](Path(sys.argv[1]))
         torch.save(result, Path(sys.argv[1]) / f"{scenario}-{ranks.rank()}.pt")

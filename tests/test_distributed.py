@@ -246,6 +246,14 @@ def test_a_shuffled_loader_is_dealt_out(ran):
     assert first[0] != first[1] != first[2]
 
 
+def test_main_only_holds_where_the_fit_itself_joins_the_ranks(tmp_path):
+    """A main_only callback runs on rank 0 alone, also if the rank was unknown when the Trainer was built."""
+    processes = launch(tmp_path, ["unstarted"])
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert [torch.load(tmp_path / f"unstarted-{rank}.pt")["seen"] for rank in range(2)] == [[0, 1], []]
+
+
 def test_an_error_on_one_rank_ends_all(tmp_path):
     """After one process raises, both exit with an error within 30 seconds."""
     processes = launch(tmp_path, ["fails"])

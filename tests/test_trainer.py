@@ -685,3 +685,23 @@ def test_weights_that_the_last_step_ruined_are_not_measured(model, data):
     result = trainer_of(model, callbacks=Spoil()).fit([(x, y)], [(x, y)], epochs=3)
     assert result.stop_reason == "the model has non-finite weights at step 1 (0.weight is the first)"
     assert result.history == []
+
+
+def test_an_empty_loader_without_a_length_is_not_validated(model):
+    """A loader that turns out to be empty raises before any validation."""
+
+    class Empty:
+        def __iter__(self):
+            return iter([])
+
+    seen = []
+
+    class Seen(fw.Callback):
+        def on_validation_start(self, state):
+            seen.append(state.progress.step)
+
+    trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=Seen())
+    val = [(torch.zeros(2, 4, dtype=torch.float64), torch.tensor([0, 1]))]
+    with pytest.raises(ValueError, match="train_loader gave no batch in epoch 0"):
+        trainer.fit(Empty(), val, epochs=1)
+    assert seen == []

@@ -1,5 +1,7 @@
 """A hand-written loop with a Watch: the same figures as the Trainer, and an error for each missing call."""
 
+import contextlib
+import itertools
 import logging
 
 import pytest
@@ -333,6 +335,78 @@ def divided():
             (watch.loss(model(x), y) / 2).backward()
 
 
+def without_backward_in_a_window():
+    watch, model, _, ((x, y), _) = small(accumulate=2)
+    with watch:
+        for _ in watch.epochs(1):
+            watch.loss(model(x), y)
+            watch.loss(model(x), y).backward()
+
+
+def two_heads():
+    watch, model, _, ((x, y), _) = small(accumulate=2)
+    with watch:
+        for _ in watch.epochs(1):
+            (watch.loss(model(x), y) + watch.loss(2 * model(x), y)).backward()
+
+
+def stepped_twice():
+    watch, model, optimizer, ((x, y), _) = small()
+    with watch:
+        for _ in watch.epochs(1):
+            watch.loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.step()
+
+
+def skipped_without_before_step():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    watch, model, optimizer, ((x, y), _) = small(scaler=scaler)
+    with watch:
+        for _ in watch.epochs(1):
+            for _ in range(2):
+                scaler.scale(watch.loss(model(x) * 1e30, y)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+
+def divided_and_scaled():
+    scaler = torch.amp.GradScaler("cpu")
+    watch, model, _, ((x, y), _) = small(accumulate=2, scaler=scaler)
+    with watch:
+        for _ in watch.epochs(1):
+            scaler.scale(watch.loss(model(x), y) / 2).backward()
+
+
+def without_val_loader():
+    model = nn.Linear(3, 2)
+    with fw.Watch(model, torch.optim.SGD(model.parameters(), 0.1), train_loader=[1]) as watch, watch.validating():
+        pass
+
+
+def without_train_loader():
+    model = nn.Linear(3, 2)
+    with fw.Watch(model, torch.optim.SGD(model.parameters(), 0.1)) as watch:
+        for _ in watch.epochs(1):
+            list(watch.train())
+
+
+def after_an_exception():
+    watch, model, _, ((x, y), _) = small()
+    with contextlib.suppress(KeyError), watch:
+        for _ in watch.epochs(1):
+            raise KeyError
+    watch.loss(model(x), y)
+
+
+def an_unknown_metric_before_a_validation():
+    model = nn.Linear(3, 2)
+    loader = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with fw.Watch(model, optimizer, fw.EarlyStopping("val/lost"), train_loader=loader, val_loader=loader) as watch:
+        watch.validate()
+
+
 def nested():
     watch, _, _, _ = small()
     with watch:
@@ -364,6 +438,18 @@ def entered_twice():
         (without_before_step, r"call watch\.before_step\(\) before scaler\.step"),
         (without_optimizer_step, r"optimizer\.step\(\) was not called after watch\.before_step\(\)"),
         (divided, r"multiplied by 0\.5 before backward\(\)"),
+        (divided_and_scaled, r"multiplied by 0\.5 before backward\(\)"),
+        (without_backward_in_a_window, r"call backward\(\) on what watch\.loss.*before the next batch"),
+        (two_heads, r"watch\.backward\(watch\.sums\(\.\.\.\) \+ other_loss\)"),
+        (stepped_twice, r"optimizer\.step\(\) was called twice"),
+        (skipped_without_before_step, r"watch\.before_step\(\) or scaler\.step\(optimizer\) was not called"),
+        (without_val_loader, "validating.. needs the val_loader of the Watch"),
+        (without_train_loader, "train.. needs the train_loader of the Watch"),
+        (after_an_exception, r"with Watch\(\.\.\.\) as watch"),
+        (
+            an_unknown_metric_before_a_validation,
+            "EarlyStopping monitors 'val/lost'.*it will measure train/loss, val/loss",
+        ),
         (nested, "a validation is running"),
         (entered_twice, "entered only once"),
     ],
@@ -561,3 +647,107 @@ def test_the_hooks_of_a_hand_written_loop_follow_the_documented_loop(options):
                     for x, y in loader[:2]:
                         watch.loss(model(x), y)
     assert documented(**options) == trace
+
+
+def test_max_steps_shows_at_once_in_a_loop_over_the_loader():
+    """watch.stops counts the step that the optimizer has just made, so no step too many is made."""
+    watch, model, optimizer, loader = small(max_steps=3)
+    with watch:
+        for _ in watch.epochs(9):
+            for x, y in loader:
+                watch.loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if watch.stops:
+                    break
+    assert (watch.state.progress.step, watch.state.progress.epoch) == (3, 1)
+
+
+@pytest.mark.parametrize("own_iteration", [False, True])
+def test_an_epoch_may_use_a_part_of_the_batches(own_iteration):
+    """A loop that takes some batches of each epoch and goes on has completed its epochs."""
+    watch, model, optimizer, loader = small()
+    with watch:
+        for _ in watch.epochs(3):
+            for x, y in itertools.islice(loader if own_iteration else watch.train(), 1):
+                watch.loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert (watch.state.progress.step, watch.state.progress.epoch) == (3, 3)
+
+
+def test_a_second_loop_over_epochs_goes_on_after_a_break():
+    """An epoch that was left by break gets its on_epoch_end before the next loop starts."""
+    trace = []
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loader = [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))]
+    with fw.Watch(model, optimizer, Tracer(trace), train_loader=loader) as watch:
+        for wanted in (2, 3):
+            for _ in watch.epochs(wanted):
+                for x, y in watch.train():
+                    watch.loss(model(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if wanted == 2:
+                    break
+    assert trace.count("on_epoch_start") == trace.count("on_epoch_end") == 3
+    assert watch.state.progress.epoch == 3
+
+
+def test_a_loss_besides_may_come_first():
+    """A penalty that went backward before watch.loss is no forgotten zero_grad."""
+    watch, model, optimizer, loader = small()
+    with watch:
+        for _ in watch.epochs(2):
+            for x, y in loader:
+                output = model(x)
+                (0.01 * output.square().sum()).backward(retain_graph=True)
+                watch.loss(output, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert watch.state.progress.step == 4
+
+
+def test_the_last_window_is_due_in_a_loop_over_the_loader():
+    """step_due is True at the last batch of a loader with a certain length, also if the loop iterates over it itself."""
+    watch, model, optimizer, loader = small(accumulate=5)
+    with watch:
+        for _ in watch.epochs(2):
+            for x, y in loader:
+                watch.loss(model(x), y).backward()
+                if watch.step_due:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    assert watch.state.progress.step == 2
+
+
+def test_a_stop_before_the_first_batch_is_no_empty_loader():
+    """A stop requested in on_epoch_start ends a loop that asks for it, without an error."""
+
+    class Stop(fw.Callback):
+        def on_epoch_start(self, state):
+            state.request_stop("enough")
+
+    watch, model, _, loader = small(callbacks=[Stop()])
+    with watch:
+        for _ in watch.epochs(2):
+            for x, y in loader:
+                if watch.stops:
+                    break
+                watch.loss(model(x), y).backward()
+    assert (watch.state.progress.epoch, watch.result.stop_reason) == (0, "enough")
+
+
+def test_a_validation_before_training_warns_of_nothing(caplog):
+    """Without training since the last evaluation there is no training loss to warn of, and a later NaN is still told."""
+    watch, model, optimizer, ((x, y), _) = small()
+    with caplog.at_level(logging.WARNING, "fitwatch"), watch:
+        watch.validate()
+        assert caplog.records == []
+        for _ in watch.epochs(1):
+            watch.loss(model(x) * torch.nan, y).backward()
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.step()
+            watch.validate()
+    assert any("train/loss is nan" in record.message for record in caplog.records)

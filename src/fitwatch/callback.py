@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from fitwatch import ranks
-from fitwatch.aliases import Loader, StateDict
+from fitwatch.aliases import StateDict
 from fitwatch.state import State
 
 HOOKS = (
@@ -129,17 +129,19 @@ class Callbacks(Callback):
 
     def __init__(self, callbacks: Iterable[Callback] | Callback = ()) -> None:
         self.callbacks: list[Callback] = []
-        given: Loader = callbacks if isinstance(callbacks, Iterable) else [callbacks]
+        given: Iterable[object] = callbacks if isinstance(callbacks, Iterable) else [callbacks]
         for c in given:
             if not isinstance(c, Callback):
                 hint = f" (write {c.__name__}())" if isinstance(c, type) else ""
                 raise TypeError(f"callbacks must hold Callback instances, got {c!r}{hint}")
             self.callbacks += c.callbacks if isinstance(c, Callbacks) else [c]
+        self._hooks = self._bound()
+
+    def _bound(self) -> dict[str, list[Callable[[State], None]]]:
+        """The methods to call for each hook on this rank, in order."""
         called = [c for c in self.callbacks if not (c.main_only and ranks.rank())]
         called.sort(key=lambda c: c.runs_last)
-        self._hooks: dict[str, list[Callable[[State], None]]] = {
-            name: [getattr(c, name) for c in called if _overrides(c, name)] for name in HOOKS
-        }
+        return {name: [getattr(c, name) for c in called if _overrides(c, name)] for name in HOOKS}
 
     def _run(self, name: str, state: State) -> None:
         method = None
@@ -151,6 +153,7 @@ class Callbacks(Callback):
             raise
 
     def on_fit_start(self, state: State) -> None:  # noqa: D102
+        self._hooks = self._bound()  # the rank is known only now
         self._run("on_fit_start", state)
 
     def on_epoch_start(self, state: State) -> None:  # noqa: D102

@@ -75,6 +75,8 @@ class Loop:
     def _epoch_validates(self) -> bool:
         """Whether a validation closes the epoch: unless this step has been validated, or a callback wants to stop."""
         watch, state = self._watch, self._watch.state
+        if not state.progress.epoch_batch:  # an empty loader, which the end of the epoch refuses
+            return False
         if state.val_loader is None:  # the training loss alone is recorded, after each epoch
             return True
         if state.stop_reason is not None or watch.evaluated:

@@ -62,10 +62,12 @@ class Recorder:
     def add_evaluation(self, values: Mapping[str, float]) -> None:
         """Add an entry to the history: ``values`` beside the training loss since the last entry."""
         state, progress = self._state, self._state.progress
+        trained = progress.step > state.history.newest.get("step", progress.first_step)
         loss = state.train_loss.close_evaluation()
         state.history.entries.append({"epoch": progress.epoch, "step": progress.step, "train/loss": loss, **values})
         self._unlogged = True
-        self._warn("train/loss", None)
+        if trained:  # else there is none
+            self._warn("train/loss", None)
         self._warn("val/loss", state.validation.bad_batch)
 
     def close_window(self) -> None:

@@ -1,6 +1,6 @@
 """The gradient of a step: sums over micro-batches and ranks, divided once by the weight of everything in them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ class StepGradient:
 
     Attributes:
         weights: sum(w) of each micro-batch of the current step so far.
+        awaits_backward: Whether ``backward()`` has not reached the last `scalar`; watched under accumulation only.
     """
 
     def __init__(self, optimizer: Optimizer, accumulate: int, scaler: torch.amp.GradScaler | None) -> None:
@@ -30,6 +31,8 @@ class StepGradient:
         self.weights: list[Tensor | float] = []
         self._single = accumulate == 1 and ranks.size() == 1
         self._guess: Tensor | float | None = None  # of the weight of a step, where fp16 needs one
+        self.awaits_backward = False
+        self._scale_checked = False
 
     def backward(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> None:
         """Add the gradient of a micro-batch: ``loss`` is its sum(w l), or already its mean over the weight."""
@@ -47,8 +50,22 @@ class StepGradient:
         if self._single:
             return loss if factor is None else loss * factor
         mean = loss.detach() if is_mean else loss.detach() * inverse(weight, loss)
-        scaled: Tensor = _ScaledGradient.apply(loss, mean, factor, self.scaler is None)  # type: ignore[no-untyped-call] # torch's
+        self.awaits_backward = True
+        scaled: Tensor = _ScaledGradient.apply(loss, mean, factor, self._reached)  # type: ignore[no-untyped-call] # torch's
         return scaled
+
+    def _reached(self, gradient: Tensor) -> None:
+        """The backward pass has reached a `scalar`, with this gradient."""
+        self.awaits_backward = False
+        if not self._scale_checked:  # once an epoch: it waits for the device
+            self._scale_checked = True
+            expected = 1.0 if self.scaler is None else self.scaler.get_scale()
+            if gradient.item() != expected:
+                raise RuntimeError(
+                    f"the loss of watch.loss(...) was multiplied by {gradient.item() / expected:g} before backward(): "
+                    "with accumulate above 1 call backward() on it directly, since the gradients are divided once, "
+                    "before the step"
+                )
 
     def skip(self) -> None:
         """Count a micro-batch that only other ranks have."""
@@ -103,21 +120,23 @@ class StepGradient:
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """A given value, with the gradient of ``loss`` times ``factor``."""
+    """A given value, with the gradient of ``loss`` times ``factor``; the backward pass calls ``reached``."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, value: Tensor, factor: Tensor | None, check: bool) -> Tensor:  # noqa: ARG004
-        ctx.factor, ctx.check = factor, check and value.is_cpu  # elsewhere a look at the gradient would wait
+    def forward(
+        ctx: Any,
+        loss: Tensor,  # noqa: ARG004 - its gradient is what this is about
+        value: Tensor,
+        factor: Tensor | None,
+        reached: Callable[[Tensor], None],
+    ) -> Tensor:
+        ctx.factor, ctx.reached = factor, reached
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        if ctx.check and gradient.item() != 1:
-            raise RuntimeError(
-                f"the loss of watch.loss(...) was multiplied by {gradient.item():g} before backward(): with accumulate "
-                "above 1 call backward() on it as it is, since the gradients are divided once, before the step"
-            )
+        ctx.reached(gradient)
         return (gradient if ctx.factor is None else gradient * ctx.factor), None, None, None
 
 

@@ -8,7 +8,7 @@ from fitwatch import ranks
 from fitwatch.aliases import Batch
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
-from fitwatch.data.sharding import ABSENT, Rounds, set_epoch
+from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
 from fitwatch.losses import LossSum, as_sums
 from fitwatch.recorder import Recorder
 from fitwatch.state import State
@@ -41,6 +41,7 @@ class Training:
         self._batch_open = False  # a loss was handed out, and its batch has not ended
         self._ready = False  # the gradients of the step are complete
         self._stepped = False  # and the optimizer has stepped
+        self._stale: list[tuple[Tensor, int]] = []  # gradients of the first step, and their versions
 
     # -- epochs ----------------------------------------------------------------------------------------------------
 
@@ -52,7 +53,8 @@ class Training:
         set_epoch(state.train_loader, progress.epoch)
         # A new one: the ranks are known by now, and the last window of an epoch may be short.
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
-        self.in_epoch, self._iterates, self._complete, self._length = True, False, None, None
+        self.in_epoch, self._iterates, self._complete = True, False, None
+        self._length = certain_length(state.train_loader)
         self._hooks.on_epoch_start(state)
 
     def end_epoch(self, *, left: bool = False) -> None:
@@ -66,9 +68,10 @@ class Training:
         if self._gradient.weights and not left:
             raise RuntimeError(
                 f"the epoch ended with {len(self._gradient.weights)} batches without a step: call optimizer.step() "
-                "after the last batch too (watch.step_due is True there)"
+                "after the last batch too, if watch.step_due, or after the loop if watch.step_open"
             )
-        if not progress.epoch_batch and not left:
+        stopped = left or self._recorder.stops
+        if not progress.epoch_batch and not stopped:
             raise ValueError(
                 f"train_loader gave no batch in epoch {progress.epoch} (a generator can be iterated only once)"
             )
@@ -76,7 +79,7 @@ class Training:
         self.log_rates()
         if state.val_loader is None and not self._recorder.evaluated:
             self._recorder.add_evaluation({})
-        if self.complete:
+        if self.complete or not stopped:  # a loop that goes on to the next epoch has seen what it wanted of this one
             progress.epoch += 1
             progress.epoch_step = progress.epoch_batch = 0
         self._hooks.on_epoch_end(state)
@@ -98,7 +101,8 @@ class Training:
     def iterate(self, *, ragged: bool) -> Iterator[Batch]:
         """See `Watch.train`."""
         state, progress = self._state, self._state.progress
-        rounds = Rounds(state.train_loader, together=ranks.in_step(state.model))
+        rounds = Rounds(state.train_loader)
+        rounds.agree(together=ranks.in_step(state.model))
         self._iterates, self._length = True, rounds.total if rounds.certain else None
         on_cpu = state.device.type == "cpu"  # where loaders put their batches
         for batch in rounds:
@@ -148,26 +152,42 @@ class Training:
         self._gradient.skip()
         self._state.progress.epoch_batch += 1
 
+    @property
+    def stops(self) -> bool:
+        """Whether training ends after the current step, which may not be counted yet."""
+        plan, progress = self._state.plan, self._state.progress
+        steps = progress.step + (self._ready and self._stepped) - progress.first_step
+        return self._recorder.stops or (plan.max_steps is not None and steps >= plan.max_steps)
+
     def expect_batch(self) -> None:
         """Check that a batch may come now."""
         if self._ready or self._batch_open:
             self.settle()
         waiting, wanted = len(self._gradient.weights), self._state.plan.accumulate
         if waiting >= wanted:
+            scaled = self._state.scaler is not None
+            missing = "watch.before_step() or scaler.step(optimizer)" if scaled else "optimizer.step()"
             raise RuntimeError(
-                f"optimizer.step() was not called after {waiting} batch{'es' * (waiting > 1)}: a step takes "
-                f"accumulate={wanted}, an option of the Watch"
+                f"{missing} was not called after {waiting} batch{'es' * (waiting > 1)}: a step takes "
+                f"accumulate={wanted}, an option of the Watch. For two losses of one batch call "
+                "watch.backward(watch.sums(...) + other_loss)"
             )
 
     def _end_batch(self) -> None:
+        if self._batch_open and self._gradient.awaits_backward:
+            raise RuntimeError(
+                "call backward() on what watch.loss(...) returned before the next batch or the step; for two losses of "
+                "one batch call watch.backward(watch.sums(...) + other_loss)"
+            )
         self._batch_open = False
         self._state.progress.epoch_batch += 1
         self._hooks.on_batch_end(self._state)
 
     def _check_cleared(self, gradient: Tensor) -> None:  # noqa: ARG002 - the signature of a tensor hook
-        """At the second step: the gradients would be added to those of the first."""
-        left = [p.grad for p in parameters(self._state.optimizer) if p.grad is not None and not p.grad.is_sparse]
-        if any(bool(g.any()) for g in left):
+        """At the second step: the gradients of the first, if nobody cleared them, would be added to."""
+        held = {id(p.grad) for p in parameters(self._state.optimizer)}
+        stale, self._stale = self._stale, []
+        if any(id(g) in held and g._version == version and bool(g.any()) for g, version in stale):  # noqa: SLF001
             raise RuntimeError(
                 "the gradients of the last step are still there: call optimizer.zero_grad() after optimizer.step()"
             )
@@ -238,6 +258,8 @@ class Training:
 
     def before_optimizer(self, *_: object) -> None:
         """Hook of the optimizer, before its step."""
+        if self._stepped:
+            raise RuntimeError("optimizer.step() was called twice: call watch.loss(output, target) before each step")
         if not self.in_epoch or self._ready:
             return
         if self._state.scaler is not None:
@@ -249,4 +271,7 @@ class Training:
 
     def after_optimizer(self, *_: object) -> None:
         """Hook of the optimizer, after its step."""
-        self._stepped = self._ready
+        self._stepped, progress = self._ready, self._state.progress
+        if self._ready and progress.step == progress.first_step:
+            gradients = [p.grad for p in parameters(self._state.optimizer) if p.grad is not None]
+            self._stale = [(g, g._version) for g in gradients if not g.is_sparse]  # noqa: SLF001 - tells in-place changes

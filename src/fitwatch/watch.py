@@ -138,7 +138,7 @@ class Watch:
         self._moves_model, self._resume = device is not None, resume
         self._settings_before: dict[str, str] = {}
         self._exits: ExitStack | None = None  # while the watch is open
-        self._used = False
+        self._used = self._checked = False
 
     def __repr__(self) -> str:
         progress = self.state.progress
@@ -199,7 +199,7 @@ class Watch:
     def _leave(self, error: BaseException | None) -> None:
         assert self._exits is not None
         self._exits.close()
-        self._exits = None
+        self._exits, self._training.in_epoch = None, False
         self.state.error = error
         try:
             self._hooks.on_fit_end(self.state)
@@ -218,9 +218,10 @@ class Watch:
     def stops(self) -> bool:
         """Whether training ends after the current step: at ``max_steps``, or because a callback asked for it.
 
-        `epochs` and `train` end by themselves; a loop over the loader itself asks here to end within an epoch.
+        `epochs` and `train` end by themselves; a loop over the loader itself asks here to end within an epoch. A stop
+        requested in ``on_step_end`` shows after `end_step`, which otherwise runs at the next call.
         """
-        return self._recorder.stops
+        return self._training.stops
 
     @property
     def evaluated(self) -> bool:
@@ -233,8 +234,8 @@ class Watch:
         """Iterate over the epochs' indices, from 0, until training stops. Each epoch starts in train mode.
 
         Args:
-            epochs: How many to train, including those before an interruption if training resumes. None: until
-                ``max_steps``, or until a callback asks for the end.
+            epochs: How many to train in all, including those before an interruption if training resumes, and those of
+                an earlier call. None: until ``max_steps``, or until a callback asks for the end.
 
         Raises:
             ValueError: ``epochs`` is out of range, or a monitored metric will not be measured.
@@ -246,6 +247,8 @@ class Watch:
         return self._epochs()
 
     def _epochs(self) -> Iterator[int]:
+        if self._training.in_epoch:  # an earlier loop was left by `break`
+            self._training.end_epoch(left=True)
         while not (self.stops or self.epochs_done(self.state.progress.epoch)):
             self._training.start_epoch()
             yield self.state.progress.epoch
@@ -273,6 +276,8 @@ class Watch:
         """
         if not self._training.in_epoch:
             self._refuse("train()")
+        if isinstance(self.state.train_loader, tuple) and not self.state.train_loader:
+            raise ValueError("watch.train() needs the train_loader of the Watch, and none was given")
         return self._training.iterate(ragged=ragged)
 
     def loss(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> Tensor:
@@ -383,12 +388,15 @@ class Watch:
         """Measure the batches whose outputs the body gives to `loss`; in eval mode, without gradients.
 
         ``on_validation_start`` runs before. After it the evaluation enters the history, and ``on_validation_end`` and
-        ``on_log`` run. If the model has non-finite weights, training stops and the evaluation is dropped.
+        ``on_log`` run. If the model has non-finite weights, training stops and the evaluation is dropped: then
+        `evaluated` is False, and ``state.metrics`` is the evaluation before.
 
         Raises:
-            ValueError: No batch was measured.
+            ValueError: No batch was measured, or the Watch has no ``val_loader``.
         """
         self._start_validation("validating()")
+        if self.state.val_loader is None:
+            raise ValueError("watch.validating() needs the val_loader of the Watch, and none was given")
         return self._validator.validating()
 
     def validate(self) -> None:
@@ -446,6 +454,7 @@ class Watch:
         self._require_open(call)
         if self._validator.running is not None:
             raise RuntimeError("a validation is running: leave its `with watch.validating():` first")
+        self._check()
         self._training.settle()
         if self._training.in_epoch and self._training.batches_ended:
             self._training.log_rates()
@@ -454,6 +463,9 @@ class Watch:
 
     def _check(self) -> None:
         """Before step 1: will everything that is monitored be measured?"""
+        if self._checked:
+            return
+        self._checked = True
         state, loss = self.state, self._validator.loss
         if state.val_loader is not None and getattr(loss, "has_weights", False):
             state.history.names.add("val/loss_unweighted")

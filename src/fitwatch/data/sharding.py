@@ -24,20 +24,26 @@ class Rounds:
 
     Args:
         loader: As for `split`.
-        together: Whether every rank needs a batch in every round.
 
     Attributes:
-        total: Number of rounds, or None unless the loaders of all ranks know their length.
+        total: Number of rounds; on several ranks None until `agree`, and unless all loaders know their length.
         certain: Whether this rank's loader can't give another number of batches than its length.
-
-    Raises:
-        ValueError: A rank lacks a batch, or may lack one, although ``together``.
     """
 
-    def __init__(self, loader: Iterable[object], *, together: bool = False) -> None:
+    def __init__(self, loader: Iterable[object]) -> None:
         self._batches = split(loader)
         self.total = length(self._batches)
         self.certain = isinstance(self._batches, Sequence) or _is_indexed(self._batches)  # a length may be wrong
+
+    def agree(self, *, together: bool) -> None:
+        """Settle the number of rounds; all ranks call it before they iterate.
+
+        Args:
+            together: Whether every rank needs a batch in every round.
+
+        Raises:
+            ValueError: A rank lacks a batch, or may lack one, although ``together``.
+        """
         if ranks.size() > 1:
             lengths = ranks.gather(self.total if self.certain else None)
             if together and (None in lengths or len(set(lengths)) > 1):
@@ -78,6 +84,12 @@ def split(loader: Iterable[object]) -> Iterable[object]:
     if loader not in _known:
         _known[loader] = _rebuilt(loader)
     return _known[loader]
+
+
+def certain_length(loader: Iterable[object]) -> int | None:
+    """Return the number of batches of a loader that can't give another number; else, or on several ranks, None."""
+    rounds = Rounds(loader)
+    return rounds.total if rounds.certain and ranks.size() == 1 else None
 
 
 def steps_per_epoch(loader: Iterable[object], accumulate: int) -> int | None:
