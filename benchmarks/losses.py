@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import fitwatch as fw
-from fitwatch.step import inverse
+from fitwatch.engine.step import inverse
 
 SMALL, LARGE = (128, 10), (8192, 1000)
 REPEATS = {SMALL: 150, LARGE: 1}  # in a sample, so that it takes some tens of milliseconds

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import fitwatch as fw
-from fitwatch.progress import Plan
+from fitwatch.state.progress import Plan
 
 
 def windows(count, scalars):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fitwatch as fw
-from fitwatch.expected_baseline import expected_baseline
 from fitwatch.losses.baseline import Baseline, TargetSums
+from fitwatch.measuring.expected_baseline import expected_baseline
 from tests._losses import labels, logits
 
 Y = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import fitwatch as fw
-from fitwatch import health, saving
+from fitwatch import saving
+from fitwatch.helpers import health
 
 
 class Noisy(fw.Trainer):
@@ -204,7 +205,8 @@ def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path):
         """
         import sys, torch
         from pathlib import Path
-        from fitwatch import health, saving
+        from fitwatch import saving
+        from fitwatch.helpers import health
         for i in range(10**9):
             content = {"format": saving.FORMAT, "a": torch.full((500_000,), i), "b": torch.full((500_000,), i)}
             saving.write(Path(sys.argv[1]), content)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fitwatch as fw
-from fitwatch.progress import Plan
+from fitwatch.state.progress import Plan
 from fitwatch.tensorboard.thinning import LIMIT, Thinner, horizon
 from tests._events import points
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fitwatch as fw
-from fitwatch.step import inverse
+from fitwatch.engine.step import inverse
 
 WEIGHT = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
 FN, FP = torch.tensor([1.0, 3.0, 9.0]), torch.tensor([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from fitwatch import ranks
-from fitwatch.aliases import StateDict
+from fitwatch.helpers.aliases import StateDict
 from fitwatch.state import State
 
 HOOKS = (

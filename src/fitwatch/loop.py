@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fitwatch.aliases import Batch
 from fitwatch.data.sharding import ABSENT
+from fitwatch.engine.schedule import Schedule
+from fitwatch.engine.step import step_optimizer
+from fitwatch.helpers.aliases import Batch
 from fitwatch.losses import LossSum
-from fitwatch.schedule import Schedule
-from fitwatch.step import step_optimizer
 from fitwatch.watch import Watch
 
 TrainingStep = Callable[[Batch], tuple[LossSum | Tensor, int | None]]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fitwatch import ranks
-from fitwatch.aliases import StateDict
 from fitwatch.data.batches import generators_of
-from fitwatch.rng import rng_state, set_rng_state
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.state import State
 from fitwatch.version import __version__
 

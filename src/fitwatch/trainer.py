@@ -9,15 +9,16 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from fitwatch import ranks, rng
-from fitwatch.aliases import Batch, Loader
+from fitwatch import ranks
 from fitwatch.callback import Callback
 from fitwatch.data import batches
+from fitwatch.engine.schedule import Schedule
+from fitwatch.helpers import rng
+from fitwatch.helpers.aliases import Batch, Loader
+from fitwatch.helpers.options import check_counts, instance, integer, number, one_of
 from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
-from fitwatch.options import check_counts, instance, integer, number, one_of
 from fitwatch.result import Result
-from fitwatch.schedule import Schedule
 from fitwatch.watch import Watch
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,24 +11,23 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from fitwatch import ranks, saving
-from fitwatch.aliases import Batch, Loader
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.data import batches
-from fitwatch.expected_baseline import expected_baseline
+from fitwatch.engine.recorder import Recorder
+from fitwatch.engine.settings import describe, shared_facts, warn_of_changes
+from fitwatch.engine.step import parameters, zero_grad
+from fitwatch.engine.training import Training
+from fitwatch.engine.validator import ValidationStep, Validator
+from fitwatch.helpers.aliases import Batch, Loader, Scheduler
+from fitwatch.helpers.options import check_counts
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
-from fitwatch.metrics import Metric, Metrics
-from fitwatch.options import check_counts
-from fitwatch.progress import Plan, Progress
-from fitwatch.recorder import Recorder
+from fitwatch.measuring.expected_baseline import expected_baseline
+from fitwatch.measuring.metrics import Metric, Metrics
+from fitwatch.measuring.validation import Validation
 from fitwatch.result import Result
-from fitwatch.schedule import Scheduler
-from fitwatch.settings import describe, shared_facts, warn_of_changes
 from fitwatch.state import State
-from fitwatch.step import parameters, zero_grad
-from fitwatch.training import Training
-from fitwatch.validation import Validation
-from fitwatch.validator import ValidationStep, Validator
+from fitwatch.state.progress import Plan, Progress
 
 
 class Watch:

@@ -4,7 +4,7 @@ import copy
 
 from torch import Tensor, nn
 
-from fitwatch.aliases import StateDict
+from fitwatch.helpers.aliases import StateDict
 from fitwatch.saving import unwrap
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from attrs import define, field
 
-from fitwatch import health, ranks, saving
-from fitwatch.aliases import StateDict
+from fitwatch import ranks, saving
 from fitwatch.callback import Callback
-from fitwatch.options import instance, integer
+from fitwatch.helpers import health
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.options import instance, integer
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")

@@ -5,11 +5,11 @@ from typing import Literal
 
 from attrs import define, field
 
-from fitwatch.aliases import StateDict
 from fitwatch.callback import Callback
 from fitwatch.callbacks.best_weights import BestWeights
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.options import instance, integer, one_of
 from fitwatch.losses import Loss
-from fitwatch.options import instance, integer, one_of
 from fitwatch.rules.stopping import Patience, StoppingRule, StopReason
 from fitwatch.state import State
 

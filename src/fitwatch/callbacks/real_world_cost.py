@@ -7,9 +7,9 @@ from attrs import define, field
 from torch import Tensor
 
 from fitwatch.callback import Callback
-from fitwatch.dtypes import wide_float
+from fitwatch.helpers.dtypes import wide_float
+from fitwatch.helpers.markdown import table
 from fitwatch.losses.costs import CostMatrix, as_cost_matrix, confusion_sums, decide, probabilities_of
-from fitwatch.markdown import table
 from fitwatch.state import State
 from fitwatch.tensorboard.confusion import confusion_image
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import WeightedRandomSampler
 
-from fitwatch.aliases import StateDict
 from fitwatch.callback import Callback
 from fitwatch.data.batches import sampler_of
 from fitwatch.data.counting import count_over_ranks
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.markdown import table
+from fitwatch.helpers.options import instance, integer, one_of
 from fitwatch.losses import BinaryCrossEntropy, Loss
 from fitwatch.losses.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
-from fitwatch.markdown import table
-from fitwatch.options import instance, integer, one_of
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")

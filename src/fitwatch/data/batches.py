@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fitwatch.aliases import Batch
+from fitwatch.helpers.aliases import Batch
 from fitwatch.ranks import local_device
 
 

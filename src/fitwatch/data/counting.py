@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from fitwatch import ranks
 from fitwatch.data.batches import generators_of, length, parts, sampler_of
 from fitwatch.data.sharding import gives_part, split
+from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.losses.base import as_sample_weight, without_masked
 from fitwatch.losses.errors import check_values
-from fitwatch.rng import rng_state, set_rng_state
 
 _Known = tuple[Tensor, Tensor | None]  # all targets, and the weights of the examples if there are any
 

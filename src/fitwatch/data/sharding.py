@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from fitwatch import ranks
-from fitwatch.aliases import Batch
 from fitwatch.data.batches import length, sampler_of
+from fitwatch.helpers.aliases import Batch
 
 ABSENT: Final = object()
 """Stands for a batch on a rank that has none left while others have."""

@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from fitwatch.dtypes import wide_float
+from fitwatch.helpers.dtypes import wide_float
 from fitwatch.losses.errors import check_values
 
 Costs: TypeAlias = Tensor | float | Sequence[float] | Sequence[Sequence[float]]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from attrs import define, field, frozen
 
-from fitwatch.aliases import StateDict
-from fitwatch.options import Option, integer, number
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.options import Option, integer, number
 from fitwatch.rules.layer_status import MIN_NORMS, LayerGradient, LayerHistory, typical_norms
 from fitwatch.rules.norms import ClipAdvice, LogHistogram
 from fitwatch.rules.stateful import Stateful

@@ -7,7 +7,7 @@ from typing import Any, Literal, SupportsFloat
 
 from attrs import define, evolve, field
 
-from fitwatch.options import integer, number
+from fitwatch.helpers.options import integer, number
 from fitwatch.rules.evidence import Status, Verdict, evidence
 from fitwatch.rules.noise import MIN_DIFFERENCES, Trend, is_falling, noise_level
 from fitwatch.rules.paired import PairedRise

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from attrs import define, field
 
-from fitwatch.options import integer, number
+from fitwatch.helpers.options import integer, number
 from fitwatch.rules.stopping_rule import Decision, Evaluation, StoppingRule, StopReason
 
 

@@ -4,7 +4,7 @@ from enum import Enum
 
 from attrs import define, evolve, fields
 
-from fitwatch.aliases import StateDict
+from fitwatch.helpers.aliases import StateDict
 
 
 @define

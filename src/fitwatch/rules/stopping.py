@@ -9,7 +9,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
-from fitwatch.options import Option, instance, integer, number, one_of
+from fitwatch.helpers.options import Option, instance, integer, number, one_of
 from fitwatch.rules.paired import standard_error
 from fitwatch.rules.prechelt import GL, PQ, UP
 from fitwatch.rules.stopping_rule import Decision, Evaluation, StoppingRule, StopReason

@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import converters, define, field, fields, frozen
 from torch import Tensor
 
-from fitwatch.aliases import StateDict
+from fitwatch.helpers.aliases import StateDict
 from fitwatch.rules.paired import influences
 from fitwatch.rules.stateful import Stateful
 

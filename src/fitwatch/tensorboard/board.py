@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import Attribute, asdict, define, field
 
-from fitwatch.aliases import StateDict
 from fitwatch.callback import Callback
-from fitwatch.options import instance
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.options import instance
 from fitwatch.records import Record
 from fitwatch.state import State
 from fitwatch.tensorboard import page, reports

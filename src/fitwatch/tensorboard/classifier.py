@@ -4,7 +4,7 @@ import torch
 from attrs import define
 from torch import Tensor
 
-from fitwatch.dtypes import wide_float
+from fitwatch.helpers.dtypes import wide_float
 from fitwatch.losses import BinaryCrossEntropy, ExpectedCost, RealWorldCrossEntropy
 from fitwatch.losses.base import ClassLoss
 from fitwatch.losses.costs import confusion_sums

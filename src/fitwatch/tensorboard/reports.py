@@ -4,7 +4,7 @@ import math
 import subprocess
 from collections.abc import Mapping
 
-from fitwatch.markdown import table
+from fitwatch.helpers.markdown import table
 from fitwatch.state import State
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from attrs import asdict, define
 
-from fitwatch.aliases import StateDict
 from fitwatch.data.sharding import steps_per_epoch
+from fitwatch.helpers.aliases import StateDict
 from fitwatch.state import State
 
 LIMIT = 1000

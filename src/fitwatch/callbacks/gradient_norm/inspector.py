@@ -5,12 +5,12 @@ from functools import partial
 
 from attrs import Attribute, define, field
 
-from fitwatch.aliases import StateDict
 from fitwatch.callback import Callback
 from fitwatch.callbacks.gradient_norm.layers import Layers, group
 from fitwatch.callbacks.gradient_norm.reading import Place, Reading
 from fitwatch.callbacks.gradient_norm.report import Report, suggested_clip_norm
-from fitwatch.options import instance, integer
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.options import instance, integer
 from fitwatch.rules.gradients import GradientRule
 from fitwatch.state import State
 

@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from fitwatch.callbacks.gradient_norm.layers import NO_GRAD, Layers
-from fitwatch.dtypes import wide_float
+from fitwatch.helpers.dtypes import wide_float
 from fitwatch.records import Value
 from fitwatch.rules.gradients import LayerGradient
 

@@ -7,12 +7,12 @@ from typing import Any, Literal
 from attrs import asdict, define, evolve, field
 from torch import Tensor
 
-from fitwatch.aliases import StateDict
 from fitwatch.callback import Callback
 from fitwatch.callbacks.best_weights import BestWeights
 from fitwatch.callbacks.overfitting_detector.probe import TrainProbe
 from fitwatch.callbacks.overfitting_detector.remedies import card
-from fitwatch.options import instance, integer, one_of
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.options import instance, integer, one_of
 from fitwatch.rules.overfitting import OverfittingRule, Verdict
 from fitwatch.state import State
 

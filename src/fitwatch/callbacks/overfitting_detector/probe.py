@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from fitwatch import ranks
-from fitwatch.aliases import Batch, Loader
 from fitwatch.data import batches
-from fitwatch.rng import rng_state, set_rng_state
+from fitwatch.helpers.aliases import Batch, Loader
+from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.state import State
 
 MOST = 2000

@@ -4,8 +4,9 @@ import logging
 import math
 from collections.abc import Mapping
 
-from fitwatch import health, ranks
+from fitwatch import ranks
 from fitwatch.callback import Callbacks
+from fitwatch.helpers import health
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")

@@ -8,16 +8,15 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import ranks
-from fitwatch.aliases import Batch, Loader, StateDict
-from fitwatch.history import Entry, History
-from fitwatch.log import Log
+from fitwatch.helpers.aliases import Batch, Loader, Scheduler, StateDict
 from fitwatch.losses.baseline import Baseline
-from fitwatch.metrics import Metric, RunningLoss
-from fitwatch.progress import Plan, Progress
+from fitwatch.measuring.metrics import Metric, RunningLoss
+from fitwatch.measuring.validation import Validation
 from fitwatch.records import Record
 from fitwatch.rules.overfitting import Verdict
-from fitwatch.schedule import Scheduler
-from fitwatch.validation import Validation
+from fitwatch.state.history import Entry, History
+from fitwatch.state.log import Log
+from fitwatch.state.progress import Plan, Progress
 
 
 class Resumable(Protocol):

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from fitwatch.aliases import StateDict
+from fitwatch.helpers.aliases import StateDict
 
 RngState = StateDict  # primitives and tensors, by library
 

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fitwatch.metrics import to_host
-from fitwatch.progress import Progress
+from fitwatch.measuring.metrics import to_host
 from fitwatch.records import Histogram, Image, Marker, Record, Value
+from fitwatch.state.progress import Progress
 
 Reduction = Literal["mean", "max", "last"] | Callable[[Tensor], Tensor]
 Receiver = Callable[[list[float]], Mapping[str, Value]]

@@ -1,26 +1,11 @@
 """When a learning-rate scheduler steps."""
 
-from typing import Any, Protocol
-
 from attrs import frozen
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fitwatch.aliases import StateDict
-from fitwatch.history import History
-
-
-class Scheduler(Protocol):
-    """A learning-rate scheduler, such as those of torch."""
-
-    def step(self, *args: Any, **kwargs: Any) -> object:
-        """Set the next learning rate."""
-
-    def state_dict(self) -> StateDict:
-        """Return what a checkpoint keeps."""
-
-    def load_state_dict(self, state_dict: StateDict) -> object:
-        """Restore what `state_dict` returned."""
+from fitwatch.helpers.aliases import Scheduler
+from fitwatch.state.history import History
 
 
 @frozen

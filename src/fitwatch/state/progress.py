@@ -2,7 +2,7 @@
 
 from attrs import define, field, frozen
 
-from fitwatch.options import integer, number
+from fitwatch.helpers.options import integer, number
 
 
 @define(kw_only=True)

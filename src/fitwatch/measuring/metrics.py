@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fitwatch import ranks
-from fitwatch.dtypes import wide_float
+from fitwatch.helpers.dtypes import wide_float
 
 
 @runtime_checkable

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from fitwatch import ranks
-from fitwatch.aliases import Batch, Loader
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
 from fitwatch.data.sharding import split
-from fitwatch.metrics import Metric
-from fitwatch.recorder import Recorder
+from fitwatch.engine.recorder import Recorder
+from fitwatch.helpers.aliases import Batch, Loader
+from fitwatch.measuring.metrics import Metric
+from fitwatch.measuring.validation import NO_BASELINE, Pass
 from fitwatch.state import State
-from fitwatch.validation import NO_BASELINE, Pass
 
 ValidationStep = Callable[[Batch], object]
 

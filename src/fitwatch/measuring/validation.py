@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fitwatch import ranks
-from fitwatch.aliases import Batch, Loader
 from fitwatch.data import batches
-from fitwatch.example_losses import ExampleLosses
+from fitwatch.helpers.aliases import Batch, Loader
 from fitwatch.losses import LossSum, apply
 from fitwatch.losses.baseline import Baseline, TargetSums
-from fitwatch.metrics import Metric, Metrics, WeightedMean, evaluating
+from fitwatch.measuring.example_losses import ExampleLosses
+from fitwatch.measuring.metrics import Metric, Metrics, WeightedMean, evaluating
 
 Measure = Callable[[Loader], dict[str, float]]
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)

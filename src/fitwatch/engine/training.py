@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from fitwatch import ranks
-from fitwatch.aliases import Batch
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
 from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
+from fitwatch.engine.recorder import Recorder
+from fitwatch.engine.step import StepGradient, parameters
+from fitwatch.helpers.aliases import Batch
 from fitwatch.losses import LossSum, as_sums
-from fitwatch.recorder import Recorder
 from fitwatch.state import State
-from fitwatch.step import StepGradient, parameters
 
 
 class Training:

@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 from fitwatch.data import batches
 from fitwatch.data.sharding import gives_part
-from fitwatch.progress import Plan
+from fitwatch.engine.step import parameters
 from fitwatch.saving import unwrap
 from fitwatch.state import State
-from fitwatch.step import parameters
+from fitwatch.state.progress import Plan
 
 logger = logging.getLogger("fitwatch")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fitwatch import ranks
-from fitwatch.dtypes import wide_float
+from fitwatch.helpers.dtypes import wide_float
 
 
 class StepGradient:

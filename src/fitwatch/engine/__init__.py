@@ -1,0 +1,1 @@
+"""What drives a fit behind the watch: batches and steps, validations, log windows."""

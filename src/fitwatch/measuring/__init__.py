@@ -1,0 +1,1 @@
+"""What validation measures: metrics, exact means, losses of the examples, the baseline."""
