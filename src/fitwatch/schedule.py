@@ -11,7 +11,7 @@ from fitwatch.history import History
 
 
 class Scheduler(Protocol):
-    """A learning-rate scheduler, such as those of torch."""
+    """A learning-rate scheduler, such as torch's."""
 
     def step(self, *args: Any, **kwargs: Any) -> object:
         """Set the next learning rate."""
@@ -28,9 +28,9 @@ class Schedule:
     """A scheduler, or None, and when it steps.
 
     Args:
-        scheduler: Any scheduler of torch. `ReduceLROnPlateau` steps after every evaluation, whatever ``interval`` is.
+        scheduler: Any torch scheduler. `ReduceLROnPlateau` steps after every evaluation, whatever ``interval`` is.
         interval: ``"step"`` or ``"epoch"``.
-        monitor: The metric that `ReduceLROnPlateau` gets.
+        monitor: The metric passed to `ReduceLROnPlateau`.
     """
 
     scheduler: Scheduler | None
@@ -38,7 +38,7 @@ class Schedule:
     monitor: str
 
     def check(self, optimizer: Optimizer) -> None:
-        """Check that the scheduler is an instance, and one of this optimizer.
+        """Check that the scheduler is an instance and belongs to this optimizer.
 
         Raises:
             TypeError: It is not a scheduler instance.
@@ -49,7 +49,7 @@ class Schedule:
         if isinstance(self.scheduler, (type, Optimizer)) or not hasattr(self.scheduler, "step"):
             raise TypeError(f"scheduler must be an instance of a torch scheduler, got {self.scheduler!r}")
         if getattr(self.scheduler, "optimizer", optimizer) is not optimizer:
-            raise ValueError("scheduler belongs to another optimizer than the one given")
+            raise ValueError("scheduler belongs to another optimizer")
 
     def watch(self, history: History) -> None:
         """Declare the metric that a `ReduceLROnPlateau` needs."""
