@@ -468,12 +468,12 @@ def test_changed_settings_are_named_on_resume(tmp_path, data, caplog):
         optimizer = torch.optim.SGD(model.parameters(), lr)
         trainer = fw.Trainer(model, optimizer, callbacks=[*callbacks, fw.Checkpoint(tmp_path)], device="cpu", **options)
         trainer.fit([data.tensors], [data.tensors], epochs=epochs, resume="auto")
-        return [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+        return [record.getMessage() for record in caplog.records if "different settings" in record.getMessage()]
 
     assert not go(1)
     assert not go(2)
     (said,) = go(3, fw.WeightedLoss(), lr=0.2, accumulate=2)
-    assert "lr 0.2 (was 0.1, and stays so), class_weights balanced (was none), accumulate 2 (was 1)" in said
+    assert "lr 0.2 (was 0.1, which is kept), class_weights balanced (was none), accumulate 2 (was 1)" in said
 
 
 def test_another_optimizer_is_refused_on_resume(tmp_path, data):

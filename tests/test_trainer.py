@@ -702,6 +702,6 @@ def test_an_empty_loader_without_a_length_is_not_validated(model):
 
     trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=Seen())
     val = [(torch.zeros(2, 4, dtype=torch.float64), torch.tensor([0, 1]))]
-    with pytest.raises(ValueError, match="train_loader gave no batch in epoch 0"):
+    with pytest.raises(ValueError, match="train_loader yielded no batch in epoch 0"):
         trainer.fit(Empty(), val, epochs=1)
     assert seen == []

@@ -23,7 +23,7 @@ HOOKS = (
 
 
 class Callback:
-    """Ten hooks that do nothing; override those you need. Each gets the `State` and returns nothing.
+    """Ten hooks that do nothing; override those you need. Each receives the `State` and returns nothing.
 
     The loop, which is the contract (a test runs this text and compares it with a recorded fit)::
 
@@ -62,14 +62,14 @@ class Callback:
     in list order (a `Checkpoint` after the others), only those that override a hook are called for it, and an
     exception in one ends the fit through ``on_fit_end``, with a note that names callback and hook.
 
-    Of several ranks, each calls all hooks, but those of a callback with ``main_only``. Losses, metrics and gradients
-    are then those of all ranks together; what else is logged is rank 0's.
+    With several ranks, every rank runs all hooks, except that a callback with ``main_only`` runs on rank 0 only.
+    Losses, metrics and gradients then cover all ranks; other logged values are those of rank 0.
 
-    A method named ``on_*`` that is no hook is refused when the class is defined.
+    Defining a class with a method ``on_*`` that is not a hook raises a TypeError.
     """
 
-    runs_last: ClassVar[bool] = False  # after all others, in list order among its like: one that saves their state
-    main_only: ClassVar[bool] = False  # of several ranks, only rank 0 calls it: one that writes or draws
+    runs_last: ClassVar[bool] = False  # after all other callbacks, because it saves their state
+    main_only: ClassVar[bool] = False  # on rank 0 only, because it writes or draws
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -80,51 +80,51 @@ class Callback:
                 raise TypeError(f"{cls.__name__}.{name} is no hook; {hint}The hooks are {', '.join(HOOKS)}")
 
     def on_fit_start(self, state: State) -> None:
-        """Training is about to begin."""
+        """Called before training starts."""
 
     def on_epoch_start(self, state: State) -> None:
-        """An epoch begins."""
+        """Called at the start of an epoch."""
 
     def on_batch_end(self, state: State) -> None:
-        """A micro-batch went forward and backward."""
+        """Called after the backward pass of a micro-batch."""
 
     def on_gradients_ready(self, state: State) -> None:
-        """The gradients of a step are complete, and not yet clipped."""
+        """Called when the gradients of a step are complete, before clipping."""
 
     def on_step_end(self, state: State) -> None:
-        """The optimizer made a step."""
+        """Called after a step of the optimizer."""
 
     def on_log(self, state: State) -> None:
-        """``state.records`` holds what was logged since the last call."""
+        """Called with ``state.records`` holding everything logged since the last call."""
 
     def on_validation_start(self, state: State) -> None:
-        """A pass over the validation set begins."""
+        """Called before a pass over the validation set."""
 
     def on_validation_end(self, state: State) -> None:
-        """``state.metrics`` holds ``train/loss`` and ``val/loss`` side by side."""
+        """Called after a validation, with ``train/loss`` and ``val/loss`` in ``state.metrics``."""
 
     def on_epoch_end(self, state: State) -> None:
-        """An epoch ended, its validation included."""
+        """Called at the end of an epoch, after its validation."""
 
     def on_fit_end(self, state: State) -> None:
-        """Training ended, for whatever reason: see ``state.stop_reason`` and ``state.error``."""
+        """Called when training ends for any reason: see ``state.stop_reason`` and ``state.error``."""
 
     def state_dict(self) -> StateDict:
-        """What a checkpoint has to keep: tensors, numbers, strings, and lists and dicts of them."""
+        """Return what a checkpoint keeps: tensors, numbers, strings, and lists and dicts of them."""
         return {}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 class Callbacks(Callback):
-    """Several callbacks as one, called in list order.
+    """Combines several callbacks into one and calls them in list order.
 
     Args:
-        callbacks: The callbacks, or a single one; a `Callbacks` among them is taken apart.
+        callbacks: The callbacks, or a single one; a nested `Callbacks` is flattened.
 
     Raises:
-        TypeError: An element is no `Callback`, or is a class in place of an instance.
+        TypeError: An element is not a `Callback` instance.
     """
 
     def __init__(self, callbacks: Iterable[Callback] | Callback = ()) -> None:
@@ -181,12 +181,12 @@ class Callbacks(Callback):
         self._run("on_epoch_end", state)
 
     def on_fit_end(self, state: State) -> None:
-        """Run them all in reverse order, even if some raise; then raise the first error, with the others as notes."""
+        """Run all in reverse order, even if some raise; then raise the first error, with the others as notes."""
         first: BaseException | None = None
         for method in reversed(self._hooks["on_fit_end"]):
             try:
                 method(state)
-            except BaseException as error:  # noqa: BLE001 - raised again below, once every callback had its end
+            except BaseException as error:  # noqa: BLE001 - raised again below, after all have run
                 if first is None:
                     first = error
                     first.add_note(f"raised by {_owner(method)}.on_fit_end")
@@ -196,11 +196,11 @@ class Callbacks(Callback):
             raise first
 
     def state_dict(self) -> StateDict:
-        """The state of each callback under its class name; the second of a class is ``Name#2``, and so on."""
+        """Return each callback's state under its class name; the second of a class is ``Name#2``, and so on."""
         return {name: c.state_dict() for name, c in self._named()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Hand each callback its state; one that was not there when it was saved keeps its fresh state."""
+        """Restore each callback; one that was not saved keeps its fresh state."""
         for name, callback in self._named():
             if name in state_dict:
                 callback.load_state_dict(state_dict[name])

@@ -1,6 +1,6 @@
-"""The loop of `Trainer.fit`, top to bottom, in the order that the docstring of `Callback` gives.
+"""The loop of `Trainer.fit`, in the order documented in `Callback`.
 
-Hooks run inside the calls on the watch, named in the comments. A loop of your own makes the same calls.
+Comments name the hooks that run inside each call on the watch. A custom loop makes the same calls.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Loop:
 
     Args:
         watch: The watch of this fit, not yet entered.
-        training_step: batch -> its loss in train mode, and its examples if their number is known.
+        training_step: Maps a batch to its loss in train mode and its number of examples, or None if unknown.
         schedule: When the learning-rate scheduler steps.
         validate_every: Steps between validations; None: at the end of each epoch.
     """
@@ -73,7 +73,7 @@ class Loop:
         self._schedule.after_evaluation(self._watch.state.history)
 
     def _epoch_validates(self) -> bool:
-        """Whether a validation closes the epoch: unless this step has been validated, or a callback wants to stop."""
+        """Whether to validate at the end of the epoch: not if this step was validated, or a callback asked to stop."""
         watch, state = self._watch, self._watch.state
         if not state.progress.epoch_batch:  # an empty loader, which the end of the epoch refuses
             return False

@@ -1,4 +1,4 @@
-"""What a fit gives back."""
+"""The result of a fit."""
 
 from attrs import frozen
 
@@ -18,15 +18,15 @@ class Best:
 
 @frozen(kw_only=True)
 class Result:
-    """What a fit gave.
+    """The result of a fit.
 
     Attributes:
         history: One dict per evaluation: ``epoch`` (from 0), ``step``, ``train/loss``, ``val/loss``, ...
-        best: The best of them: by the metric that early stopping monitors, else by ``val/loss`` (``train/loss``
+        best: The best evaluation: by the metric that early stopping monitors, else by ``val/loss`` (``train/loss``
             without a validation set); None if no value was finite.
-        stop_reason: None if training ran its course, else why it stopped.
+        stop_reason: Why training stopped early; None if it did not.
         verdict: The overfitting verdict, if a detector was attached.
-        baseline: The validation loss of predictions that are the same for every input, where it is known.
+        baseline: The validation loss of predictions that are the same for every input; None if unknown.
     """
 
     history: list[dict[str, float]]
@@ -37,7 +37,7 @@ class Result:
 
     @classmethod
     def of(cls, state: State) -> "Result":
-        """The result of a fit that ended in ``state``."""
+        """Return the result of a fit that ended in ``state``."""
         best = state.history.best
         return cls(
             history=list(state.history),

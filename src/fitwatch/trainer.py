@@ -1,4 +1,4 @@
-"""The Trainer: its options, and the steps that a subclass overrides."""
+"""The Trainer: options, and steps that a subclass may override."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -28,32 +28,31 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Trainer:
     """Trains a model; subclass it and override a step, or attach callbacks.
 
-    The gradient of every step is that of sum(w l) / sum(w) over all examples of the step, however they were cut into
-    micro-batches, and the losses reported are the same fraction over the epoch and over the validation set.
+    Each step uses the exact gradient of sum(w l) / sum(w) over all its examples, however they are split into
+    micro-batches. Reported losses are the same fraction over the epoch or the validation set.
 
     A batch is ``(input, target)`` or ``(input, target, sample_weight)``, or a mapping with these keys.
 
     Args:
-        model: Any module, also one that `torch.compile` returned. Moved to ``device`` when fitting starts.
+        model: Any module, compiled or not. Moved to ``device`` when fitting starts.
         optimizer: Any torch optimizer over the model's parameters that steps without a closure.
         loss: A loss of fitwatch, torch's ``CrossEntropyLoss``, ``BCEWithLogitsLoss``, ``NLLLoss`` or ``MSELoss`` (made
-            exact), or any module or function (output, target) -> scalar, which counts as a mean over the batch.
+            exact), or any module or function (output, target) -> scalar, taken as the mean over the batch.
             Default: `CrossEntropy`.
         callbacks: Called in this order.
-        scheduler: A learning-rate scheduler of torch.
+        scheduler: A torch learning-rate scheduler.
         scheduler_interval: Whether the scheduler steps after every ``"step"`` or ``"epoch"``. `ReduceLROnPlateau`
             steps after every evaluation in either case.
-        scheduler_monitor: The metric that `ReduceLROnPlateau` gets.
-        accumulate: Micro-batches in a step. The last step of an epoch may have fewer.
+        scheduler_monitor: The metric passed to `ReduceLROnPlateau`.
+        accumulate: Micro-batches per step. The last step of an epoch may have fewer.
         clip_norm: Largest total 2-norm of the gradients; they are scaled down to it. None: no clipping.
-        precision: ``"fp32"`` (whatever the parameters have), or autocast to ``"bf16"`` or ``"fp16"``; the latter with
-            a GradScaler.
+        precision: ``"fp32"`` (no autocast), or autocast to ``"bf16"`` or ``"fp16"``; the latter with a GradScaler.
         metrics: Name -> function of (outputs, targets) over the whole validation set, or an object with ``update``,
             ``compute`` and ``reset``. Reported as ``val/<name>``.
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
-        log_every: Steps in a log window. Values cross to the host once a window.
-        seed: Seeds torch, Python and NumPy when the first fit begins, which is too late for the initial weights of
-            ``model``. None: leaves them alone.
+        log_every: Steps per log window. Values are copied to the host once per log window.
+        seed: Seed for torch, Python and NumPy, set when the first fit starts: too late for the initial weights of
+            ``model``. None: no seeding.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -85,18 +84,18 @@ class Trainer:
     # -- to override ---------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch) -> LossSum | Tensor:
-        """The loss of a batch in train mode, on the device.
+        """Return the loss of a batch; the model is in train mode, the batch on the device.
 
         Returns:
-            A `LossSum`, or a scalar tensor, which counts as the mean over the batch's examples.
+            A `LossSum`, or a scalar tensor, taken as the mean over the batch.
         """
         input, target, *weight = batches.parts(batch)
         return self.compute_loss(self.model(input), target, *weight)
 
     def validation_step(self, batch: Batch) -> LossSum | Tensor:
-        """The loss of a batch in eval mode, without gradients.
+        """Return the loss of a batch, in eval mode and without gradients.
 
-        An own one hands outputs and targets to `update_metrics`, if there are metrics or class weights.
+        An override passes outputs and targets to `update_metrics` if there are metrics or class weights.
 
         Returns:
             As for `training_step`.
@@ -108,26 +107,26 @@ class Trainer:
         return loss
 
     def batch_size(self, batch: Batch) -> int:
-        """Examples in a batch, for scalar losses and for the speed; override it for own batch formats."""
+        """Return the number of examples, for scalar losses and the speed; override it for custom batch formats."""
         return batches.batch_size(batch)
 
     # -- to call -------------------------------------------------------------------------------------------------
 
     def compute_loss(self, output: Any, target: Any, sample_weight: Any = None) -> LossSum | Tensor:
-        """The loss in force, which callbacks may have given weights: a `LossSum` where it is exact, else its scalar.
+        """Return the current loss, which callbacks may have weighted: a `LossSum` if it is exact, else a scalar mean.
 
         Args:
-            output: What the loss takes.
-            target: Likewise.
-            sample_weight: How much each example counts, shape (N,), or each position; see `Loss.sums`.
+            output: Model output, as the loss expects it.
+            target: Target, as the loss expects it.
+            sample_weight: Weight of each example, shape (N,), or of each position; see `Loss.sums`.
 
         Raises:
-            TypeError: There are weights, and the loss is a function that gives a mean.
+            TypeError: ``sample_weight`` is given, and the loss is a function that returns a mean.
         """
         return self._watch.sums(output, target, sample_weight)
 
     def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Show a validation batch to the metrics, and to everything else that sees outputs; for ``validation_step``."""
+        """Pass a validation batch to the metrics and other observers of outputs; for ``validation_step``."""
         self._watch.update_metrics(outputs, targets, sample_weight)
 
     def fit(
@@ -140,11 +139,11 @@ class Trainer:
         validate_every: int | None = None,
         resume: str | Path | None = None,
     ) -> Result:
-        """Train. Called again, it goes on from where it stands, with ``epochs`` or ``max_steps`` more.
+        """Train; called again, continue for ``epochs`` or ``max_steps`` more.
 
         Args:
             train_loader: Any iterable of batches, with or without a length.
-            val_loader: Another, for validation.
+            val_loader: The same for validation. None: no validation.
             epochs: Passes over ``train_loader``.
             max_steps: Optimizer steps; with both given, whichever comes first.
             validate_every: Steps between validations. Default: at the end of each epoch.
@@ -154,7 +153,7 @@ class Trainer:
         Raises:
             ValueError: An option is out of range, a loader is empty, a monitored metric will not exist, the optimizer
                 holds no parameter of the model, or a checkpoint does not fit.
-            TypeError: A loader is no iterable, or a step returned no loss.
+            TypeError: A loader is not iterable, or a step returned no loss.
         """
         if epochs is None and max_steps is None:
             raise ValueError("fit needs epochs= or max_steps=")
@@ -173,25 +172,25 @@ class Trainer:
         return watch.result
 
     def validate(self, loader: Loader) -> dict[str, float]:
-        """The exact loss and the metrics over ``loader``, in eval mode: ``val/loss``, ``val/<metric>``, ...
+        """Return the exact loss and the metrics over ``loader``, in eval mode: ``val/loss``, ``val/<metric>``, ...
 
-        Where class weights are on, ``val/loss_unweighted`` is the same loss without them.
+        With class weights, ``val/loss_unweighted`` is the loss without them.
 
         Raises:
-            ValueError: The loader gives no batch.
+            ValueError: The loader yields no batch.
         """
         return self._watch.evaluate(loader)
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
     def _train_batch(self, batch: Batch) -> tuple[LossSum | Tensor, int | None]:
-        """The loss of a batch, and its examples."""
+        """Return the loss of a batch and its number of examples, if known."""
         with self._autocast():
             loss = self.training_step(batch)
         sums = self._sums(loss, batch, "training_step")
         if not isinstance(loss, LossSum):
             return loss, int(sums.weight)
-        with suppress(TypeError):  # a batch format of the user's: only the examples per second are missing
+        with suppress(TypeError):  # custom batch format: only the examples per second are lost
             return loss, self.batch_size(batch)
         return loss, None
 

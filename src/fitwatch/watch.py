@@ -1,4 +1,4 @@
-"""The object that any training loop can hold: it owns the state, the hooks, the losses, validation and the stop."""
+"""The Watch: everything that a training loop needs except the loop."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -31,7 +31,7 @@ from fitwatch.state.progress import Plan, Progress
 
 
 class Watch:
-    """Gives a training loop everything but the loop: exact weighted losses, hooks, logging, validation and the stop.
+    """Provides all of training except the loop: exact weighted losses, hooks, logging, validation and stopping.
 
     `Trainer.fit` runs on it, and so can a hand-written loop::
 
@@ -47,10 +47,10 @@ class Watch:
         print(watch.result)
 
     Entering it runs ``on_fit_start``, leaving it ``on_fit_end``, also after an exception. Hooks that follow a batch or
-    a step run at the next call on the watch, so that a scheduler and ``zero_grad`` have had their turn.
+    a step run at the next call on the watch, after your scheduler and ``zero_grad``.
 
-    The optimizer's own step hooks tell the watch about a step. Right before it, the gradients become those of
-    sum(w l) / sum(w) over all examples of the step, ``on_gradients_ready`` runs, and they are clipped.
+    The watch detects a step by the optimizer's step hooks. Right before the step, the gradients become those of
+    sum(w l) / sum(w) over all its examples, ``on_gradients_ready`` runs, and they are clipped.
 
     Args:
         model: Any module.
@@ -67,17 +67,16 @@ class Watch:
         clip_norm: Largest total 2-norm of the gradients; they are scaled down to it. None: no clipping.
         log_every: Steps per log window.
         max_steps: Optimizer steps after which training ends. None: no limit.
-        device: Where the model, the loss and the batches of `train` are moved to. Default: the model stays where it is,
-            and the batches go there.
+        device: The device that the model, the loss and the batches of `train` are moved to. Default: the model's.
         resume: A checkpoint, or ``"auto"`` for the newest one of the attached `Checkpoint` (none: a fresh start).
-        validation_step: Measures one batch, on the device, by calling `loss` or `measured`: for `validate`, and for the
-            probe of the overfitting detector. Default: ``watch.loss(model(input), target)``, for batches
+        validation_step: Called with a batch on the device; measures it with `loss` or `measured`. Used by `validate`
+            and by the probe of the overfitting detector. Default: ``watch.loss(model(input), target)``, for batches
             ``(input, target)``, ``(input, target, sample_weight)`` or mappings with these keys.
         settings: More lines for the reports, name -> value.
-        progress: Counters to continue from, of an earlier watch on this model.
+        progress: Counters of an earlier watch on this model, to continue from.
 
     Attributes:
-        state: What the hooks get.
+        state: The state passed to hooks.
 
     Raises:
         ValueError: An option is out of range; on entering: a loader is empty, the optimizer holds no parameter of the
@@ -85,7 +84,7 @@ class Watch:
         TypeError: An option has the wrong type.
     """
 
-    def __init__(  # noqa: PLR0913 - the options of a training, all but three by keyword
+    def __init__(  # noqa: PLR0913 - all but three by keyword
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -143,12 +142,12 @@ class Watch:
         progress = self.state.progress
         return f"Watch({type(self.state.model).__name__}, epoch {progress.epoch}, step {progress.step})"
 
-    # -- the frame -------------------------------------------------------------------------------------------------
+    # -- entering and leaving --------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         if self._used:
             raise RuntimeError(
-                "a Watch can be entered only once: make a new one, with progress=watch.state.progress to go on counting"
+                "a Watch can be entered only once: create another, with progress=watch.state.progress to keep counting"
             )
         self._used = True
         self._prepare()
@@ -210,7 +209,7 @@ class Watch:
 
     @property
     def result(self) -> Result:
-        """What the fit gave: the history, the best evaluation, why it stopped, the verdict, the baseline."""
+        """The result of the fit: the history, the best evaluation, why it stopped, the verdict, the baseline."""
         return Result.of(self.state)
 
     @property
@@ -254,21 +253,21 @@ class Watch:
             self._training.end_epoch()
 
     def epochs_done(self, epoch: int) -> bool:
-        """Whether ``epoch`` completed epochs are all that this fit was asked for."""
+        """Whether ``epoch`` completed epochs complete this fit."""
         wanted = self.state.plan.epochs
         return wanted is not None and epoch - self.state.progress.first_epoch >= wanted
 
     @property
     def epoch_complete(self) -> bool:
-        """Whether all batches of the epoch were seen, as far as the loader tells."""
+        """Whether all batches of the epoch were seen; assumed if the loader has no length."""
         return self._training.complete
 
     def train(self, *, ragged: bool = False) -> Iterator[Batch]:
         """Iterate over this rank's training batches, on the device, until the epoch or training ends.
 
         Args:
-            ragged: On several ranks: whether to give `ABSENT` when only other ranks still have a batch, for which the
-                loop calls `skip`.
+            ragged: With several ranks, whether to yield `ABSENT` when only other ranks still have a batch; the loop
+                then calls `skip`.
 
         Raises:
             ValueError: A rank lacks a batch that others have, and ``ragged`` is False.
@@ -288,9 +287,9 @@ class Watch:
         measured.
 
         Args:
-            output: What the loss takes.
-            target: What the loss takes.
-            sample_weight: How much each example counts, shape (N,), or each position; see `Loss.sums`.
+            output: Model output, as the loss expects it.
+            target: Target, as the loss expects it.
+            sample_weight: Weight of each example, shape (N,), or of each position; see `Loss.sums`.
 
         Raises:
             RuntimeError: A call is missing; the message names it.
@@ -307,7 +306,7 @@ class Watch:
         return self._training.open_batch(loss, batches.batch_size((output, target)))
 
     def sums(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> LossSum | Tensor:
-        """Return the loss in force without recording it: a `LossSum` if it is exact, else a scalar mean.
+        """Return the current loss without recording it: a `LossSum` if it is exact, else a scalar mean.
 
         Args:
             output: As for `loss`.
@@ -315,7 +314,7 @@ class Watch:
             sample_weight: As for `loss`.
 
         Raises:
-            TypeError: There is a ``sample_weight``, and the loss is a function that returns a mean.
+            TypeError: ``sample_weight`` is given, and the loss is a function that returns a mean.
         """
         if self._validator.running is not None:
             return self._validator.running.apply(output, target, sample_weight)
@@ -323,7 +322,7 @@ class Watch:
         return apply(self.state.loss, output, target, sample_weight)
 
     def backward(self, loss: LossSum | Tensor, examples: int | None = None, *, source: str = "the loss") -> None:
-        """Record the loss of a micro-batch and run its backward pass: for a loss with a penalty, or of the model's own.
+        """Record the loss of a micro-batch and run its backward pass: for a penalty, or a loss that the model computes.
 
         Args:
             loss: A `LossSum`, such as ``watch.sums(model(x), y) + penalty``, or a scalar, the mean over the batch.
@@ -354,7 +353,7 @@ class Watch:
 
     @property
     def step_open(self) -> bool:
-        """Whether there are micro-batches without a step."""
+        """Whether micro-batches are waiting for a step."""
         return self._training.step_open
 
     def before_step(self) -> None:
@@ -384,7 +383,7 @@ class Watch:
     # -- validation ------------------------------------------------------------------------------------------------
 
     def validating(self) -> AbstractContextManager[None]:
-        """Measure the batches whose outputs the body gives to `loss`; in eval mode, without gradients.
+        """Measure the batches that the body passes to `loss`, in eval mode and without gradients.
 
         ``on_validation_start`` runs before. After it the evaluation enters the history, and ``on_validation_end`` and
         ``on_log`` run. If the model has non-finite weights, training stops and the evaluation is dropped: then
@@ -402,7 +401,7 @@ class Watch:
         """Validate on ``val_loader`` with the validation step. Without a ``val_loader`` the training loss is recorded.
 
         Raises:
-            ValueError: The loader gave no batch.
+            ValueError: The loader yielded no batch.
         """
         self._start_validation("validate()")
         self._validator.validate()
@@ -427,7 +426,7 @@ class Watch:
         return sums
 
     def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Show a validation batch to the metrics, and to everything else that sees outputs; `loss` does so by itself.
+        """Pass a validation batch to the metrics and other observers of outputs; `loss` does this itself.
 
         Raises:
             RuntimeError: No validation is running.
@@ -440,7 +439,7 @@ class Watch:
         """Return the loss and the metrics over any loader: ``val/loss``, ``val/<metric>``, ... Nothing is recorded.
 
         Raises:
-            ValueError: The loader gave no batch.
+            ValueError: The loader yielded no batch.
         """
         ranks.start(self.state.device)
         return self._validator.evaluate(loader)
@@ -488,7 +487,7 @@ class Watch:
             raise RuntimeError(f"watch.{call} needs an open watch: write `with Watch(...) as watch:` around the loop")
 
     def _refuse(self, call: str) -> NoReturn:
-        """Outside of an epoch."""
+        """Raise the error of a call outside an epoch."""
         self._require_open(call)
         raise RuntimeError(
             f"watch.{call} needs a running epoch: write `for epoch in watch.epochs(...):` around the batches"
@@ -505,7 +504,7 @@ def _newest(hooks: Callbacks) -> Path | None:
 
 def _known(examples: int | None) -> int:
     if examples is None:
-        raise TypeError("a scalar loss is the mean over the batch: give examples=, the number of examples in it")
+        raise TypeError("a scalar loss is the mean over the batch: pass examples=, the number of examples in it")
     return examples
 
 

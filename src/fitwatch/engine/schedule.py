@@ -13,9 +13,9 @@ class Schedule:
     """A scheduler, or None, and when it steps.
 
     Args:
-        scheduler: Any scheduler of torch. `ReduceLROnPlateau` steps after every evaluation, whatever ``interval`` is.
+        scheduler: Any torch scheduler. `ReduceLROnPlateau` steps after every evaluation, whatever ``interval`` is.
         interval: ``"step"`` or ``"epoch"``.
-        monitor: The metric that `ReduceLROnPlateau` gets.
+        monitor: The metric passed to `ReduceLROnPlateau`.
     """
 
     scheduler: Scheduler | None
@@ -23,7 +23,7 @@ class Schedule:
     monitor: str
 
     def check(self, optimizer: Optimizer) -> None:
-        """Check that the scheduler is an instance, and one of this optimizer.
+        """Check that the scheduler is an instance and belongs to this optimizer.
 
         Raises:
             TypeError: It is not a scheduler instance.
@@ -34,7 +34,7 @@ class Schedule:
         if isinstance(self.scheduler, (type, Optimizer)) or not hasattr(self.scheduler, "step"):
             raise TypeError(f"scheduler must be an instance of a torch scheduler, got {self.scheduler!r}")
         if getattr(self.scheduler, "optimizer", optimizer) is not optimizer:
-            raise ValueError("scheduler belongs to another optimizer than the one given")
+            raise ValueError("scheduler belongs to another optimizer")
 
     def watch(self, history: History) -> None:
         """Declare the metric that a `ReduceLROnPlateau` needs."""

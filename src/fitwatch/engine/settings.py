@@ -16,14 +16,14 @@ from fitwatch.state.progress import Plan
 
 logger = logging.getLogger("fitwatch")
 
-_FROM_CHECKPOINT = ("lr", "weight_decay")  # the optimizer state of a checkpoint brings its own
+_FROM_CHECKPOINT = ("lr", "weight_decay")  # restored with the optimizer state of a checkpoint
 _MAY_DIFFER = ("device", "seed")
 
 
 def describe(
     model: nn.Module, optimizer: Optimizer, loss: object, scheduler: object, *, plan: Plan, more: Mapping[str, object]
 ) -> dict[str, object]:
-    """Return name -> value of everything worth a line; the names are always the same, so that runs compare."""
+    """Return the settings to report, name -> value; the names never vary, so that runs can be compared."""
     group = optimizer.param_groups[0]
     settings: dict[str, object] = {
         "model": type(unwrap(model)).__name__,
@@ -48,18 +48,18 @@ def warn_of_changes(state: State, before: Mapping[str, str]) -> None:
     """Warn once about settings that differ from those of the checkpoint that training resumes from."""
     now = {name: str(value) for name, value in state.settings.items()}
     changes = [
-        f"{name} {now[name]} (was {was}{', and stays so' if name in _FROM_CHECKPOINT else ''})"
+        f"{name} {now[name]} (was {was}{', which is kept' if name in _FROM_CHECKPOINT else ''})"
         for name, was in before.items()
         if name not in _MAY_DIFFER and now.get(name, was) != was
     ]
     if changes:
         logger.warning(
-            "resumed with other settings: %s; losses before and after may not be comparable", ", ".join(changes)
+            "resumed with different settings: %s; losses before and after may not be comparable", ", ".join(changes)
         )
 
 
 def shared_facts(state: State, callbacks: Iterable[object]) -> dict[str, Any]:
-    """Return what must be equal on all ranks, or they would wait for each other forever."""
+    """Return the settings that must be equal on all ranks; otherwise these would wait for each other forever."""
     return {
         "callbacks": [type(c).__name__ for c in callbacks],
         "train_loader": _shape(state.train_loader),
@@ -75,6 +75,6 @@ def shared_facts(state: State, callbacks: Iterable[object]) -> dict[str, Any]:
 
 
 def _shape(loader: object) -> str:
-    """Describe a loader as far as it must be the same on all ranks."""
+    """Describe the properties of a loader that all ranks must share."""
     kind = "none" if loader is None else type(loader).__name__
     return kind if gives_part(loader) else f"{kind} of {batches.length(loader)} batches"

@@ -17,8 +17,8 @@ class StepGradient:
 
     Args:
         optimizer: Holds the parameters.
-        accumulate: Micro-batches per step and rank. If a step has one in all, its gradient is divided at the start of
-            the backward pass; otherwise once, over the gradients, by the weight of all of them.
+        accumulate: Micro-batches per step and rank. The gradient of a single one is divided at the start of the
+            backward pass; otherwise the accumulated gradients are divided once, by the total weight.
         scaler: The GradScaler under fp16.
 
     Attributes:
@@ -35,7 +35,7 @@ class StepGradient:
         self._scale_checked = False
 
     def backward(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> None:
-        """Add the gradient of a micro-batch: ``loss`` is its sum(w l), or already its mean over the weight."""
+        """Add the gradient of a micro-batch: ``loss`` is its sum(w l), or with ``is_mean`` its weighted mean."""
         factor = self._factor(loss, weight, is_mean=is_mean)
         if self.scaler is not None:
             factor = self.scaler.scale(torch.ones_like(loss) if factor is None else factor)
@@ -44,7 +44,7 @@ class StepGradient:
     def scalar(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> Tensor:
         """Return the scalar whose ``backward()`` adds the gradient of a micro-batch; its value is the mean loss.
 
-        Scaling it, as a GradScaler does, is left to the caller.
+        The caller scales it if there is a GradScaler.
         """
         factor = self._factor(loss, weight, is_mean=is_mean)
         if self._single:
@@ -74,11 +74,11 @@ class StepGradient:
             self._agreed_guess(0.0)
 
     def _factor(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> Tensor | None:
-        """What the gradient of ``loss`` is multiplied by in the backward pass; None for 1."""
+        """Return the factor for the gradient of ``loss`` in the backward pass; None for 1."""
         self.weights.append(weight)
         factor: Tensor | None = None
         if self._single:
-            # A mean goes backward unchanged: bit for bit what a plain loop computes.
+            # A mean stays unchanged: bit-identical to a plain loop.
             return None if is_mean else inverse(weight, loss)
         if is_mean:
             factor = torch.ones_like(loss) * weight
@@ -87,7 +87,7 @@ class StepGradient:
         return factor
 
     def _agreed_guess(self, weight: Tensor | float) -> Tensor | float:
-        """The guess, made from the first micro-batch of all ranks, which therefore ask for it together."""
+        """Return the guess, made from the first micro-batch of every rank; all ranks call it together."""
         if self._guess is None:
             held = parameters(self.optimizer)
             self._guess = _positive(ranks.total([weight], held[0]) * self.accumulate)
@@ -116,7 +116,7 @@ class StepGradient:
             factor = factor * self._guess
             self._guess = _positive(total)
         for same in _by_device_and_dtype(gradients):
-            torch._foreach_mul_(same, factor.to(same[0]))  # one kernel for all, as in torch's own clipping
+            torch._foreach_mul_(same, factor.to(same[0]))  # one kernel for all, as in torch's clipping
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -171,7 +171,7 @@ def inverse(weight: Tensor | float, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Without class weights the batches, and so these scalars, are all alike; making one costs 5 % of a small step.
+    # Without class weights the batches share these scalars; creating one takes 5 % of a small step.
     return torch.full((), value, dtype=dtype, device=device)
 
 

@@ -1,4 +1,4 @@
-"""The batches and steps of a watch: which hooks are due, and which call is missing."""
+"""The batches and steps of a watch: runs the hooks that are due and detects missing calls."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ from fitwatch.state import State
 class Training:
     """Follows a training loop through its epochs, batches and steps.
 
-    The hooks of a batch or a step are due once it has ended, which shows at the next call: `settle` runs them.
+    Only the next call shows that a batch or a step has ended; `settle` then runs its hooks.
 
     Args:
         state: The state of the fit.
@@ -33,12 +33,12 @@ class Training:
         self._state, self._hooks, self._recorder = state, hooks, recorder
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
         self._rates: list[float | Tensor] = []  # learning rate of each parameter group at the last step
-        self._rates_due = False  # whether they are not in the current log window yet
+        self._rates_due = False  # whether they are still to be logged
         self.in_epoch = False
         self._iterates = False  # whether the loop takes its batches from `iterate`
         self._complete: bool | None = None  # whether `iterate` has reached the end of the epoch
-        self._length: int | None = None  # batches in the epoch, if it is certain
-        self._batch_open = False  # a loss was handed out, and its batch has not ended
+        self._length: int | None = None  # batches in the epoch, if certain
+        self._batch_open = False  # a loss was returned, and its batch has not ended
         self._ready = False  # the gradients of the step are complete
         self._stepped = False  # and the optimizer has stepped
         self._stale: list[tuple[Tensor, int]] = []  # gradients of the first step, and their versions
@@ -51,7 +51,7 @@ class Training:
         state.model.train()
         progress.epoch_step = progress.epoch_batch = 0
         set_epoch(state.train_loader, progress.epoch)
-        # A new one: the ranks are known by now, and the last window of an epoch may be short.
+        # A new one: the ranks are known by now, and the last step of an epoch may have been short.
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
         self.in_epoch, self._iterates, self._complete = True, False, None
         self._length = certain_length(state.train_loader)
@@ -73,7 +73,7 @@ class Training:
         stopped = left or self._recorder.stops
         if not progress.epoch_batch and not stopped:
             raise ValueError(
-                f"train_loader gave no batch in epoch {progress.epoch} (a generator can be iterated only once)"
+                f"train_loader yielded no batch in epoch {progress.epoch} (a generator can be iterated only once)"
             )
         self.in_epoch = False
         self.log_rates()
@@ -87,7 +87,7 @@ class Training:
 
     @property
     def complete(self) -> bool:
-        """Whether all batches of the epoch were seen, as far as the loader tells."""
+        """Whether all batches of the epoch were seen; assumed if the loader has no length."""
         if self._iterates:
             return bool(self._complete)
         length = batches.length(self._state.train_loader)
@@ -95,7 +95,7 @@ class Training:
 
     @property
     def batches_ended(self) -> bool:
-        """Whether the epoch has its last batch behind it, or training stops."""
+        """Whether the last batch of the epoch has ended, or training stops."""
         return self._complete is not None if self._iterates else self.complete
 
     def iterate(self, *, ragged: bool) -> Iterator[Batch]:
@@ -104,19 +104,19 @@ class Training:
         rounds = Rounds(state.train_loader)
         rounds.agree(together=ranks.in_step(state.model))
         self._iterates, self._length = True, rounds.total if rounds.certain else None
-        on_cpu = state.device.type == "cpu"  # where loaders put their batches
+        on_cpu = state.device.type == "cpu"  # batches are there already
         for batch in rounds:
             if batch is ABSENT and not ragged:
                 raise ValueError(
-                    "this rank has no batch where others still have one: give all ranks the same number of batches, "
-                    "for example with drop_last=True"
+                    "this rank ran out of batches before others: give all ranks the same number of batches, for example "
+                    "with drop_last=True"
                 )
             state.batch = batch if on_cpu or batch is ABSENT else batches.to_device(batch, state.device)
             yield state.batch
             if self._ready or self._batch_open:
                 self.settle()
             if self._recorder.stops and not self._gradient.weights:
-                # Only a length can tell that this was the last batch: asking for another would draw it.
+                # Only the length shows whether this was the last batch: testing for another would draw it.
                 self._complete = progress.epoch_batch == rounds.total
                 return
         self._complete = True
@@ -135,7 +135,7 @@ class Training:
                 "`with watch.validating():`"
             )
         if progress.step == progress.first_step + 1 and len(self._gradient.weights) == 1:
-            scalar.register_hook(self._check_cleared)  # type: ignore[no-untyped-call] # torch has no types for it
+            scalar.register_hook(self._check_cleared)  # type: ignore[no-untyped-call] # untyped in torch
         self._state.train_loss.add(total, weight, examples)
         self._batch_open = True
         return scalar
@@ -189,14 +189,14 @@ class Training:
         stale, self._stale = self._stale, []
         if any(id(g) in held and g._version == version and bool(g.any()) for g, version in stale):  # noqa: SLF001
             raise RuntimeError(
-                "the gradients of the last step are still there: call optimizer.zero_grad() after optimizer.step()"
+                "the gradients of the last step were not cleared: call optimizer.zero_grad() after optimizer.step()"
             )
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
     @property
     def step_open(self) -> bool:
-        """Whether there are batches without a step."""
+        """Whether batches are waiting for a step."""
         return bool(self._gradient.weights)
 
     @property
@@ -207,7 +207,7 @@ class Training:
         return waiting > 0 and (waiting == self._state.plan.accumulate or is_last)
 
     def complete_gradients(self, *, unscale: bool) -> None:
-        """Make the gradients those of the step, run ``on_gradients_ready``, and clip."""
+        """Finish the gradients of the step, run ``on_gradients_ready``, and clip."""
         if self._ready:
             return
         state = self._state
@@ -264,8 +264,8 @@ class Training:
             return
         if self._state.scaler is not None:
             raise RuntimeError(
-                "call watch.before_step() before scaler.step(optimizer): a step that the scaler skips can't be seen "
-                "otherwise"
+                "call watch.before_step() before scaler.step(optimizer): otherwise a step that the scaler skips goes "
+                "unnoticed"
             )
         self.complete_gradients(unscale=False)
 

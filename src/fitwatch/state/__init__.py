@@ -1,4 +1,4 @@
-"""What hooks read: where training stands, what was measured, and the few things a callback may ask for."""
+"""The state that hooks receive: progress, measurements, and the requests a callback may make."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -23,51 +23,51 @@ class Resumable(Protocol):
     """Has a state that a checkpoint keeps."""
 
     def state_dict(self) -> StateDict:
-        """Return it."""
+        """Return the state."""
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore it."""
+        """Restore the state."""
 
 
 @define(kw_only=True, eq=False)
 class State:
-    """What every hook gets.
+    """The state of a fit, passed to every hook.
 
     A callback may call `log`, `log.defer <Log.defer>`, `mark`, `watch`, `add_metric` and `request_stop`, replace
     ``loss`` and ``eval_loss`` in ``on_fit_start`` and ``on_epoch_start``, and add lines to ``settings`` and ``report``.
-    Everything else is there to be read.
+    Everything else is read-only.
 
     Attributes:
-        model: The model that is trained.
+        model: The model being trained.
         optimizer: Its optimizer.
-        loss: The training loss in force.
+        loss: The current training loss.
         eval_loss: The loss that validation measures, if it differs from ``loss``; else None.
         scheduler: The learning-rate scheduler, or None.
         scaler: The GradScaler under fp16, or None.
         train_loader: The loader of training batches.
         val_loader: The loader of validation batches, or None.
-        device: Where batches are moved to.
+        device: The device that batches are moved to.
         callbacks: All callbacks as one, whose state a checkpoint keeps.
-        plan: What this fit was asked for: epochs, max_steps, accumulate, clip_norm, log_every.
+        plan: Limits and options of this fit: epochs, max_steps, accumulate, clip_norm, log_every.
         progress: Completed epochs, steps and batches.
         history: The evaluations of this fit: ``newest``, ``best``, ``is_best``, the monitored metric.
         log: Call it to log a value; ``log.records`` holds the records in ``on_log``.
         train_loss: The training loss since the last evaluation, and the examples seen.
-        validation: What validation measures, and what the last one left: losses of the examples, the baseline.
+        validation: What validation measures, and results of the newest one: losses of the examples, the baseline.
         batch: In ``on_batch_end``: the micro-batch, on the device. Its memory may be reused. None if unknown.
-        total_norm: The 2-norm of the gradients as the last clipping measured it, before it scaled them down.
+        total_norm: The 2-norm of the gradients before the last clipping; None without clipping.
         settings: Options worth a line in a report, name -> value.
-        report: Lines for the end report, name -> text, which callbacks keep up to date.
+        report: Lines for the end report, name -> text, kept up to date by callbacks.
         resumed: Whether a checkpoint was loaded.
         verdict: The overfitting verdict, if a detector is attached.
-        stop_request: This rank's reason to stop, from `request_stop`; None if there is none.
-        stop_reason: Why training ends, agreed by all ranks; None while it goes on.
+        stop_request: This rank's reason to stop, from `request_stop`, or None.
+        stop_reason: Why training stops early, agreed by all ranks; None until then.
         error: In ``on_fit_end``: the exception that ended the fit, or None.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    loss: Any  # a Loss, or any function of (output, target): the user's
+    loss: Any  # a Loss, or any function of (output, target)
     eval_loss: Any = None
     scheduler: Scheduler | None = None
     scaler: torch.amp.GradScaler | None = None
@@ -104,12 +104,12 @@ class State:
 
     @property
     def records(self) -> list[Record]:
-        """What ``on_log`` is to write: ``log.records``."""
+        """The records for ``on_log`` to write: ``log.records``."""
         return self.log.records
 
     @property
     def baseline(self) -> Baseline | None:
-        """The validation loss of the best constant prediction, once it is known; else None."""
+        """The validation loss of the best constant prediction; None until it is known."""
         return self.validation.baseline
 
     def mark(self, name: str, entry: Mapping[str, float]) -> None:
@@ -122,7 +122,7 @@ class State:
         Args:
             monitor: A name in ``history``, such as ``"val/loss"``.
             mode: ``"min"``, ``"max"``, or None: ``"min"`` if the name contains "loss", "cost" or "error".
-            by: The name for the error message, if the metric will not be measured.
+            by: Who depends on it, for error messages.
         """
         self.history.watch(monitor, mode, by=by)
 
@@ -135,7 +135,7 @@ class State:
                 ``compute`` and ``reset``.
 
         Raises:
-            ValueError: There is a metric of this name, or there is no validation set.
+            ValueError: A metric of this name exists, or there is no validation set.
         """
         if self.val_loader is None:
             raise ValueError(f"val/{name} can't be measured: there is no val_loader")
@@ -143,10 +143,9 @@ class State:
         self.history.names.add(f"val/{name}")
 
     def request_stop(self, reason: str) -> None:
-        """Ask for the end of training. All callbacks finish their hook first; the first reason is kept.
+        """Ask to stop training. All callbacks finish their hook first; the first reason is kept.
 
-        On several ranks they agree at the end of the log window: a rank that stopped alone would leave the others
-        waiting.
+        Several ranks agree at the end of the log window: a rank that stopped alone would leave the others waiting.
         """
         self.stop_request = self.stop_request or reason
         if ranks.size() == 1:
