@@ -104,8 +104,8 @@ class Training:
         for batch in rounds:
             if batch is ABSENT and not ragged:
                 raise ValueError(
-                    "this rank ran out of batches before others: give all ranks the same number of batches, for example "
-                    "with drop_last=True"
+                    "this rank ran out of batches before others: give all ranks the same number, for example with "
+                    "drop_last=True"
                 )
             state.batch = batch if on_cpu or batch is ABSENT else batches.to_device(batch, state.device)
             yield state.batch
