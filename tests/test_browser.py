@@ -125,7 +125,7 @@ def test_every_chart_of_the_custom_page_has_lines(page, shown):
     """The custom page has three categories, nine charts with lines, and the shaded gap."""
     page.goto(f"{shown.address}/#custom_scalars&_smoothingWeight=0&regexInput=%5Erun%2F")
     titles = page.locator("tf-custom-scalar-dashboard tf-category-paginated-view .heading")
-    expect(titles).to_contain_text(["1 Overfitting", "2 Gradients", "3 Optimiser"])
+    expect(titles).to_contain_text(["1 Overfitting", "2 Gradients", "3 Optimizer"])
     charts = page.locator("tf-custom-scalar-multi-line-chart-card")
     expect(charts).to_have_count(9)
     for chart, count in zip(charts.all(), (6, 2, 2, 2, 2, 2, 1, 1, 1), strict=True):  # the dot counts as a line here
@@ -183,7 +183,7 @@ def test_the_confusion_matrix_is_a_picture(page, shown):
 
 
 def test_the_link_that_compares_shows_all_runs(page, shown):
-    """The comparison shows only validation curves and dots, one colour per run.
+    """The comparison shows only validation curves and dots, one color per run.
 
     The first card is the share of the baseline, whose scale does not depend on weights.
     """

@@ -311,7 +311,7 @@ def test_resuming_from_an_older_file_puts_the_newer_ones_aside(tmp_path, data):
 
 
 def test_files_of_mid_epoch_alone_are_no_fresh_start(tmp_path, data):
-    """With step files only, resume="auto" says that there is none to resume from."""
+    """With step files only, resume="auto" raises an error."""
     trainer, train, val = make(tmp_path, data, every_epochs=None, every_steps=3)
     trainer.fit(train, val, max_steps=3)
     again, train, val = make(tmp_path, data, every_epochs=None, every_steps=3)

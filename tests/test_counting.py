@@ -163,7 +163,7 @@ def test_labels_are_counted_one_by_one(dtype):
         ([[0, 1], [0.5, 0]], {}, ValueError, "got 0.5 at index 2"),
         ([[0, 1]], {"num_classes": 3}, ValueError, "2 labels, not 3"),
         ([[0, 1]], {"ignore_index": -1}, ValueError, "no ignore_index, got -1: .* weight of 0"),
-        ([(X, torch.ones(2, 3)), (X, torch.ones(2, 2))], {}, ValueError, "have 2 labels, and those before have 3"),
+        ([(X, torch.ones(2, 3)), (X, torch.ones(2, 2))], {}, ValueError, "have 2 labels, but earlier ones have 3"),
     ],
 )
 def test_labels_are_refused(targets, options, error, match):

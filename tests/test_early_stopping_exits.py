@@ -144,7 +144,9 @@ class Names(fw.Callback):
 def test_a_metric_that_was_announced_and_does_not_come_is_an_error_that_lists_the_others():
     """What a callback announced and did not measure is an error at the first evaluation, with the names there are."""
     trainer = Scripted([1, 2], Names("val/cost"), fw.EarlyStopping("val/cost"))
-    with pytest.raises(ValueError, match="monitors 'val/cost', which was not measured; there are train/loss, val/loss"):
+    with pytest.raises(
+        ValueError, match="monitors 'val/cost', which was not measured; available are train/loss, val/loss"
+    ):
         trainer.go()
 
 
@@ -263,9 +265,9 @@ def test_a_rule_of_prechelt_in_a_fit(rule):
     ("options", "message"),
     [
         ({"rule": fw.rules.PQ(1.0), "patience": 3},
-         r"give patience and min_delta to the rule, not beside it: got rule=PQ\(alpha=1.0, k=5\)"),
+         r"patience and min_delta are options of the rule: set them there, got rule=PQ\(alpha=1.0, k=5\)"),
         ({"rule": fw.rules.Patience(patience=3), "min_delta": 0.5},
-         r"give patience and min_delta to the rule, not beside it: got rule=Patience\(mode='min', patience=3"),
+         r"patience and min_delta are options of the rule: set them there, got rule=Patience\(mode='min', patience=3"),
         ({"rule": fw.rules.GL(5), "mode": "max"}, "mode must be the rule's, 'min', got 'max'"),
         ({"rule": fw.rules.Patience(patience=3, mode="max"), "mode": "min"}, "mode must be the rule's, 'max', got 'min'"),
         ({"min_delta": "one"}, "min_delta"),
@@ -352,7 +354,7 @@ def test_with_more_patience_a_stopped_training_goes_on(tmp_path, caplog):
     assert len(result.history) == 9
     assert "no improvement over 3.9 in 4 evaluations" in result.stop_reason
     said = [r.getMessage() for r in caplog.records if "is nan" not in r.getMessage()]
-    assert said == ["EarlyStopping resumes with other options: patience 4 (was 2)"]
+    assert said == ["EarlyStopping resumes with different options: patience 4 (was 2)"]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +394,7 @@ def test_one_that_is_new_at_a_resume_says_what_it_does_not_know(tmp_path, caplog
     resumable(tmp_path, fw.OverfittingDetector(probe_examples=0)).fit(loader, loader, epochs=2)
     with caplog.at_level(logging.WARNING, "fitwatch"):
         resumable(tmp_path, fw.EarlyStopping(patience=9)).fit(loader, loader, epochs=3, resume="auto")
-    said = [r.getMessage() for r in caplog.records if "is new in this training" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "was not in the checkpoint" in r.getMessage()]
     assert len(said) == 1
     assert "the 2 evaluations so far" in said[0]
 

@@ -142,7 +142,7 @@ def test_finite_again(batches):
     fw.Trainer(model, optimizer, callbacks=callbacks, log_every=5, device="cpu").fit(batches, epochs=1)
     (begin, bad), (end, good) = texts.of("warnings")
     assert (begin, end) == (10, 15)
-    assert bad.endswith("It is the first non-finite step; this window contains 1 in 5.")
+    assert bad.endswith("It is the first non-finite step; this log window contains 1 in 5.")
     assert good == "All gradients have been finite again since step 11 at the latest."
 
 
@@ -217,7 +217,7 @@ def test_frozen_layers_are_notes_with_their_reason(batches, caplog):
     ((step, text),) = texts.of("gradients")
     assert step == 5
     assert "Not trained: `0` (requires_grad is False)." in text
-    assert "Not trained: `2` (the optimizer does not hold it)." in text
+    assert "Not trained: `2` (not in the optimizer)." in text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert trainer.state.report["layers not healthy"] == "none"
     assert trainer.state.report["layers not trained"] == "`0`, `2`"
@@ -300,7 +300,7 @@ def test_under_a_scaler_an_overflow_is_no_fault(batches):
             assert numbers["train/optim/skipped_share", 5] == 2 / 5
             assert 0 < numbers["train/optim/grad_norm", 5] < numbers["train/optim/grad_norm_max", 5] < 10
             assert ("train/params/update_ratio/0", 5) not in numbers  # step 1 did not happen
-    assert texts.of("warnings")[0][1].startswith("The GradScaler skipped every step of this window. At step 6 ")
+    assert texts.of("warnings")[0][1].startswith("The GradScaler skipped every step of this log window. At step 6 ")
     assert ("train/optim/grad_norm", 10) not in numbers
 
 

@@ -164,7 +164,7 @@ def test_a_batch_without_tensors_is_no_probe():
 
     for loader in ([Named(X, Y)], iter_again(Named(X, Y))):
         result = make(fw.OverfittingDetector(), kind=Own).fit(loader, [Named(VX, VY)], epochs=2)
-        assert "can't tell how many examples a Named holds" in result.verdict.evidence
+        assert "can't count the examples in a Named" in result.verdict.evidence
 
 
 def iter_again(batch):
@@ -496,7 +496,7 @@ def test_a_hand_written_loop_has_the_probe_of_the_trainer(loader, through_watch)
 
 def test_the_detector_needs_a_validation_set():
     """Without a val_loader there is nothing to compare: an error before the first step."""
-    with pytest.raises(ValueError, match="compares train and validation loss: it needs a val_loader"):
+    with pytest.raises(ValueError, match="compares training and validation loss: it needs a val_loader"):
         make(fw.OverfittingDetector()).fit([(X, Y)], epochs=1)
 
 

@@ -79,7 +79,7 @@ def test_a_group_has_the_mean_of_its_trials(folder):
 
 
 def test_the_link_that_compares(folder):
-    """The link shows validation curves and dots of all runs, one colour per run, and pins tags with data."""
+    """The link shows validation curves and dots of all runs, one color per run, and pins tags with data."""
     trainer = overfitting_trainer(folder, name="last")
     trainer.fit(*noisy_data(), epochs=1)
     parts = urlsplit(trainer.callbacks[-1].link(compare=True))

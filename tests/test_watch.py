@@ -343,6 +343,13 @@ def without_backward_in_a_window():
             watch.loss(model(x), y).backward()
 
 
+def penalty_in_a_window():
+    watch, model, _, ((x, y), _) = small(accumulate=2)
+    with watch:
+        for _ in watch.epochs(1):
+            (watch.loss(model(x), y) + 0.1 * model.weight.square().sum()).backward()
+
+
 def two_heads():
     watch, model, _, ((x, y), _) = small(accumulate=2)
     with watch:
@@ -440,6 +447,7 @@ def entered_twice():
         (divided, r"multiplied by 0\.5 before backward\(\)"),
         (divided_and_scaled, r"multiplied by 0\.5 before backward\(\)"),
         (without_backward_in_a_window, r"call backward\(\) on what watch\.loss.*before the next batch"),
+        (penalty_in_a_window, r"add a penalty.*with watch\.backward\(watch\.sums\(\.\.\.\) \+ penalty\)"),
         (two_heads, r"watch\.backward\(watch\.sums\(\.\.\.\) \+ other_loss\)"),
         (stepped_twice, r"optimizer\.step\(\) was called twice"),
         (skipped_without_before_step, r"watch\.before_step\(\) or scaler\.step\(optimizer\) was not called"),

@@ -4,5 +4,5 @@ import sys
 
 from fitwatch.cli import main
 
-if __name__ == "__main__":  # tools that look at all modules import this one too
+if __name__ == "__main__":  # some tools import every module
     sys.exit(main())

@@ -36,7 +36,7 @@ def start(device: torch.device) -> None:
     if rank() and _only_main not in logger.filters:
         logger.addFilter(_only_main)
     if dist.is_initialized() and device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # where collectives put what they exchange
+        torch.cuda.set_device(device)  # collectives exchange tensors there
 
 
 def _leave() -> None:
@@ -47,7 +47,7 @@ def _leave() -> None:
 
 
 def _only_main(record: logging.LogRecord) -> bool:
-    """Filter out the warnings of all ranks but rank 0, which gives the same ones."""
+    """Filter out warnings on all ranks but rank 0, which emits the same ones."""
     return not rank() or record.levelno >= logging.ERROR
 
 
@@ -57,7 +57,7 @@ def size() -> int:
 
 
 def rank() -> int:
-    """Return the number of this rank, from 0; rank 0 writes the files."""
+    """Return the index of this rank, from 0; rank 0 writes the files."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -119,7 +119,7 @@ def agree(reason: str | None) -> str | None:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Raise on all ranks if one of them raises within the context; the others would wait for it forever.
+    """Raise on all ranks if one raises within the context; otherwise the others would wait for it forever.
 
     Raises:
         RuntimeError: Another rank failed; the message includes its error.
@@ -134,7 +134,7 @@ def failing_together() -> Iterator[None]:
 
 
 def refuse_differences(facts: dict[str, object]) -> None:
-    """Raise ValueError if a fact differs between ranks, which would wait for each other forever."""
+    """Raise ValueError if a fact differs between ranks; otherwise they would wait for each other forever."""
     first, *others = gather(facts)
     for number, other in enumerate(others, 1):
         for name in first:

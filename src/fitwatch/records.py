@@ -1,4 +1,4 @@
-"""What is logged, as a callback that writes to a tracker gets it."""
+"""Logged values, as a callback that writes to a tracker receives them."""
 
 from attrs import field, frozen
 
@@ -67,9 +67,9 @@ class Record:
       a name may occur several times. A number may be NaN or infinite. A marker may have a step long before the current
       one. ``on_log`` may be called twice at one step, after a log window and after a validation.
     - After a validation ``state.history.best`` is the best evaluation so far, or None, and
-      ``state.history.is_best`` tells whether it is the newest.
+      ``state.history.is_best`` is True if that is the newest.
     - ``on_fit_end``: close the tracker. ``state.error`` is the exception that ended the fit, or None; otherwise
-      ``state.stop_reason`` says why the fit was stopped, or is None if it ran to its end.
+      ``state.stop_reason`` is the reason for stopping early, or None if the fit ran to its end.
 
     Attributes:
         name: ``train/...`` or ``val/...``; for a `Marker`, the name of the event.
@@ -86,5 +86,5 @@ class Record:
 
     @property
     def merge(self) -> str:
-        """How to merge the numbers of several log windows: ``reduce``, or if that is empty, by the name."""
+        """How to merge the numbers of several log windows: ``reduce``, or a mode derived from the name if empty."""
         return self.reduce or ("max" if "_max/" in f"{self.name}/" else "mean")

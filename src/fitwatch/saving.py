@@ -1,4 +1,4 @@
-"""The files of a checkpoint: a complete one exists at every instant, and reading one can't run code.
+"""Checkpoint files: written atomically, and read without running code.
 
 A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (an integer),
 ``version`` (of fitwatch), ``model``, ``loss`` (its parameters), ``optimizer``, ``scheduler``, ``scaler``,
@@ -77,7 +77,7 @@ def write(path: Path, content: Content) -> None:
     Raises:
         OSError: It could not be written; the message names the path.
     """
-    # In the same folder: a rename across file systems is a copy, which can be cut off half-way.
+    # In the same folder: a rename across file systems is a copy, which can be cut off halfway.
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def write(path: Path, content: Content) -> None:
     except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        # Closing the file that Ctrl-C cut off, torch raises another error on top.
+        # Torch raises another error when it closes the file that Ctrl-C cut off.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
@@ -117,7 +117,7 @@ def read(path: Path) -> Content:
         raise ValueError(f"{path} can't be read as a checkpoint: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(found, int):
-        raise ValueError(  # noqa: TRY004 - the type of the content is not the caller's doing
+        raise ValueError(  # noqa: TRY004 - the argument has the right type
             f"{path} is not a checkpoint of fitwatch: it has no format number"
         )
     if found != FORMAT:
@@ -131,14 +131,14 @@ def read(path: Path) -> Content:
 
 
 def load(path: Path, state: State) -> dict[str, str]:
-    """Bring ``state`` to where it was when ``path`` was saved.
+    """Restore ``state`` from the checkpoint at ``path``.
 
     Returns:
         The settings of the fit that saved it.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It can't be read, was saved in mid-epoch, or does not fit the model, optimizer or scheduler.
+        ValueError: It can't be read, was saved mid-epoch, or does not fit the model, optimizer or scheduler.
     """
     content = read(path)
     generators = generators_of(state.train_loader, state.val_loader)
@@ -177,14 +177,14 @@ def _check(path: Path, content: Content, state: State, generators: int) -> None:
     epoch, batch = content["progress"]["epoch"], content["progress"]["epoch_batch"]
     if batch:
         raise ValueError(
-            f"{path} was saved before the end of an epoch (epoch {epoch}, after {batch} batches); training resumes at "
-            "the boundary of an epoch only: use a checkpoint saved by every_epochs"
+            f"{path} was saved before the end of an epoch (epoch {epoch}, after {batch} batches); training resumes "
+            "only between epochs: use a checkpoint saved by every_epochs"
         )
     saved_by = 1 + len(content["other_ranks"])
     if saved_by != ranks.size():
         raise ValueError(
-            f"{path} was saved by {saved_by} rank{'s' * (saved_by > 1)}, and this fit has {ranks.size()}: a step would "
-            "get other examples than before"
+            f"{path} was saved by {saved_by} rank{'s' * (saved_by > 1)}, and this fit has {ranks.size()}: the steps "
+            "would see different examples"
         )
     before, now = content["settings"].get("optimizer"), type(state.optimizer).__name__
     if before not in (None, now):
@@ -200,6 +200,6 @@ def _check(path: Path, content: Content, state: State, generators: int) -> None:
 
 
 def _loss_parameters(state: State) -> dict[str, Tensor]:
-    """The parameters that a loss learns. Its class weights are not saved: whoever gave them gives them again."""
+    """Return the learned parameters of the loss. Class weights are not saved: their source supplies them again."""
     loss = state.loss
     return {name: p.detach() for name, p in loss.named_parameters()} if isinstance(loss, nn.Module) else {}

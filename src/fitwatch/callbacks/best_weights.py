@@ -9,10 +9,10 @@ from fitwatch.saving import unwrap
 
 
 class BestWeights:
-    """One copy of a model's weights, to be restored at the end of a fit.
+    """A copy of a model's weights, to restore at the end of a fit.
 
     Attributes:
-        kept: The copy, as a state dict; None while there is none.
+        kept: The copy, as a state dict, or None.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class BestWeights:
 
     def keep(self, model: nn.Module) -> None:
         """Copy the current weights."""
-        # A new copy, not one into the old: Ctrl-C half-way must not leave a mixture of two epochs.
+        # Not copied into the old one: Ctrl-C halfway must not leave a mixture of two epochs.
         weights = unwrap(model).state_dict()
         self.kept = {
             name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w) for name, w in weights.items()

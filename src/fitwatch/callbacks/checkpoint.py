@@ -17,7 +17,7 @@ logger = logging.getLogger("fitwatch")
 
 @define(eq=False, slots=False)
 class Checkpoint(Callback):
-    """Saves training so that it can be resumed, and the best model beside it.
+    """Saves the state of training for resuming, and the best model.
 
     Writes ``epoch-N.pt`` every ``every_epochs`` epochs (N epochs are complete), ``step-N.pt`` every ``every_steps``
     steps, and ``best.pt`` after an evaluation that is the best so far by the monitored metric. Each file holds model,
@@ -27,18 +27,18 @@ class Checkpoint(Callback):
     It runs after the other callbacks, wherever it stands in the list, since it saves their state. When training resumes
     from an older file, the newer ones are renamed to ``*.old``.
 
-    Training resumes from ``epoch-N.pt``. A file written in mid-epoch has the weights, but resuming from it would not be
-    exact, and is refused.
+    Training resumes from ``epoch-N.pt``. A file written mid-epoch has the weights, but resuming from it would not be
+    exact, and raises an error.
 
-    A model with non-finite weights is not saved: the last good file stays. ``best.pt`` of an earlier run, or of a
-    future that was given up by resuming from an older file, becomes ``best.pt.old``. A second ``fit`` of the same
-    Trainer replaces it only by a better one.
+    A model with non-finite weights is not saved: the last good file stays. A ``best.pt`` of an earlier run, or from
+    after the point of resumption, is renamed to ``best.pt.old``. A second ``fit`` of the same Trainer replaces
+    ``best.pt`` only by a better model.
 
     Args:
         dir: Folder for the files; created if it does not exist.
         every_epochs: Epochs between two saves; None: no such saves.
         every_steps: Steps between two saves; None: no such saves.
-        keep: How many of the newest files to keep of each kind.
+        keep: Number of newest files to keep of each kind.
         best: Whether to keep ``best.pt``.
     """
 
@@ -59,7 +59,7 @@ class Checkpoint(Callback):
 
         Raises:
             OSError: The folder can't be created.
-            FileExistsError: It holds checkpoints of another run, which this run would mix with its own.
+            FileExistsError: It holds checkpoints of another run.
         """
         if state.progress.step == 0:
             self._best = None
@@ -78,7 +78,7 @@ class Checkpoint(Callback):
             part.unlink()
         later = [f for f in self._files("epoch") if _count(f) > state.progress.epoch]
         for file in later + [f for f in self._files("step") if _count(f) > state.progress.step]:
-            file.replace(file.with_name(f"{file.name}.old"))  # given up by this resume: "auto" must not find it
+            file.replace(file.with_name(f"{file.name}.old"))  # abandoned: "auto" must not find it
         best = self.dir / "best.pt"
         if best.exists() and not 0 < _step_of(best) <= state.progress.step:
             best.replace(best.with_name("best.pt.old"))
@@ -104,15 +104,15 @@ class Checkpoint(Callback):
         """Return the newest checkpoint that training can resume from, or None.
 
         Raises:
-            ValueError: There are only files that can't be resumed from.
+            ValueError: No file can be resumed from.
         """
         files = self._files("epoch")
         if not files and (steps := self._files("step")):
-            raise ValueError(f"{steps[-1]} was saved before the end of an epoch: there is none to resume from")
+            raise ValueError(f"{steps[-1]} was saved before the end of an epoch: no checkpoint can be resumed from")
         return files[-1] if files else None
 
     def state_dict(self) -> StateDict:
-        """Return what ``best.pt`` holds."""
+        """Return the monitored metric and its value in ``best.pt``."""
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -137,7 +137,7 @@ class Checkpoint(Callback):
         saving.save(path, state)
         if ranks.rank():
             return
-        if not self._readable:  # a state_dict with more than data in it must fail now, not when it is needed
+        if not self._readable:  # fail now, not on resume, if a state_dict holds more than data
             saving.read(path)
             self._readable = True
         for old in self._files(kind)[: -self.keep]:
@@ -157,7 +157,7 @@ class Checkpoint(Callback):
 
 
 def _step_of(file: Path) -> int:
-    """The step at which a checkpoint was saved; 0 if it can't be read."""
+    """Return the step at which a checkpoint was saved; 0 if it can't be read."""
     try:
         return int(saving.read(file)["progress"]["step"])
     except ValueError:

@@ -26,28 +26,28 @@ class EarlyStopping(Callback):
     restored on any exit: the stop itself, the end of training, another callback's stop, Ctrl-C, an exception. The
     optimizer is left unchanged.
 
-    ``reason`` tells why it stopped, as a `StopReason`; the fit's ``stop_reason`` says it in a sentence.
+    ``reason`` is the `StopReason`; the fit's ``stop_reason`` is a sentence.
 
     Args:
         monitor: A metric of the fit's history, such as ``"val/loss"``.
-        mode: ``"min"`` or ``"max"``: where the metric is best. Default: the mode of ``rule`` if one is given, else
-            ``"min"`` if the name contains "loss", "cost" or "error"; any other metric needs it.
-        patience: Evaluations in a row without improvement after which training ends, 1 or more. Default: 10.
-        min_delta: What counts as an improvement over the last one, 0 or more, in units of the metric; or a number of
-            standard errors, such as ``"1se"``. For ``"val/loss"`` and a `Loss` this is the standard error of the gain,
-            from the same examples at both evaluations (don't shuffle the validation set: without pairs the error is
-            larger). For other metrics it is read from the metric ``<monitor>_se``.
+        mode: ``"min"`` or ``"max"``: whether lower or higher is better. Default: the mode of ``rule`` if one is given,
+            else ``"min"`` if the name contains "loss", "cost" or "error"; required for any other metric.
+        patience: Consecutive evaluations without improvement after which training ends, 1 or more. Default: 10.
+        min_delta: Gain that an improvement must exceed, 0 or more, in units of the metric; or a number of standard
+            errors, such as ``"1se"``. For ``"val/loss"`` and a `Loss` this is the standard error of the gain, from the
+            same examples at both evaluations (don't shuffle the validation set: without pairs the error is larger).
+            For other metrics it is read from the metric ``<monitor>_se``.
         start_epoch: Before this epoch (index from 0) training is not stopped and nothing counts against the patience.
             Improvements and the best weights count from the start.
-        restore_best: Whether to restore the best weights. Keeps one copy of them beside the model, and two for a
-            moment while a better one is taken.
-        rule: The decision rule, for everything else: `Patience` with its further options (relative or non-cumulative
-            gains, smoothing, a value to beat, thresholds, non-finite values), or Prechelt's `GL`, `PQ`, `UP`; all in
-            `fitwatch.rules`. Not together with ``patience`` and ``min_delta``, which are options of the rule.
+        restore_best: Whether to restore the best weights. Takes memory for one copy of the weights, and briefly for two
+            when a better one is taken.
+        rule: Another decision rule: `Patience` with more options (relative or non-cumulative gains, smoothing, a value
+            to beat, thresholds, non-finite values), or Prechelt's `GL`, `PQ`, `UP`; all in `fitwatch.rules`. Not
+            together with ``patience`` and ``min_delta``, which are options of the rule.
 
     Raises:
         ValueError: An option is out of range, or contradicts another; before step 1: ``monitor`` will not be measured
-            (the message lists what will be), or its name does not tell the mode and ``mode`` is not given.
+            (the message lists what will be), or ``mode`` is neither given nor implied by its name.
         TypeError: An option is of the wrong type.
     """
 
@@ -61,9 +61,9 @@ class EarlyStopping(Callback):
 
     def __attrs_post_init__(self) -> None:
         if self.rule is None:
-            self.rule = Patience(mode=self.mode or "min", patience=self.patience, min_delta=self.min_delta)  # type: ignore[unreachable] # from here on there is one
+            self.rule = Patience(mode=self.mode or "min", patience=self.patience, min_delta=self.min_delta)  # type: ignore[unreachable] # None only until here
         elif self.patience != _PATIENCE or self.min_delta != 0.0:
-            raise ValueError(f"give patience and min_delta to the rule, not beside it: got rule={self.rule!r}")
+            raise ValueError(f"patience and min_delta are options of the rule: set them there, got rule={self.rule!r}")
         elif self.mode not in (None, self.rule.mode):
             raise ValueError(f"mode must be the rule's, {self.rule.mode!r}, got {self.mode!r}")
         elif self.rule.mode == "max":
@@ -73,7 +73,7 @@ class EarlyStopping(Callback):
 
     @property
     def reason(self) -> StopReason | None:
-        """Why it asked for the end of training; None if it did not."""
+        """Why it requested the stop; None if it did not."""
         return self.rule.reason
 
     def on_fit_start(self, state: State) -> None:
@@ -83,7 +83,7 @@ class EarlyStopping(Callback):
         if self.rule.needs_standard_error:
             name, names = f"{self.monitor}_se", state.history.names
             measurable = self.monitor == "val/loss" and state.val_loader is not None and isinstance(state.loss, Loss)
-            if measurable and name not in names:  # another callback may measure its own
+            if measurable and name not in names:  # unless another callback measures it
                 state.validation.measure_standard_error()
                 names.add(name)
             self._pairs = state.validation.measures_standard_error
@@ -95,8 +95,8 @@ class EarlyStopping(Callback):
             self._stop(state)
         elif not self.rule.evaluations and len(state.history):
             logger.warning(
-                "EarlyStopping is new in this training: it does not know the %d evaluations so far, and will restore "
-                "the best of those to come",
+                "EarlyStopping was not in the checkpoint: it ignores the %d evaluations so far, and will restore the "
+                "best of the later ones",
                 len(state.history),
             )
 
@@ -117,7 +117,7 @@ class EarlyStopping(Callback):
         metrics = state.history.newest
         if self.monitor not in metrics:
             names = ", ".join(name for name in metrics if name not in ("epoch", "step"))
-            raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; there are {names}")
+            raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; available are {names}")
         before, examples = self.rule.best, state.validation.losses
         losses, weights = (examples.on_host() if self._pairs and examples is not None else None) or (None, None)
         stop = self.rule.update(
@@ -145,19 +145,19 @@ class EarlyStopping(Callback):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore what `state_dict` returned.
 
-        With other options the counters go on, a stop that the old ones led to is decided again at the next evaluation,
-        and a warning names the changes.
+        With different options the counters continue, a stop is decided again at the next evaluation, and a warning
+        names the changes.
 
         Raises:
-            ValueError: The best value and the counters belong to another metric, mode or rule; or the best weights are
-                to be restored and were not kept.
+            ValueError: The best value and the counters belong to another metric, mode or rule; or ``restore_best`` is
+                True and the best weights were not kept.
         """
         was, now = state_dict["options"], self._options()
         for name in ("monitor", "mode", "rule"):
             if was[name] != now[name]:
                 raise ValueError(
-                    f"EarlyStopping can't resume: its {name} is {now[name]}, and the checkpoint's was {was[name]}, "
-                    "whose counters mean something else"
+                    f"EarlyStopping can't resume: its {name} is {now[name]} but was {was[name]} in the checkpoint, so "
+                    "the counters do not apply"
                 )
         if self.restore_best and not state_dict["restore_best"]:
             raise ValueError(
@@ -167,7 +167,7 @@ class EarlyStopping(Callback):
         self.rule.load_state_dict(state_dict["rule"])
         self._best.kept = state_dict["best"] if self.restore_best else None
         if changes := [f"{name} {now[name]} (was {was[name]})" for name in now if now[name] != was[name]]:
-            logger.warning("EarlyStopping resumes with other options: %s", ", ".join(changes))
+            logger.warning("EarlyStopping resumes with different options: %s", ", ".join(changes))
             self.rule.reason = self.rule.sentence = None
 
     def _options(self) -> dict[str, str]:

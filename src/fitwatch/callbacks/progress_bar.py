@@ -24,7 +24,7 @@ class ProgressBar(Callback):
         self._values: dict[str, object] = {}
 
     def on_epoch_start(self, state: State) -> None:
-        """Start the bar of the epoch, in the same line as the last."""
+        """Start the bar of the epoch, on the same line as the last."""
         progress = state.progress
         of = f"/{progress.first_epoch + state.plan.epochs}" if state.plan.epochs is not None else ""
         description, total = f"epoch {progress.epoch + 1}{of}", _steps(state)

@@ -23,14 +23,14 @@ class RealWorldCost(Callback):
     (`cost_optimal_decision`). `EarlyStopping` can monitor either. Each new best evaluation logs both confusion matrices
     with the cost of each cell, and a table of the savings over the best constant decision.
 
-    The second decision relies on the probabilities. A loss with class weights or costs has already shifted them: then
-    the first decision is the one trained for, and the second counts the costs twice.
+    The second decision relies on the probabilities. A loss with class weights or costs has already shifted them: the
+    model was then trained for the first decision, and the second counts the costs twice.
 
     Outputs are logits of shape (N, C) or (N, C, d1, ...), or a single logit of shape (N,) or (N, 1). Targets are class
     indices; those equal to the loss's ``ignore_index`` are skipped. Sample weights count.
 
     Args:
-        costs: A `CostMatrix`, or a matrix of shape (C, C) to make one from; rows are true classes, columns predictions.
+        costs: A `CostMatrix`, or a matrix of shape (C, C); rows are true classes, columns predictions.
 
     Raises:
         ValueError: The costs are invalid; when fitting starts: there is no validation set, or another metric is named
@@ -52,7 +52,7 @@ class RealWorldCost(Callback):
 
     def on_validation_end(self, state: State) -> None:
         """After a new best evaluation, log the confusion matrices and the table."""
-        if not state.history.is_best or not bool(self._decisions["cost"].counts.any()):  # no target counts
+        if not state.history.is_best or not bool(self._decisions["cost"].counts.any()):  # all targets ignored
             return
         rows = []
         for name, title in (("cost", "most probable class"), ("cost_optimal", "least expected cost")):

@@ -40,16 +40,16 @@ class WeightedLoss(Callback):
     """Gives the loss class weights when fitting starts, and logs them in a table with the class counts.
 
     Classes are counted as by `count_classes`: without reading an example if the training data set exposes its targets,
-    else in one pass over the loader that leaves the random generators unchanged. Sample weights count where they are
-    seen. The counts describe the data set; a sampler that balances the batches does not affect them.
+    else in one pass over the loader that leaves the random generators unchanged. Sample weights count if available.
+    The counts describe the data set; a sampler that balances the batches does not affect them.
 
-    `BinaryCrossEntropy` gets ``pos_weight`` = w_1 / w_0: one per label for targets of shape (N, K) with K >= 2, else a
+    For `BinaryCrossEntropy`, ``pos_weight`` = w_1 / w_0: one per label for targets of shape (N, K) with K >= 2, else a
     single one.
 
     ``start_epoch`` and ``ramp_epochs`` defer the weights (deferred re-weighting, Cao et al. 2019, arXiv 1906.07413,
     section 3.3). Training is unweighted before ``start_epoch``. From then on it uses the weights to the power
     t = (epoch - start_epoch + 1) / (ramp_epochs + 1), at most 1: class weights are ratios, and ``"sqrt_inverse"`` is
-    half-way to ``"inverse"``. A weight of 0 is 0 from ``start_epoch`` on. ``val/loss`` always has the full weights, so
+    halfway to ``"inverse"``. A weight of 0 is 0 from ``start_epoch`` on. ``val/loss`` always has the full weights, so
     that it is comparable between epochs; ``train/loss`` has those of its epoch.
 
     A resumed run keeps the weights of a scheme, even if the data set has changed.
@@ -59,8 +59,8 @@ class WeightedLoss(Callback):
             (see `class_weights`), or the weights: a tensor or sequence of shape (C,), or a dict class -> weight.
         counts: Counts for a scheme, instead of counting: shape (C,), or (K, 2) for the negatives and positives of K
             labels.
-        num_classes: C, if the training data may lack the last classes. Default: that of the loss's own weights, costs
-            or counts, else the largest label + 1.
+        num_classes: C, if the training data may lack the last classes. Default: that of the weights, costs or counts
+            of the loss, else the largest label + 1.
         absent: How to treat a class without examples: ``"error"``, or ``"zero"`` to give it weight 0 (see
             `class_weights` for labels).
         beta: Parameter of ``"effective_number"``, in [0, 1).
@@ -116,8 +116,8 @@ class WeightedLoss(Callback):
         self._found = self._find(state)
         if isinstance(self.weights, str) and isinstance(sampler_of(state.train_loader), WeightedRandomSampler):
             logger.warning(
-                "train_loader has a WeightedRandomSampler, and WeightedLoss weights the classes of the whole data set: "
-                "rare classes are weighted twice"
+                "train_loader has a WeightedRandomSampler, and WeightedLoss weights the classes too: rare classes are "
+                "weighted twice"
             )
         state.settings["class_weights"] = self.weights if isinstance(self.weights, str) else "given"
         text = _table(*self._found)

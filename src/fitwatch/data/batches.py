@@ -1,4 +1,4 @@
-"""Batches and loaders: unpacking them, moving them to a device, and what they reveal about themselves."""
+"""Batches and loaders: unpacking, moving to a device, sizes, samplers and generators."""
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
@@ -34,7 +34,7 @@ def parts(batch: object) -> Sequence[Any]:
     A batch is a tuple or list ``(input, target)`` or ``(input, target, sample_weight)``, or a mapping with these keys.
 
     Raises:
-        TypeError: The batch has another form; the message says what to override.
+        TypeError: The batch has another form; the message names the methods to override.
     """
     if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
         return batch if len(batch) == 2 or batch[2] is not None else batch[:2]
@@ -62,7 +62,7 @@ def batch_size(batch: object) -> int:
     usual = isinstance(batch, (tuple, list)) and len(batch) > 0 and isinstance(batch[-1], Tensor)
     found = batch[-1] if usual else _last_tensor(batch)  # type: ignore[index] # a tuple or list
     if found is None:
-        raise TypeError(f"can't tell how many examples a {type(batch).__name__} holds; override batch_size(batch)")
+        raise TypeError(f"can't count the examples in a {type(batch).__name__}; override batch_size(batch)")
     return found.shape[0] if found.ndim else 1
 
 
@@ -76,12 +76,12 @@ def _last_tensor(batch: object) -> Tensor | None:
 
 
 def sampler_of(loader: object) -> object:
-    """Return the sampler that draws a `DataLoader`'s examples, also one inside a custom batch sampler, or None."""
+    """Return the sampler of a `DataLoader`'s examples, even if inside a custom batch sampler; else None."""
     return getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
 
 
 def generators_of(*loaders: object) -> list[torch.Generator]:
-    """Return the generators that loaders and their samplers own, which the global seed does not reach, each once."""
+    """Return the distinct generators of loaders and their samplers, which the global seed does not reach."""
     owners = [o for loader in loaders for o in (loader, getattr(loader, "batch_sampler", None), sampler_of(loader))]
     found = [getattr(owner, "generator", None) for owner in owners]
     return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))

@@ -56,7 +56,7 @@ def count_classes(
             ``(input, target, sample_weight)``, or mappings with these keys.
         num_classes: C. Default: the largest label plus 1 (2 for a binary problem); give it if the last class may be
             absent. With ``multi_label``, K.
-        ignore_index: A label that does not count, for class indices.
+        ignore_index: Class index that does not count.
         multi_label: The targets are those of `BinaryCrossEntropy`, all 0 or 1 in any dtype: shape (N, K) for K labels
             that do not exclude each other; any other shape is one label, K = 1. Weights of shape (N, K) mask
             single labels.
@@ -70,11 +70,11 @@ def count_classes(
         ValueError: A label is negative or at least `num_classes` (the message names it and its index in the flattened
             targets), a float is neither a binary label nor a probability, weights do not fit, or there are no targets
             and no `num_classes`.
-        TypeError: `data` is none of these, is an iterator, which counting would exhaust, or does not return batches.
+        TypeError: `data` is none of these, does not return batches, or is an iterator, which counting would exhaust.
     """
     if isinstance(data, Iterator):  # not iter(data): a DataLoader would draw a random number
         raise TypeError(
-            "can't count the classes of an iterator, which a pass would exhaust: give a loader that can be iterated "
+            "can't count the classes of an iterator, which a pass would exhaust: pass a loader that can be iterated "
             "again (WeightedLoss also takes counts, or the weights themselves)"
         )
     if multi_label and ignore_index is not None:
@@ -214,7 +214,7 @@ def exposed_targets(data: object) -> _Known | None:
 
 
 def _is_batch(item: object) -> bool:
-    """Tell whether the first element of a list is a batch rather than a target, or a row of targets."""
+    """Return whether the first element of a list is a batch rather than a target or a row of targets."""
     if isinstance(item, (tuple, list)):
         return any(isinstance(part, Tensor) and part.dim() > 0 for part in item)
     return isinstance(item, Mapping)
@@ -223,8 +223,8 @@ def _is_batch(item: object) -> bool:
 def _exposed(dataset: object) -> _Known | None:
     """Return all targets of a data set that exposes them.
 
-    None if they can't be read cheaply, or may differ from those of the examples: another length than the data set, a
-    ``target_transform``, names instead of numbers.
+    None if they can't be read cheaply, or may differ from the targets of the examples: a length other than the data
+    set's, a ``target_transform``, names instead of numbers.
     """
     if getattr(dataset, "target_transform", None) is not None:
         return None
@@ -291,7 +291,7 @@ def _count_by_pass(data: object, count: Callable[..., Tensor]) -> Tensor | None:
 def _added(counts: Tensor, new: Tensor) -> Tensor:
     """Add two counts, of which one may have more classes."""
     if counts.dim() == 2 and counts.shape != new.shape:
-        raise ValueError(f"the targets have {len(new)} labels, and those before have {len(counts)}")
+        raise ValueError(f"the targets have {len(new)} labels, but earlier ones have {len(counts)}")
     if len(counts) < len(new):
         counts, new = new, counts
     return counts + F.pad(new, (0, 0) if counts.dim() == 2 else (0, len(counts) - len(new)))

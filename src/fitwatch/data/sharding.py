@@ -1,4 +1,4 @@
-"""Distributes batches over ranks: each example goes to one rank, whatever the number of ranks."""
+"""Distributes batches over ranks: each example goes to exactly one rank."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def split(loader: Iterable[object]) -> Iterable[object]:
 
     A list, or a `DataLoader` over an indexed data set, is dealt out batch by batch, in the order that rank 0 draws; the
     last round may be incomplete. With a `DistributedSampler` each rank takes the part it is given, without the examples
-    repeated to make all parts equal; with another sampler that has ``num_replicas``, the part as it is. Any other
+    repeated to make all parts equal; with another sampler that has ``num_replicas``, the part is unchanged. Any other
     iterable, including a loader without a length, must yield each rank's own part.
     """
     if ranks.size() == 1:
@@ -101,14 +101,14 @@ def steps_per_epoch(loader: Iterable[object], accumulate: int) -> int | None:
 
 
 def gives_part(loader: object) -> bool:
-    """Return whether ``loader`` yields only this rank's part by itself."""
+    """Return whether ``loader`` itself yields only this rank's part."""
     if ranks.size() == 1 or isinstance(loader, Sequence):
         return False
     return not _is_indexed(loader) or _deals_out(loader)
 
 
 def set_epoch(loader: object, epoch: int) -> None:
-    """Tell the samplers of a loader the epoch, on which the order of a `DistributedSampler` depends."""
+    """Set the epoch in the samplers of a loader; the order of a `DistributedSampler` depends on it."""
     for sampler in _samplers(loader):
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
@@ -146,7 +146,7 @@ def _rebuilt(loader: DataLoader[object]) -> DataLoader[object]:
 
 
 class _EveryNth(Sampler[Any]):
-    """Gives this rank its part of ``source``, in the order that rank 0 draws with its random numbers."""
+    """Yields this rank's part of ``source``, in the order that rank 0 draws."""
 
     def __init__(self, source: Iterable[object]) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""Closes log windows and evaluations: the moments at which the host waits for the device and ranks agree."""
+"""Closes log windows and evaluations, where the host waits for the device and ranks agree."""
 
 import logging
 import math
@@ -20,19 +20,19 @@ class Recorder:
         hooks: Its callbacks.
 
     Attributes:
-        loss_is_used: Whether training has asked for the loss in force.
+        loss_is_used: Whether training has used ``state.loss``.
     """
 
     def __init__(self, state: State, hooks: Callbacks) -> None:
         self._state, self._hooks = state, hooks
         self.loss_is_used = False
         self._given_loss = state.loss
-        self._unlogged = False  # whether the newest evaluation has not been in the records
+        self._unlogged = False  # whether the newest evaluation is still to be logged
         self._warned = self._warned_of_loss = False
 
     @property
     def stops(self) -> bool:
-        """Whether training ends after the current step: at ``max_steps``, or because it was asked for."""
+        """Whether training ends after the current step: at ``max_steps``, or on request."""
         plan, progress = self._state.plan, self._state.progress
         at_end = plan.max_steps is not None and progress.step - progress.first_step >= plan.max_steps
         return at_end or self._state.stop_reason is not None
@@ -72,7 +72,7 @@ class Recorder:
         self._warn("val/loss", state.validation.bad_batch)
 
     def close_window(self) -> None:
-        """Move what was logged to the host, and run ``on_log`` if there is anything."""
+        """Copy logged values to the host, and run ``on_log`` if there are any."""
         state = self._state
         own = [*state.train_loss.close_window(), float(state.stop_request is not None)]
         total, weight, examples, asked = ranks.sums(own)
@@ -92,8 +92,8 @@ class Recorder:
         if state.loss is not self._given_loss and not (self.loss_is_used or self._warned_of_loss):
             self._warned_of_loss = True
             logger.warning(
-                "a callback has replaced the loss (class weights, say), but the training step does not use it: compute "
-                "the loss with self.compute_loss (Trainer) or watch.loss"
+                "a callback has replaced the loss (for example with class weights), but the training step does not use "
+                "it: compute the loss with self.compute_loss (Trainer) or watch.loss"
             )
 
     def _warn(self, name: str, batch: int | None) -> None:

@@ -1,6 +1,6 @@
 """The gradient of a step: sums over micro-batches and ranks, divided once by the weight of everything in them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -52,7 +52,7 @@ class StepGradient:
         mean = loss.detach() if is_mean else loss.detach() * inverse(weight, loss)
         self.awaits_backward = True
         scaled: Tensor = _ScaledGradient.apply(loss, mean, factor, self._reached)  # type: ignore[no-untyped-call] # torch's
-        return scaled
+        return scaled.as_subclass(_StepLoss)
 
     def _reached(self, gradient: Tensor) -> None:
         """The backward pass has reached a `scalar`, with this gradient."""
@@ -117,6 +117,25 @@ class StepGradient:
             self._guess = _positive(total)
         for same in _by_device_and_dtype(gradients):
             torch._foreach_mul_(same, factor.to(same[0]))  # one kernel for all, as in torch's clipping
+
+
+class _StepLoss(Tensor):
+    """The loss of one of several micro-batches: adding to it would add to a gradient that is not divided yet."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ in _ADDITIONS:
+            raise RuntimeError(
+                "with accumulate above 1 nothing can be added to the loss of watch.loss(...): add a penalty, or "
+                "another loss of the batch, with watch.backward(watch.sums(...) + penalty)"
+            )
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - torch documents no other way
+            return func(*args, **(kwargs or {}))
+
+
+_ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "rsub"})
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -30,7 +30,7 @@ class Validator:
         place: Moves the losses to the device.
 
     Attributes:
-        running: The pass that runs; None between passes.
+        running: The current pass; None between passes.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Validator:
 
     def measure(self, loader: Loader) -> dict[str, float]:
         """Return the loss and the user's metrics over other batches, without ``val/``."""
-        metrics = copy.deepcopy(self._metrics)  # the originals hold what the validation has just measured
+        metrics = copy.deepcopy(self._metrics)  # the originals hold the validation's results
         values = self._measure_all(Pass(self.loss, metrics, NO_BASELINE), loader)
         return {name.removeprefix("val/"): value for name, value in values.items()}
 
@@ -93,7 +93,7 @@ class Validator:
 
     @contextmanager
     def _recording(self) -> Iterator[Pass]:
-        """Around a pass: a hook before; its entry in the history, a hook and the log window after."""
+        """Run a hook before the pass; then add it to the history, run a hook, and close the log window."""
         state = self._state
         self._hooks.on_validation_start(state)
         self._align()
@@ -124,6 +124,6 @@ class Validator:
         return ranks.from_main(done.values())
 
     def _align(self) -> None:
-        """Place the losses, and give all ranks the statistics of rank 0; a fit has aligned the parameters."""
+        """Move the losses and copy rank 0's buffers to all ranks; a fit has aligned the parameters."""
         self._place()
         ranks.align([self._state.model], buffers_only=self._state.progress.step > 0)

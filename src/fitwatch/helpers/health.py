@@ -1,4 +1,4 @@
-"""Non-finite weights: the end of every useful training, and nothing to save."""
+"""Detection of non-finite weights."""
 
 import torch
 from torch import Tensor, nn

@@ -186,7 +186,7 @@ def confusion_matrix(
 
 
 def confusion_sums(predicted: Tensor, targets: Tensor, num_classes: int, weights: Tensor) -> Tensor:
-    """Sum weights by true and predicted class; does not synchronise with the device.
+    """Sum weights by true and predicted class; does not synchronize with the device.
 
     Args:
         predicted: Predicted classes 0..C-1, shape (N,), int64.

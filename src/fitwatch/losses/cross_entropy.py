@@ -121,7 +121,7 @@ class BinaryCrossEntropy(Loss):
     """Cross-entropy of sigmoid outputs, equal to `torch.nn.BCEWithLogitsLoss` in value and gradient.
 
     Outputs are logits of shape (N,), (N, 1), or (N, K) for K labels that do not exclude each other. Targets have the
-    same shape, any dtype, in [0, 1]; the range is checked on the CPU only, since the check synchronises elsewhere.
+    same shape, any dtype, in [0, 1]; the range is checked on the CPU only, since the check synchronizes elsewhere.
 
     The loss is divided by the number of elements: `pos_weight` changes its scale, as in torch.
 

@@ -20,7 +20,7 @@ def check_classes(
 
     ``per_class``, shape (C, ...), holds weights, costs or counts of the loss. Targets are class indices or, with
     ``probabilities``, also class probabilities. With ``labels``, the range of the indices is checked, but only on the
-    CPU: on other devices the check would synchronise, or fail itself after a device-side assertion.
+    CPU: on other devices the check would synchronize, or fail itself after a device-side assertion.
     """
     check_types(output, target)
     if output.dim() == 0:
@@ -68,7 +68,7 @@ def check_logits(output: Tensor, target: Tensor, pos_weight: Tensor | None = Non
                 f"{_given(output, target)}"
             )
         _check_devices(output, pos_weight)
-    if target.device.type == "cpu" and target.numel():  # on other devices the check would synchronise
+    if target.device.type == "cpu" and target.numel():  # on other devices the check would synchronize
         low, high = target.aminmax()
         if low.item() < 0 or high.item() > 1:
             check_values("binary targets must be in [0, 1]", target, (target < 0) | (target > 1))

@@ -118,7 +118,7 @@ class LDAM(ClassLoss):
 
         l = CrossEntropy(scale (z - margin[y] at y)),    margin[c] = max_margin (min(n) / n[c])^(1/4)
 
-    The paper uses cosines as logits (features and the rows of the last layer normalised to length 1); the defaults of
+    The paper uses cosines as logits (features and the rows of the last layer normalized to length 1); the defaults of
     ``scale`` and ``max_margin`` suit them. It applies class weights late in training: see `WeightedLoss`'s
     ``start_epoch``. Outputs and targets are those of `Focal`; the loss is divided by the sum of the weights.
 

@@ -1,4 +1,4 @@
-"""The losses of the single validation examples, and the standard error that follows from them."""
+"""Losses of the individual validation examples, and their standard error."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ class ExampleLosses:
         loss: The loss that validation measures.
 
     Attributes:
-        examples: How many examples there were, whatever the loss is.
+        examples: Number of examples seen, for any loss.
     """
 
     def __init__(self, loss: object) -> None:
@@ -24,7 +24,7 @@ class ExampleLosses:
         self._weights: list[Tensor] = []
 
     def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Take in a batch."""
+        """Add a batch."""
         self.examples += len(outputs)
         if isinstance(self._loss, Loss):
             losses, weights = self._loss.per_example(outputs, targets, sample_weight)
@@ -32,13 +32,13 @@ class ExampleLosses:
             self._weights.append(weights)
 
     def on_host(self) -> tuple[Tensor, Tensor] | None:
-        """Return losses and weights, both of shape (N,), on the CPU; None if the loss gives a mean only."""
+        """Return losses and weights, both of shape (N,), on the CPU; None if the loss returns only a mean."""
         if not self._losses:
             return None
         losses, weights = torch.stack([torch.cat(self._losses), torch.cat(self._weights)]).cpu()  # one transfer
         return losses, weights
 
     def standard_error(self) -> float:
-        """Return the standard error of the weighted mean, in units of the loss; NaN if the loss gives a mean only."""
+        """Return the standard error of the weighted mean, in units of the loss; NaN if the loss returns only a mean."""
         known = self.on_host()
         return torch.nan if known is None else standard_error(influences(*known))

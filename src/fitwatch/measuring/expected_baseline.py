@@ -1,4 +1,4 @@
-"""The baseline before any validation, from the targets that the data sets show."""
+"""The baseline before any validation, from targets that the data sets expose."""
 
 from contextlib import suppress
 from typing import Any
@@ -13,15 +13,15 @@ from fitwatch.losses.baseline import Baseline, TargetSums
 
 
 def expected_baseline(loss: Any, train_loader: Any, val_loader: Any) -> Baseline | None:
-    """Return the baseline before any validation, if both data sets show their targets; else None.
+    """Return the baseline before any validation, if both data sets expose their targets; else None.
 
-    The number of classes is the one that the loss fixes, else it is taken from the labels; the first validation, which
-    sees the outputs, makes it certain. A ``collate_fn`` of the user's may give other targets than the data set shows.
+    The number of classes is fixed by the loss or taken from the labels; the first validation, which sees the outputs,
+    confirms it. With a custom ``collate_fn``, which may change the targets, there is no baseline.
     """
     loaders = (train_loader, val_loader)
     if not all(isinstance(x, DataLoader) and x.collate_fn in (default_collate, default_convert) for x in loaders):
         return None
-    with suppress(*FAILURES):  # only a line in a report: training itself explains what is wrong with the data
+    with suppress(*FAILURES):  # only a line in a report: training reports invalid data
         return _expected(loss, train_loader, val_loader)
     return None
 
@@ -36,7 +36,7 @@ def _expected(loss: Any, train_loader: DataLoader[Any], val_loader: DataLoader[A
         ignore_index = getattr(loss, "ignore_index", None)
         kept = [labels if ignore_index is None else labels[labels != ignore_index] for labels in (train[0], targets)]
         both = torch.cat([labels.flatten() for labels in kept])
-        if targets.dtype is torch.bool or not len(both) or int(both.min()) < 0:  # the validation will find it
+        if targets.dtype is torch.bool or not len(both) or int(both.min()) < 0:  # invalid: left to validation
             return None
         classes, fixed = int(both.max()) + 1, loss.fixed_classes if isinstance(loss, Loss) else None
         if fixed is not None and fixed < classes:

@@ -15,13 +15,13 @@ from fitwatch.helpers.dtypes import wide_float
 
 @runtime_checkable
 class MetricObject(Protocol):
-    """A metric that is fed batch by batch, such as those of torchmetrics."""
+    """A metric updated batch by batch, such as those of torchmetrics."""
 
     def reset(self) -> object:
         """Forget everything seen."""
 
     def update(self, outputs: Tensor, targets: Tensor, /) -> object:
-        """Take in a batch; a third parameter named ``sample_weight`` gets the weights of the examples."""
+        """Add a batch; a third parameter named ``sample_weight`` receives the weights of the examples."""
 
     def compute(self) -> float | Tensor:
         """Return the value, a single number."""
@@ -34,7 +34,7 @@ Metric = MetricFunction | MetricObject
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """Move tensors to the host in one transfer, which is the one synchronisation; flat lists of floats."""
+    """Copy tensors to the host in one transfer, with one synchronization, as flat lists of floats."""
     if not tensors:
         return []
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
@@ -48,7 +48,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module is in the mode it was in."""
+    """Switch to eval mode without gradients; afterwards restore the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]  # the user may have frozen some layers
     model.eval()
     try:
@@ -64,8 +64,8 @@ class WeightedMean:
     """sum(w l) / sum(w) over any number of batches; values stay on their device until `pull`.
 
     Attributes:
-        bad: Index of the first batch whose total was not finite, once it was pulled; None where there is none, or
-            where the totals of more than a thousand batches had to be summed before.
+        bad: Index of the first pulled batch with a non-finite total; None if there is none, or if it is unknown
+            because 1,024 batches or more were summed before the pull.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class WeightedMean:
         self._weights: list[Tensor | float] = []
 
     def add(self, total: Tensor, weight: Tensor | float) -> None:
-        """Add one batch: ``total`` = sum(w l), 0-dim, ``weight`` = sum(w). Costs no synchronisation."""
+        """Add one batch: ``total`` = sum(w l), 0-dim, ``weight`` = sum(w). Costs no synchronization."""
         self._batches += 1
         self._totals.append(total.detach())
         self._weights.append(weight)
@@ -84,7 +84,7 @@ class WeightedMean:
             self._fold()
 
     def pull(self) -> tuple[float, float]:
-        """Bring what is pending to the host; return the (total, weight) that were new."""
+        """Copy pending values to the host; return their (total, weight)."""
         if not self._totals:
             return 0.0, 0.0
         weights = [w for w in self._weights if isinstance(w, Tensor)]
@@ -101,7 +101,7 @@ class WeightedMean:
         return total, weight
 
     def share(self) -> None:
-        """Become the mean over all ranks."""
+        """Sum over all ranks, so that `value` is their common mean."""
         self.pull()
         self.total, self.weight = ranks.sums([self.total, self.weight])
         if not math.isfinite(self.total):
@@ -116,7 +116,7 @@ class WeightedMean:
 
     @property
     def value(self) -> float:
-        """The mean of what was pulled; NaN where the weights sum to 0."""
+        """The mean of the pulled batches; NaN if the weights sum to 0."""
         return self.total / self.weight if self.weight else math.nan
 
 
@@ -125,7 +125,7 @@ class RunningLoss:
 
     Attributes:
         since_evaluation: Sum and weight since the last evaluation.
-        examples: Training examples seen in this fit by all ranks, as far as the batches tell; fresh in ``on_log``.
+        examples: Training examples seen in this fit by all ranks, if batch sizes are known; fresh in ``on_log``.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class RunningLoss:
         self._new_examples += examples
 
     def pull(self) -> None:
-        """Copy what is pending to the host; waits for the device."""
+        """Copy pending values to the host; waits for the device."""
         total, weight = self.since_evaluation.pull()
         self._window = (self._window[0] + total, self._window[1] + weight)
 
@@ -152,7 +152,7 @@ class RunningLoss:
         return closed
 
     def close_evaluation(self) -> float:
-        """Return the mean over all ranks since the last evaluation, and start again; all ranks call it."""
+        """Return the mean over all ranks since the last evaluation, and reset it; all ranks call it."""
         self.pull()
         self.since_evaluation.share()
         value = self.since_evaluation.value
@@ -161,15 +161,15 @@ class RunningLoss:
 
 
 class Metrics:
-    """The metrics of one pass over a data set, each computed once from all of it.
+    """Computes metrics over a whole data set in one pass.
 
-    A function gets all outputs and all targets at once, so that it is exact whatever the batches were, and also
-    where it is no mean (recall, F1, AUC). An object with ``update``, ``compute`` and ``reset`` (torchmetrics') is
-    fed batch by batch; prefer it where the outputs of the whole set are too large to keep. A function, or an
-    ``update``, with a parameter ``sample_weight`` gets the weights of the examples as well.
+    A function receives all outputs and targets at once, so its value does not depend on the batches, even if it is not
+    a mean (recall, F1, AUC). An object with ``update``, ``compute`` and ``reset`` (as in torchmetrics) is updated batch
+    by batch; prefer it if the outputs of the whole set are too large to keep. A function, or an ``update``, with a
+    parameter ``sample_weight`` also receives the weights of the examples.
 
     Args:
-        metrics: Name -> function of (outputs, targets) giving a number, or such an object.
+        metrics: Name -> function of (outputs, targets) returning a number, or such an object.
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
@@ -200,7 +200,7 @@ class Metrics:
             metric.reset()
 
     def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Take in a batch: all three with the examples along their first dimension."""
+        """Add a batch: all three with the examples along their first dimension."""
         self._batches += 1
         if self._weighted and sample_weight is None:
             sample_weight = torch.ones(len(outputs), device=outputs.device)
@@ -210,16 +210,16 @@ class Metrics:
             if self._weighted and sample_weight is not None:
                 self._weights.append(sample_weight.detach())
         for name, metric in self._objects.items():
-            if isinstance(metric, nn.Module):  # torchmetrics keep their state on a device of their own
+            if isinstance(metric, nn.Module):  # torchmetrics do not follow the outputs' device
                 metric.to(outputs.device)
             weights = {"sample_weight": sample_weight} if name in self._weighted else {}
             metric.update(outputs.detach(), targets, **weights)
 
     def compute(self) -> dict[str, float]:
-        """All values by name.
+        """Return all values by name.
 
         Raises:
-            RuntimeError: No batch was seen: an own ``validation_step`` did not call ``update_metrics``.
+            RuntimeError: No batch was seen: a custom ``validation_step`` did not call ``update_metrics``.
         """
         names = [*self._functions, *self._objects]
         if not names:
@@ -249,7 +249,7 @@ def _is_object(metric: Metric) -> TypeGuard[MetricObject]:
 
 
 def _show_all(metric: MetricObject) -> None:
-    """Stop a torchmetrics metric, and those inside it, from summing over ranks: every rank sees the whole data set."""
+    """Stop a torchmetrics metric, and any inside it, from summing over ranks: every rank sees the whole data set."""
     for part in metric.modules() if isinstance(metric, nn.Module) else ():
         for one in (part, getattr(part, "metric_a", None), getattr(part, "metric_b", None)):
             if one is not None and hasattr(one, "distributed_available_fn"):

@@ -1,4 +1,4 @@
-"""Validation: what is measured, and one pass over a data set, of which each rank sees a part."""
+"""What validation measures, and one pass over a data set, split over the ranks."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,21 +19,21 @@ from fitwatch.measuring.metrics import Metric, Metrics, WeightedMean, evaluating
 
 Measure = Callable[[Loader], dict[str, float]]
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
-"""Means that there is no baseline, and no need to look for one."""
+"""Marks that there is no baseline, and that none should be computed."""
 
 
 class Observer(Protocol):
     """Sees every batch of a validation, and reports nothing."""
 
     def reset(self) -> object:
-        """A validation starts."""
+        """Forget earlier batches; called before a validation."""
 
     def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None, /) -> object:
-        """Take in a batch, on the device."""
+        """Add a batch, on the device."""
 
 
 class Validation:
-    """What the validations of a fit measure, and what the newest one left.
+    """What the validations of a fit measure, and results of the newest one.
 
     Args:
         metrics: Name -> function or object, as for `Metrics`.
@@ -41,10 +41,10 @@ class Validation:
             loop can't.
 
     Attributes:
-        metrics: What is measured, with what callbacks have added.
+        metrics: The metrics, including those that callbacks added.
         observers: Objects that see each batch; callbacks add theirs.
         losses: The losses of the examples of the newest validation; None unless `keep_losses` was called.
-        baseline: The loss of the best constant prediction; before the first validation it is an expectation.
+        baseline: The loss of the best constant prediction; estimated before the first validation.
         bad_batch: Index of the first batch with a non-finite loss, if any.
         measures_standard_error: Whether ``val/loss_se``, the standard error of ``val/loss``, is measured.
     """
@@ -66,7 +66,7 @@ class Validation:
         self.metrics[name] = metric
 
     def keep_losses(self) -> None:
-        """Keep the losses of the single examples in ``losses``; call it in ``on_fit_start``. They are computed once."""
+        """Keep the losses of the examples in ``losses``, computed once for all callers; call it in ``on_fit_start``."""
         self._keeps_losses = True
 
     def measure_standard_error(self) -> None:
@@ -74,7 +74,7 @@ class Validation:
         self._keeps_losses = self.measures_standard_error = True
 
     def start(self, loss: Any, *, of_fit: bool = True) -> "Pass":
-        """Start a pass: over the validation set of the fit, or over other batches, of which nothing is kept."""
+        """Start a pass: over the validation set of the fit, or over other batches, whose results are not kept."""
         known = (self.baseline or NO_BASELINE) if of_fit and self._measured else None
         new = Pass(
             loss,
@@ -89,7 +89,7 @@ class Validation:
         return new
 
     def finish(self, done: "Pass") -> None:
-        """Keep what a completed pass has found."""
+        """Keep the results of a completed pass."""
         self.baseline, self.bad_batch, self._measured = done.baseline, done.bad_batch, True
 
 
@@ -99,10 +99,10 @@ class Pass:
     Args:
         loss: The loss that is measured. If it has class weights, the loss without them is measured too.
         metrics: Name -> function or object, as for `Metrics`.
-        baseline: The baseline of the loss on this data set, or `NO_BASELINE`; None: the targets are counted to find it.
+        baseline: The baseline of the loss on this data set, or `NO_BASELINE`; None: computed from the targets.
         observers: Objects that see each batch.
         keep_losses: Whether to keep the loss of each example.
-        standard_error: Whether to report ``val/loss_se``, which needs these.
+        standard_error: Whether to report ``val/loss_se``, which needs ``keep_losses``.
 
     Attributes:
         losses: The losses of the examples, if they are kept.
@@ -127,14 +127,14 @@ class Pass:
         self._unweighted = (loss.unweighted(), WeightedMean()) if getattr(loss, "has_weights", False) else None
         self._targets = TargetSums(loss) if baseline is None else None
         self._anyone_watches = bool(metrics or self._observers or keep_losses)
-        self._shares = False  # whether ranks exchange what they saw
-        self._kept: list[tuple[Any, ...]] = []  # what they will exchange
+        self._shares = False  # whether ranks exchange their batches
+        self._kept: list[tuple[Any, ...]] = []  # batches to exchange
         for observer in self._observers:
             observer.reset()
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
-        """Eval mode without gradients, until the batches of all ranks are in; all ranks enter it."""
+        """Run the body in eval mode without gradients, then merge the batches of all ranks; all ranks enter it."""
         # A rank may be the only one with an observer.
         self._anyone_watches = any(ranks.gather(self._anyone_watches))
         counted = self._targets is not None and self._targets.known
@@ -161,7 +161,7 @@ class Pass:
             self.baseline = self._targets = None
 
     def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
-        """Show the outputs and targets of a batch to the metrics and everything else that is measured."""
+        """Pass the outputs and targets of a batch to the metrics and all other measurements."""
         if self._unweighted is not None:
             loss, mean = self._unweighted
             mean.add(*(loss.sums(outputs, targets, sample_weight)))
@@ -182,7 +182,7 @@ class Pass:
             observer.update(outputs, targets, sample_weight)
 
     def _share(self, device: torch.device) -> None:
-        """Take in what the other ranks saw, in the order in which a single rank would have seen it."""
+        """Process the batches of all ranks, in the order of a single rank."""
         for mean in [self._mean] if self._unweighted is None else [self._mean, self._unweighted[1]]:
             mean.share()
         self._batches = int(ranks.sums([self._batches])[0])
@@ -200,18 +200,18 @@ class Pass:
         return self._mean.bad
 
     def values(self) -> dict[str, float]:
-        """Return everything by name: ``val/loss``, ``val/loss_unweighted``, ``val/loss_left``, ``val/<metric>``, ...
+        """Return all values by name: ``val/loss``, ``val/loss_unweighted``, ``val/loss_left``, ``val/<metric>``, ...
 
         Raises:
             ValueError: No batch was added.
         """
         if not self._batches:
-            raise ValueError("no validation batch was measured: the loader is empty, or a generator was used up before")
+            raise ValueError("no validation batch was measured: the loader is empty, or an exhausted generator")
         self._mean.pull()
         values = {"val/loss": self._mean.value}
         if self._unweighted is not None:
             self._unweighted[1].pull()
-            if self._unweighted[1].weight:  # a user's validation_step may not feed it
+            if self._unweighted[1].weight:  # a custom validation_step may not update it
                 values["val/loss_unweighted"] = self._unweighted[1].value
         if self._targets is not None:
             self.baseline, self._targets = self._targets.baseline(), None
@@ -224,7 +224,7 @@ class Pass:
 
 
 def _copied(part: Batch) -> Any:
-    """A copy on the host, without the rest of what it is a view of, which would travel along."""
+    """Return a copy on the host: sending a view would also send the rest of its storage."""
     return part.detach().cpu().clone() if isinstance(part, Tensor) and not part.is_meta else part
 
 

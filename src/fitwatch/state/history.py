@@ -47,7 +47,7 @@ class History(Sequence[Entry]):
 
     @property
     def best(self) -> Entry | None:
-        """The evaluation with the best finite ``monitor``, the first of equals; None before there is one."""
+        """The evaluation with the best finite ``monitor``, the first on ties; None if there is none."""
         known = [entry for entry in self.entries if math.isfinite(entry.get(self.monitor, math.nan))]
         choose = min if self.mode == "min" else max
         return choose(known, key=lambda entry: entry[self.monitor]) if known else None
@@ -67,8 +67,8 @@ class History(Sequence[Entry]):
         """Check every watched metric before step 1.
 
         Raises:
-            ValueError: A watched metric will not be measured (the message lists those that will), or its name does not
-                tell whether lower or higher is better and no mode was given.
+            ValueError: A watched metric will not be measured (the message lists those that will), or no mode was given
+                and the name does not imply one.
         """
         for by, monitor, mode in self._watched:
             if monitor not in self.names:
@@ -77,4 +77,4 @@ class History(Sequence[Entry]):
                     f"it will measure {', '.join(sorted(self.names))}"
                 )
             if mode is None and not any(word in monitor for word in _LOWER_IS_BETTER):
-                raise ValueError(f'{by} monitors {monitor!r}: give mode="min" or mode="max", the name does not tell')
+                raise ValueError(f'{by} monitors {monitor!r}: pass mode="min" or mode="max", the name implies neither')

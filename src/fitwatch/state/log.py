@@ -1,4 +1,4 @@
-"""Values to log: they wait on their device and cross to the host together, once per log window."""
+"""Values to log: kept on their device, and copied to the host together once per log window."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -16,19 +16,19 @@ _Names = tuple[str, ...]
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda stacked: stacked.mean(0),
-    "max": lambda stacked: stacked.amax(0),  # amax keeps a NaN: it must not hide behind a larger number
+    "max": lambda stacked: stacked.amax(0),  # amax propagates NaN
     "last": lambda stacked: stacked[-1],
 }
 
 
 class Log:
-    """What `State.log` is: call it to log a value.
+    """Collects the values to log; `State.log` is one. Call it to log a value.
 
     Args:
-        progress: The counters of the fit; a record gets their ``step``.
+        progress: The counters of the fit; each record has their ``step``.
 
     Attributes:
-        records: What the newest log window held, for ``on_log``.
+        records: The records of the newest log window, for ``on_log``.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -56,11 +56,11 @@ class Log:
             self._add((names,) if isinstance(names, str) else tuple(names), value, reduce)
 
     def defer(self, value: Tensor, receive: Receiver, *, reduce: Reduction = "mean") -> None:
-        """Hand a tensor to a function once it is on the host, where the names to log depend on what was measured.
+        """Pass a tensor to a function once it is on the host, if the names to log depend on its values.
 
         Args:
             value: Any shape; several values in one log window are stacked.
-            receive: Gets the reduced numbers as a flat list when the log window closes, and returns name -> value.
+            receive: Called with the reduced numbers, a flat list, when the log window closes; returns name -> value.
             reduce: As for `log`; a function may return any shape.
 
         Raises:
@@ -93,9 +93,9 @@ class Log:
             known = self._waiting[key] = reduce, []
         elif isinstance(reduce, str) and reduce != known[0]:
             raise ValueError(
-                f"log({_label(key)}): reduce is {reduce!r} and was {known[0]!r} for earlier values of this log window"
+                f"log({_label(key)}): reduce is {reduce!r} but was {known[0]!r} for earlier values of this log window"
             )
-        # Cloned, since the original may change before the window closes.
+        # Cloned, since the original may change before the log window closes.
         known[1].append(value.detach().clone() if isinstance(value, Tensor) else value)
 
     def _reduced(self) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Where training stands, and what it was asked for."""
+"""The progress and the plan of training."""
 
 from attrs import define, field, frozen
 
@@ -7,7 +7,7 @@ from fitwatch.helpers.options import integer, number
 
 @define(kw_only=True)
 class Progress:
-    """Where training stands: integers, each of which counts completed things.
+    """Counters of completed epochs, steps and micro-batches.
 
     Attributes:
         epoch: Completed epochs, which is also the index (from 0) of the running one.
@@ -28,7 +28,7 @@ class Progress:
 
 @frozen(kw_only=True)
 class Plan:
-    """What the current fit was asked for.
+    """Limits and options of the current fit.
 
     Attributes:
         epochs: Epochs to train; None: no limit.

@@ -39,11 +39,12 @@ class TensorBoard(Callback):
     A value logged as ``train/x`` has the tag ``x`` in the sub-run ``train``; ``val/accuracy`` becomes
     ``metrics/accuracy``. Each log window is one event per sub-run; texts and pictures appear at the step at which they
     were logged. A fit writes at most 1,000 points of a curve: once a curve is long, a point stands for several log
-    windows, by their mean or their maximum. Later fits in the same folder get the points that earlier ones left, but
-    at least 15.
+    windows, by their mean or their maximum. Later fits in the same folder share the remaining points, but write at
+    least 15.
 
-    For a classifier (known by its loss) the page also shows the confusion matrix and the precision-recall curves of the
-    best evaluation. The command that opens the page and a link to the run are printed when training starts and ends.
+    For a classifier (recognized by its loss) the page also shows the confusion matrix and the precision-recall
+    curves of the best evaluation. The command that opens the page and a link to the run are printed when training
+    starts and ends.
 
     If a file can't be written, for example because the disk is full, an error is logged and nothing more is written.
     The epoch is completed, so that a `Checkpoint` can save it; then the fit ends with `OSError`.
@@ -73,7 +74,7 @@ class TensorBoard(Callback):
         self._logged = (0, 0.0)  # examples and seconds at the last log
         self._counts: ClassCounts | None = None  # observes validation
         self._best_counts: Counts | None = None
-        self._evaluation: Mapping[str, float] = {}  # the newest one that was seen
+        self._evaluation: Mapping[str, float] = {}  # the newest one seen
 
     def on_fit_start(self, state: State) -> None:
         """Create the run's folder, or restore that of a resumed run.
@@ -148,7 +149,7 @@ class TensorBoard(Callback):
         writer, self._writer = self._writer, None
         if writer is None or self.run_dir is None:
             return
-        if writer.empty and writer.first_step == 0:  # the fit was refused before its first step
+        if writer.empty and writer.first_step == 0:  # the fit failed before its first step
             with suppress(OSError):  # not empty: the user keeps files there
                 self.run_dir.rmdir()
             self.run_dir = None
@@ -163,7 +164,7 @@ class TensorBoard(Callback):
 
         Args:
             port: Port of the server.
-            compare: Whether to show the validation curves and best epochs of all runs, one colour per run, instead of
+            compare: Whether to show the validation curves and best epochs of all runs, one color per run, instead of
                 this run alone.
         """
         name = self.run_dir.name if self.run_dir is not None else self.name
@@ -185,7 +186,7 @@ class TensorBoard(Callback):
         self._best_counts = None if counts is None else Counts(**counts)
 
     def _ready_writer(self, state: State) -> "RunWriter":
-        """Return the writer, after the start report was written."""
+        """Return the writer; write the start report first if it is missing."""
         writer = self._writer
         assert writer is not None, "on_fit_start comes first"
         if writer.empty:

@@ -34,7 +34,7 @@ class Counts:
 class ClassCounts:
     """Observer of validation that counts the outputs of a classifier, without waiting for the device.
 
-    The loss tells what the outputs mean: logits of shape (N, C) with class indices, one logit, or, with
+    The loss determines what the outputs are: logits of shape (N, C) with class indices, one logit, or, with
     `BinaryCrossEntropy`, one logit for each of several labels. `counts` is None for all other outputs.
 
     Args:
@@ -85,7 +85,7 @@ class ClassCounts:
             weights = weights * ((targets >= 0) & (targets < columns))  # ignored targets are out of range
             is_k = torch.nn.functional.one_hot(targets.clamp(0, columns - 1), columns).to(wide)
             matrix = confusion_sums(logits.argmax(1), targets, columns, weights)[:-1]
-            shown = slice(1, 2) if columns == 2 else slice(None)  # the curve of class 1 has all that class 0 has
+            shown = slice(1, 2) if columns == 2 else slice(None)  # the curve of class 0 would be redundant
             return Counts(matrix, _scores(logits.softmax(1)[:, shown], is_k[:, shown], weights))
         if isinstance(self._loss, BinaryCrossEntropy) and logits.dim() == 2 and targets.shape == logits.shape:
             return Counts(None, _scores(logits.sigmoid(), targets.to(wide), weights))

@@ -14,7 +14,7 @@ class Clock:
         self._since: float | None = None  # when it was started; None if it is paused
 
     def run(self) -> None:
-        """Start the clock unless it runs."""
+        """Start the clock unless it is running."""
         if self._since is None:
             self._since = time.perf_counter()
 

@@ -43,7 +43,7 @@ class EventFile:
         self._file = self.path.open("xb")
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if first_step:  # what was measured at the end of this step stays
+        if first_step:  # keeps values logged at the end of this step
             start = SessionLog(status=SessionLog.START)
             self._write(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
         self._file.flush()

@@ -1,4 +1,4 @@
-"""Run folders: creating one, and undoing what happened after the point of resumption."""
+"""Run folders: creating one, and removing everything after the point of resumption."""
 
 import re
 import shutil

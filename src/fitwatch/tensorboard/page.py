@@ -1,4 +1,4 @@
-"""The page: sub-runs and tags, the charts of Custom Scalars, and links to the page."""
+"""The TensorBoard page: sub-runs and tags, the charts of Custom Scalars, and links."""
 
 import json
 import re
@@ -14,17 +14,17 @@ Charts = dict[str, tuple[str, list[str]]]
 _CHARTS: dict[str, Charts] = {
     "1 Overfitting": {
         "train and validation loss": ("lines", ["loss$"]),
-        "generalisation gap (shaded)": ("margin", ["overfit/val_loss", "overfit/train_loss", "overfit/val_loss"]),
+        "generalization gap (shaded)": ("margin", ["overfit/val_loss", "overfit/train_loss", "overfit/val_loss"]),
         "rise of the validation loss, and its threshold": ("lines", ["overfit/rise$", "overfit/threshold$"]),
     },
     "2 Gradients": {
-        "total norm: mean and max of the window": ("lines", ["optim/grad_norm(_max|_clipped)?$"]),
+        "total norm: mean and max of the log window": ("lines", ["optim/grad_norm(_max|_clipped)?$"]),
         "share of clipped steps": ("lines", ["optim/clipped_share$"]),
         "norm per layer": ("lines", ["params/grad_norm/.*$"]),
         "update relative to the weights, per layer": ("lines", ["params/update_ratio/.*$"]),
         "share of exact zeros, per layer": ("lines", ["params/zero_share/.*$"]),
     },
-    "3 Optimiser": {
+    "3 Optimizer": {
         "learning rate": ("lines", [r"optim/lr(/\d+)?$"]),
         "loss of the log window": ("lines", ["optim/loss$"]),
         "examples per second": ("lines", ["speed/examples_per_second$"]),
@@ -55,7 +55,7 @@ def run_and_tag(name: str) -> tuple[str, str]:
 
 def curve(tag: str) -> str:
     """Return the tag of a curve; TensorBoard groups charts by the part before the first slash."""
-    if tag == "loss_se":  # evidence like the threshold: not next to the loss
+    if tag == "loss_se":  # belongs with the threshold, not with the loss
         return "overfit/loss_se"
     return tag if "/" in tag or tag.startswith("loss") else f"metrics/{tag}"
 
@@ -72,7 +72,7 @@ def link(port: int, name: str | None, metrics: Sequence[str]) -> str:
     """Return the address of one run, or with ``name=None`` of a comparison of all runs.
 
     The page of a run pins its loss, first metric, gap and gradient norm. The comparison shows validation curves and
-    best epochs, one colour per run. It pins the share of the baseline first, because losses with different weights
+    best epochs, one color per run. It pins the share of the baseline first, because losses with different weights
     have different scales; the page omits this pin if no run has a baseline.
     """
     if name is None:

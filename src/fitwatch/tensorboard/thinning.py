@@ -1,4 +1,4 @@
-"""Curves with few points: TensorBoard's server shows 1,000 points of a curve, sampled at random."""
+"""Thins curves to 1,000 points: TensorBoard's server would sample longer ones at random."""
 
 import math
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from fitwatch.helpers.aliases import StateDict
 from fitwatch.state import State
 
 LIMIT = 1000
-"""Points of a curve that the fits share."""
+"""Points of a curve, over all fits."""
 
 LEAST = 20
-"""Room for points of a fit that comes when fewer are left."""
+"""Points of a fit that starts when fewer are left."""
 
 
 @define
@@ -50,10 +50,10 @@ class _Curve:
 class Thinner:
     """Merges consecutive values of long curves, so that a fit writes at most 1,000 points of each.
 
-    The rule: a fit has the room that earlier fits left of `LIMIT` points, but at least `LEAST`. The values that fill
-    the first half of the room are written as they come. Then values are merged so that the fit ends with three quarters
-    of the room filled: 500 and 750 points in the first fit. If the fit runs on, each further point stands for as many
-    values as the fit has logged so far. Written points never change.
+    A fit has room for the points that earlier fits left of `LIMIT`, but for at least `LEAST`. Values are written
+    unmerged until the room is half full, then merged so that the fit ends with three quarters of it filled: 500 and 750
+    points in the first fit. If the fit takes longer, each further point stands for as many values as the fit has logged
+    so far. Written points never change.
 
     Maxima are merged by their maximum, other values by their mean or by the last one.
     """
@@ -105,7 +105,7 @@ class Thinner:
 
 
 def horizon(state: State) -> int:
-    """Return the step at which the fit is expected to end; 4 times the current step if nothing tells."""
+    """Return the step at which the fit is expected to end; 4 times the current step if unknown."""
     p, ends = state.progress, []
     if state.plan.max_steps is not None:
         ends.append(p.first_step + state.plan.max_steps)

@@ -49,8 +49,8 @@ class RunWriter:
         self._pid = os.getpid()
         self._files: dict[str, events.EventFile] = {}  # by sub-run
         self._curves = curves
-        self._evaluations = 0  # of the line of the baseline
-        self._baseline_end: tuple[int, float] | None = None  # its newest point, if that is not written
+        self._evaluations = 0  # covered by the line of the baseline
+        self._baseline_end: tuple[int, float] | None = None  # its newest point, unless written
         self._tags: set[str] = set()
         self._charted = 0  # number of tags when the layout was last written
         self._texts: dict[tuple[str, str], tuple[int, str]] = {}  # sub-run and tag -> step and newest text
@@ -58,7 +58,7 @@ class RunWriter:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was written yet."""
+        """Whether nothing has been written yet."""
         return not self._files
 
     def log(self, records: Iterable[Record], step: int, horizon: int) -> None:
@@ -93,8 +93,8 @@ class RunWriter:
     def baseline(self, step: int, baseline: float, loss: float) -> None:
         """Continue the line of the baseline after an evaluation with validation loss ``loss``.
 
-        It has points at the evaluations 1, 4, 16, ... and at its end, which is where the loss falls below half of the
-        baseline: TensorBoard scales a chart to its points, and many points far above the curves would compress them.
+        It has points at evaluations 1, 4, 16, ... and ends where the loss falls below half of the baseline: TensorBoard
+        scales a chart to its points, and many points far above the curves would compress them.
         """
         if loss < baseline / 2:
             return
@@ -117,7 +117,7 @@ class RunWriter:
             shutil.rmtree(self.run_dir / "best", ignore_errors=True)  # of an earlier fit
         settings = {name: value for name, value in state.settings.items() if name != "device"}
         if group is not None:
-            settings["seed"] = "any"  # a row has one value per setting, and the trials differ in this one
+            settings["seed"] = "any"  # a row has one value per setting, but the trials differ in their seed
         best, name, seconds = state.history.best, self.run_dir.name, time.time() - self._started
         values = [] if best is None else [*_best_values(best), *_best_outputs(best, counts)]
         values.append(events.scalar("report/seconds", seconds))

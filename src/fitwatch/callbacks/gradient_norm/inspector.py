@@ -28,7 +28,7 @@ def _pattern(_: object, option: "Attribute[str | None]", value: object) -> None:
 
 @define(eq=False, slots=False)
 class GradientNorm(Callback):
-    """Logs gradient norms (2-norms) and reports which layers learn nothing and where a NaN came from.
+    """Logs gradient norms (2-norms) and reports layers that do not learn and the origin of a NaN.
 
     The gradients are those of the whole step, unscaled and before clipping. They are read, never changed. Only
     parameters that the optimizer holds are read; one without a gradient counts as 0. No step waits for the device.
@@ -41,25 +41,25 @@ class GradientNorm(Callback):
     - ``train/optim/skipped_share``: share of steps skipped because of an overflow; only with a GradScaler.
     - ``train/params/grad_norm/<layer>``, ``grad_norm_max/<layer>``: mean and maximum of the layer's norm.
     - ``train/params/update_ratio/<layer>``: norm of the update divided by the norm of the weights before it, at the
-      first step read in the window.
+      first step read in the log window.
     - ``train/params/zero_share/<layer>``: share of exact zeros in the gradient at the same step.
 
-    At most 20 layers are drawn. If there are more, these are the 15 with the largest norm in the first window, and
-    layers that get into trouble. The ``rule`` judges all layers. A sentence goes to the log and to the text
-    ``train/report/warnings`` when the status of a layer changes, and at the first non-finite gradient, with its
+    At most 20 layers are drawn. If there are more, these are the 15 with the largest norm in the first log window, and
+    layers with problems. The ``rule`` judges all layers. A sentence is logged, also as text in
+    ``train/report/warnings``, when the status of a layer changes, and at the first non-finite gradient, with its
     parameter, step and batch. Layers frozen on purpose are noted in ``train/report/gradients``. The update ratio needs
-    a copy of the weights for one step of each window.
+    a copy of the weights for one step of each log window.
 
     Norms of float16 and bfloat16 gradients are computed in float32; a norm beyond its range counts as non-finite. A
     GradScaler skips steps with a non-finite gradient, so all other figures exclude them; there is a warning only if
-    it skips a whole window.
+    it skips a whole log window.
 
     Args:
         every: Steps between two readings. The default of 1 catches every spike in ``grad_norm_max``.
         per_layer: Whether to read layers, or only the total norm.
-        layers: A regular expression. What it (or its first group) matches in a parameter's name is the layer;
+        layers: A regular expression. The part of a parameter's name that it (or its first group) matches is the layer;
             parameters without a match count in the total only. ``r"^[^.]+"`` groups by the first part of the name, such
-            as ``encoder``. Default: each module with its own parameters is a layer.
+            as ``encoder``. Default: each module with direct parameters is a layer.
         histogram_every: Log windows between two histograms of gradient values, for each layer drawn and from about
             10,000 of its values. None: no histograms.
         rule: The decision rule with its options. Default: ``GradientRule()``.
@@ -84,7 +84,7 @@ class GradientNorm(Callback):
 
     @property
     def suggested_clip_norm(self) -> float | None:
-        """A ``clip_norm`` that cuts spikes and little else (see `GradientRule.clip_norm`).
+        """A ``clip_norm`` that clips only spikes (see `GradientRule.clip_norm`).
 
         None before 20 steps have been read.
         """
@@ -99,7 +99,7 @@ class GradientNorm(Callback):
         self.on_epoch_start(state)
 
     def on_epoch_start(self, state: State) -> None:  # noqa: ARG002
-        """Have the layers grouped again at the next step: any callback may have frozen some or added some."""
+        """Group the layers again at the next step: a callback may have frozen or added some."""
         self._batches, self._grouped = 0, False
 
     def on_gradients_ready(self, state: State) -> None:
@@ -117,7 +117,7 @@ class GradientNorm(Callback):
             reading.begin_sample(self._report.histograms_due(reading.layers.names, self.histogram_every))
 
     def on_step_end(self, state: State) -> None:
-        """Measure what a sampled step changed."""
+        """Measure the update of a sampled step."""
         self._batches = state.progress.epoch_batch
         if self._reading is not None:
             self._reading.end_step(state.total_norm)
@@ -132,7 +132,7 @@ class GradientNorm(Callback):
         self._report.load_state_dict(state_dict)
 
     def _group(self, state: State) -> None:
-        """Start a new reading if other parameters are trained than before."""
+        """Start a new reading if the trained parameters have changed."""
         pattern = self.layers if self.per_layer else "(?!)"  # matches nothing
         layers = group(state.model, state.optimizer, pattern)
         if self._layers is not None and layers.key == self._layers.key:

@@ -30,8 +30,8 @@ class Layers:
 def group(model: nn.Module, optimizer: Optimizer, pattern: str | None) -> Layers:
     """Group the parameters that ``optimizer`` trains into layers.
 
-    A layer is a module with its own parameters, or, given a ``pattern``, what this regular expression (or its first
-    group) matches in a parameter's name.
+    A layer is a module with direct parameters. With a ``pattern``, it is the part of a parameter's name that this
+    regular expression (or its first group) matches.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     named = [(name, p) for name, p in unwrap(model).named_parameters() if p.numel()]
@@ -57,7 +57,7 @@ def group(model: nn.Module, optimizer: Optimizer, pattern: str | None) -> Layers
         siblings=[set().union(*(modules[_module(trained[i][0])] for i in own)) - {len(names)} for own in members],
         groups=[groups[id(trained[own[0]][1])] for own in members],
         untrained={
-            found: "the optimizer does not hold it" if p.requires_grad else NO_GRAD
+            found: "not in the optimizer" if p.requires_grad else NO_GRAD
             for name, p in named
             if (found := layers[name]) is not None and found not in number
         },

@@ -41,11 +41,11 @@ class Figures:
 
 
 class Reading:
-    """Measures the gradients of a fixed set of parameters, window after window.
+    """Measures the gradients of a fixed set of parameters in each log window.
 
     Args:
         layers: The parameters, at least one, and their layers.
-        write: Returns what to log for a window, by name.
+        write: Returns the values to log for a log window, by name.
         skips: Whether steps with a non-finite gradient are skipped, as by a GradScaler. Means and maxima then exclude
             them.
     """
@@ -67,7 +67,7 @@ class Reading:
         self.places: list[Place] = []
         self._totals: list[Tensor] = []
         self._silent = set(range(len(self._parameters)))  # no gradient so far
-        # At the first step of the window:
+        # At the first step of the log window:
         self._rates: list[float | Tensor] = []  # learning rate of each layer
         self._before: list[Tensor] = []  # weights, until the end of the step
         self._sample: list[Tensor] = []  # for each layer: non-zero elements, norm of the weights, norm of the update
@@ -160,7 +160,7 @@ class Reading:
         return self._by_layer((norms / scale.gather(1, index)).square()).sqrt() * scale[:, :-1]
 
     def receive(self, numbers: list[float]) -> Mapping[str, Value]:
-        """Unpack the result of `reduce`, now on the host, open a new window, and return what to log."""
+        """Unpack the result of `reduce`, now on the host, start a new log window, and return the values to log."""
         rest = iter(numbers)
         sizes = [len(self.places), len(self._parameters), *[len(self.layers.names)] * 6]
         norms, first_bad, *by_layer = [list(islice(rest, size)) for size in sizes]
@@ -178,7 +178,7 @@ class Reading:
         return self._write(figures)
 
     def _layer_gradients(self, by_layer: list[list[float]], *, sampled: bool) -> dict[str, LayerGradient]:
-        """Describe each layer; not ``sampled``: a GradScaler skipped the sampled step, so that no weight moved."""
+        """Describe each layer; not ``sampled``: a GradScaler skipped the sampled step, so no weight changed."""
         layers = self.layers
         gradients = {name: LayerGradient(untrained=reason) for name, reason in layers.untrained.items()}
         means = by_layer[0]

@@ -1,4 +1,4 @@
-"""What the gradient inspector logs: curves, histograms, warnings, and lines of the end report."""
+"""Output of the gradient inspector: curves, histograms, warnings, and lines of the end report."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ _LARGEST = 15  # with more layers, this many have the largest norms; the other p
 
 @define
 class Report:
-    """Turns the figures of log windows into logged values.
+    """Turns measurements of log windows into logged values.
 
     Attributes:
         shown: Layers with a curve.
@@ -61,7 +61,7 @@ class Report:
         return values
 
     def histograms_due(self, layers: list[str], every: int | None) -> list[str]:
-        """Return the layers whose histograms belong to the current window, one in ``every``."""
+        """Return the layers whose histograms are due in the current log window, one in ``every``."""
         if every is None or self.windows % every:
             return []
         return self.shown or (layers if len(layers) <= SERIES else [])
@@ -88,7 +88,7 @@ class Report:
         return values
 
     def _choose(self, layers: dict[str, LayerGradient], rule: GradientRule) -> None:
-        """Choose the layers to draw: once drawn, always drawn."""
+        """Choose the layers to draw; layers drawn once stay."""
         others = [name for name, layer in layers.items() if not layer.untrained and name not in self.shown]
         if len(self.shown) + len(others) > SERIES:
             others.sort(key=lambda name: (math.isfinite(layers[name].mean), layers[name].mean), reverse=True)
@@ -181,5 +181,5 @@ def _not_finite(figures: Figures) -> str:
         others = ", ".join(f"`{name}`" for name in names[-2:-7:-1])
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         what += f", nor are those of {others}{more}"
-    why = "The GradScaler skipped every step of this window. " if figures.skips else ""
-    return f"{why}At {where} {what}. It is the first non-finite step; this window contains {bad} in {steps}."
+    why = "The GradScaler skipped every step of this log window. " if figures.skips else ""
+    return f"{why}At {where} {what}. It is the first non-finite step; this log window contains {bad} in {steps}."

@@ -1,4 +1,4 @@
-"""Reports when the model began to overfit, and by how much."""
+"""Reports when overfitting started, and by how much."""
 
 import logging
 import math
@@ -23,29 +23,29 @@ _NOTABLE = ("overfitting", "underfitting", "diverging")
 
 @define(eq=False, slots=False)
 class OverfittingDetector(Callback):
-    """Compares training and validation loss after each validation, and reports when overfitting began.
+    """Compares training and validation loss after each validation, and reports when overfitting started.
 
-    The comparison is like for like: the training loss is that of a *probe*, a fixed part of the training set, measured
-    as the validation set is: in eval mode, with the same weights of the model, the same loss and the same class
-    weights. (The running ``train/loss`` is measured with dropout on, while the weights change.) The probe is read from
-    the training data set, so random augmentation in it stays on. If the loader can't give single examples, the first
+    The comparison is like for like: the training loss is that of a *probe*, a fixed part of the training set,
+    measured like the validation set: in eval mode, with the same model weights, loss and class weights. (The
+    running ``train/loss`` is measured with dropout on, while the weights change.) The probe is read from the
+    training data set, so random augmentation in it stays on. If the loader can't give single examples, the first
     batches of the first epoch are kept.
 
     If the loss is a `Loss`, the losses of the validation examples are compared pair by pair (see `OverfittingRule`).
     Don't shuffle the validation set: without pairs the standard error is larger.
 
     Logs ``val/overfit/gap`` (validation minus training loss), ``val/overfit/train_loss``, ``val/overfit/val_loss``,
-    ``val/overfit/rise`` (smoothed validation loss minus its minimum), ``val/overfit/threshold`` (what the rise must
-    exceed), and the metrics on the probe as ``train/<metric>``. When the verdict turns, it logs one warning, writes a
+    ``val/overfit/rise`` (smoothed validation loss minus its minimum), ``val/overfit/threshold`` (which the rise must
+    exceed), and the metrics on the probe as ``train/<metric>``. When the verdict changes, it logs one warning, writes a
     text ``val/report/verdict`` with the evidence and possible remedies, and marks the onset on the loss chart. The
     verdict is in ``state.verdict`` and in the fit's result; its indices refer to the fit's history.
 
     Args:
         rule: The decision rule, with its options. A fit that is not resumed resets it. Default: ``OverfittingRule()``.
-        action: What overfitting leads to: ``"warn"`` only; ``"stop"`` training; or ``"restore"``: stop, and end with
-            the weights of the lowest validation loss.
+        action: Reaction to overfitting: ``"warn"`` only; ``"stop"`` training; or ``"restore"``: stop, and restore the
+            weights of the lowest validation loss.
         probe_examples: Size of the probe. Default: that of the validation set, at most 2,000. 0: no probe; the gap is
-            then not like for like, and the verdict says so.
+            then not like for like, which the verdict mentions.
 
     Raises:
         ValueError: An option is out of range; when fitting starts: there is no validation set.
@@ -67,7 +67,7 @@ class OverfittingDetector(Callback):
     def on_fit_start(self, state: State) -> None:
         """Start over, unless training resumes."""
         if state.val_loader is None:
-            raise ValueError("OverfittingDetector compares train and validation loss: it needs a val_loader")
+            raise ValueError("OverfittingDetector compares training and validation loss: it needs a val_loader")
         if not state.resumed:
             self.rule.load_state_dict(evolve(self.rule).state_dict())  # as a new rule with the same options
             self._status, self._verdict = "", None
@@ -84,7 +84,7 @@ class OverfittingDetector(Callback):
             self._act(state)
 
     def on_batch_end(self, state: State) -> None:
-        """Keep the first training batches, if the loader can't be asked for some."""
+        """Keep the first training batches, if the loader can't give examples."""
         if self._probe.collects:
             self._probe.collect(state.batch)
 
@@ -126,14 +126,14 @@ class OverfittingDetector(Callback):
         self._best.kept = None
 
     def _pairs(self, state: State) -> tuple[Tensor, Tensor] | None:
-        """Losses and weights of the examples, if they can be compared with the earlier ones."""
+        """Return losses and weights of the examples; None if they can't be compared with the earlier ones."""
         known = None if state.validation.losses is None else state.validation.losses.on_host()
         if known is None or self.rule.examples in (0, len(known[0])):
             return known
         if not self._warned:
             self._warned = True
             logger.warning(
-                "the validation set has %d examples and had %d before: the overfitting verdict can't pair them",
+                "the validation set has %d examples but had %d before: the overfitting verdict can't pair them",
                 len(known[0]),
                 self.rule.examples,
             )
@@ -162,7 +162,7 @@ class OverfittingDetector(Callback):
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: The best weights are to be restored and were not kept.
+            ValueError: ``action`` is ``"restore"`` and the best weights were not kept.
         """
         seen = state_dict["verdict"]
         if self.action == "restore" and seen is not None and seen["best"] is not None and state_dict["best"] is None:
@@ -176,7 +176,7 @@ class OverfittingDetector(Callback):
 
 
 def _train_examples(loader: Any) -> int | None:
-    """The size of the training set, if the loader tells."""
+    """Return the size of the training set; None if unknown."""
     try:
         return len(loader.dataset)
     except (AttributeError, TypeError):

@@ -1,4 +1,4 @@
-"""A fixed part of the training set, measured as the validation set is."""
+"""A fixed part of the training set, measured like the validation set."""
 
 import copy
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.state import State
 
 MOST = 2000
-"""Examples that are enough: more would only cost time."""
+"""Enough examples: more would only cost time."""
 
 _SEED = 0
 
@@ -23,19 +23,19 @@ _SEED = 0
 class TrainProbe:
     """A fixed, seeded part of the training examples.
 
-    - `DataLoader` over an indexed data set: examples drawn from all that its sampler may draw. They are read again each
-      time, as validation examples are.
+    - `DataLoader` over an indexed data set: a sample of all examples that its sampler may draw. They are read again
+      each time, like validation examples.
     - List of batches: whole batches.
-    - Any other loader can't give a part: the first batches of the first epoch (after a resume, of the first one that
-      runs) are copied and kept on the device.
+    - Any other loader: the first batches of the first epoch (after a resume, of the first one that runs), copied and
+      kept on the device.
 
     Args:
-        examples: How many; None: the size of the validation set, at most `MOST`.
+        examples: Their number; None: the size of the validation set, at most `MOST`.
 
     Attributes:
-        examples: How many are measured, once it is known.
+        examples: Number of examples measured, once known.
         reason: Why nothing can be measured; None if it can.
-        collects: Whether `collect` wants the training batches.
+        collects: Whether to pass training batches to `collect`.
     """
 
     def __init__(self, examples: int | None) -> None:
@@ -47,7 +47,7 @@ class TrainProbe:
         self._collected = 0
 
     def start(self, state: State) -> None:
-        """Look at the loader: does it give examples, or are its first batches to be collected?"""
+        """Decide whether to read examples from the loader, or to collect its first batches."""
         if self.wanted == 0:
             self.reason = "probe_examples is 0"
         elif state.validation.measure is None:
@@ -74,10 +74,10 @@ class TrainProbe:
 
     def measure(self, state: State) -> dict[str, float] | None:
         """Return the loss and the metrics of the probe, by name without a prefix; None if there is no probe."""
-        self.collects = False  # the first epoch is over, or validation comes within it
+        self.collects = False
         if self._batches is None:
             seen = 0 if state.validation.losses is None else state.validation.losses.examples
-            # The probe must not cost more than the validation; a validation_step may not show its examples.
+            # The probe must not cost more than the validation; a custom validation_step may hide its examples.
             most = seen or _size(state.val_loader) or MOST
             wanted = min(most, MOST) if self.wanted is None else self.wanted
             try:
@@ -89,9 +89,11 @@ class TrainProbe:
         if self.reason is not None or state.validation.measure is None:
             return None
         probe = self._batches or []
-        saved = rng_state()  # augmentation draws random numbers, and training must go on as without a probe
+        saved = rng_state()  # augmentation draws random numbers, which must not affect training
         try:
-            return state.validation.measure(iter(probe) if self._first else probe)  # collected ones are each rank's own
+            return state.validation.measure(
+                iter(probe) if self._first else probe
+            )  # an iterator is not split over ranks
         finally:
             set_rng_state(saved)
 
@@ -110,7 +112,7 @@ class TrainProbe:
                 worker_init_fn=loader.worker_init_fn,
                 persistent_workers=loader.num_workers > 0,
                 pin_memory=loader.pin_memory,
-                generator=generator,  # its own: an iterator draws a seed for its workers
+                generator=generator,  # an iterator draws a seed for its workers
             )
         if isinstance(loader, Sequence):
             candidates = [loader[i] for i in torch.randperm(len(loader), generator=generator).tolist()]
@@ -129,20 +131,20 @@ class TrainProbe:
 
 
 def _size(loader: Any) -> int:
-    """Examples in the data set of a loader; 0 where it has none."""
+    """Return the size of a loader's data set; 0 if unknown."""
     return len(loader.dataset) if _is_indexed(loader) else 0  # type: ignore[arg-type] # as in _indices
 
 
 def _is_indexed(loader: Any) -> TypeGuard[DataLoader[Any]]:
-    """Whether single examples can be read from the loader's data set."""
+    """Return whether single examples can be read from the loader's data set."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
     return loader.batch_sampler is not None and hasattr(loader.dataset, "__len__")
 
 
 def _indices(loader: DataLoader[Any]) -> Tensor:
-    """The examples that the loader may draw: those of a sampler over a part of the data set, else all."""
-    part = getattr(batches.sampler_of(loader), "indices", None)  # SubsetRandomSampler
+    """Return the indices that the loader may draw: those of a `SubsetRandomSampler`, else all."""
+    part = getattr(batches.sampler_of(loader), "indices", None)
     if part is not None:
         return torch.as_tensor(part)
     return torch.arange(len(loader.dataset))  # type: ignore[arg-type] # it has a length: see _is_indexed

@@ -1,4 +1,4 @@
-"""What to do about a verdict, with what the run has now."""
+"""Remedies for a verdict, with the current settings of the run."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ from fitwatch.state import State
 
 
 def card(verdict: Verdict, state: State, train_examples: int | None) -> str:
-    """A Markdown text: the verdict, its evidence, and the remedies that fit the run.
+    """Return the verdict, its evidence, and remedies for the run, in Markdown.
 
     Args:
-        verdict: With a status that calls for a word.
-        state: Of the fit.
-        train_examples: In the training set, where it is known.
+        verdict: The verdict.
+        state: State of the fit.
+        train_examples: Size of the training set; None if unknown.
     """
     remedies = "\n".join(f"- {remedy}" for remedy in _remedies(verdict, state, train_examples))
     return f"**{verdict.status.capitalize()}.** {verdict.evidence}\n\n{remedies}".rstrip()
@@ -29,7 +29,7 @@ def _remedies(verdict: Verdict, state: State, train_examples: int | None) -> Ite
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     per_example = f", {parameters / train_examples:,.3g} for each training example" if train_examples else ""
     if verdict.status == "overfitting":
-        yield f"More regularisation: this run has {now}."
+        yield f"More regularization: this run has {now}."
         yield f"A smaller model, or more data: this one has {parameters:,} parameters{per_example}."
         if verdict.best is not None:
             best = state.history[verdict.best]
@@ -39,9 +39,9 @@ def _remedies(verdict: Verdict, state: State, train_examples: int | None) -> Ite
             )
     if verdict.status == "underfitting":
         yield f"A larger model or a higher learning rate: this one has {parameters:,} parameters{per_example}."
-        yield f"Less regularisation: this run has {now}."
+        yield f"Less regularization: this run has {now}."
     if verdict.status == "diverging":
-        yield f"A lower learning rate (now {state.optimizer.param_groups[0]['lr']:.3g}), or clipping of the gradients."
+        yield f"A lower learning rate (now {state.optimizer.param_groups[0]['lr']:.3g}), or gradient clipping."
     if verdict.examples_needed is not None:
         yield (
             "Cross-validation, or a larger validation set: by its standard error this rise may be chance; about "
