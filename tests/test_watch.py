@@ -350,6 +350,35 @@ def penalty_in_a_window():
             (watch.loss(model(x), y) + 0.1 * model.weight.square().sum()).backward()
 
 
+def zero_grad_before_each_micro_batch():
+    watch, model, optimizer, loader = small(accumulate=2)
+    with watch:
+        for _ in watch.epochs(1):
+            for x, y in loader:
+                optimizer.zero_grad()
+                watch.loss(model(x), y).backward()
+
+
+def validation_batches_after_training():
+    watch, model, optimizer, loader = small()
+    with watch:
+        for _ in watch.epochs(1):
+            for x, y in watch.train():
+                watch.loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            for x, y in loader:
+                watch.loss(model(x), y)
+
+
+def training_inside_validating():
+    watch, _, _, _ = small()
+    with watch:
+        for _ in watch.epochs(1):
+            with watch.validating():
+                next(watch.train())
+
+
 def two_heads():
     watch, model, _, ((x, y), _) = small(accumulate=2)
     with watch:
@@ -448,6 +477,9 @@ def entered_twice():
         (divided_and_scaled, r"multiplied by 0\.5 before backward\(\)"),
         (without_backward_in_a_window, r"call backward\(\) on what watch\.loss.*before the next batch"),
         (penalty_in_a_window, r"add a penalty.*with watch\.backward\(watch\.sums\(\.\.\.\) \+ penalty\)"),
+        (zero_grad_before_each_micro_batch, r"zero_grad\(\) only after optimizer\.step\(\), not before each batch"),
+        (validation_batches_after_training, r"validation batches belong inside `with watch\.validating\(\):`"),
+        (training_inside_validating, r"train\(\) was called inside"),
         (two_heads, r"watch\.backward\(watch\.sums\(\.\.\.\) \+ other_loss\)"),
         (stepped_twice, r"optimizer\.step\(\) was called twice"),
         (skipped_without_before_step, r"watch\.before_step\(\) or scaler\.step\(optimizer\) was not called"),
@@ -759,3 +791,17 @@ def test_a_validation_before_training_warns_of_nothing(caplog):
             optimizer.step()
             watch.validate()
     assert any("train/loss is nan" in record.message for record in caplog.records)
+
+
+def test_a_forgotten_validation_is_told(caplog):
+    """A watch with a val_loader whose loop never validates ends with one warning."""
+    watch, model, optimizer, _ = small()
+    with caplog.at_level(logging.WARNING, "fitwatch"), watch:
+        for _ in watch.epochs(2):
+            for x, y in watch.train():
+                watch.loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert [r.message.split(":")[0] for r in caplog.records] == [
+        "the watch has a val_loader, but no validation was run"
+    ]

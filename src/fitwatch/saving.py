@@ -81,9 +81,9 @@ def write(path: Path, content: Content) -> None:
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
+        # By its name, so that torch writes it without Python: Ctrl-C inside a Python file would end the process.
+        torch.save(content, str(part))
+        with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)

@@ -1,5 +1,6 @@
 """The Watch: everything that a training loop needs except the loop."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -28,6 +29,8 @@ from fitwatch.measuring.validation import Validation
 from fitwatch.result import Result
 from fitwatch.state import State
 from fitwatch.state.progress import Plan, Progress
+
+logger = logging.getLogger("fitwatch")
 
 
 class Watch:
@@ -174,6 +177,7 @@ class Watch:
                 if self._training.in_epoch:  # left by `break`
                     self._training.end_epoch(left=True)
                 ranks.align([self.state.model], buffers_only=True)
+                self._warn_without_validation()
             except BaseException as late:
                 self._leave(late)
                 raise
@@ -274,6 +278,8 @@ class Watch:
         """
         if not self._training.in_epoch:
             self._refuse("train()")
+        if self._validator.running is not None:
+            raise RuntimeError("watch.train() was called inside `with watch.validating():`")
         if isinstance(self.state.train_loader, tuple) and not self.state.train_loader:
             raise ValueError("watch.train() needs the train_loader of the Watch, and none was given")
         return self._training.iterate(ragged=ragged)
@@ -472,6 +478,12 @@ class Watch:
             state.history.names.add("val/loss_left")
         state.history.check()
         warn_of_changes(state, self._settings_before)
+
+    def _warn_without_validation(self) -> None:
+        state = self.state
+        trained = state.progress.step > state.progress.first_step
+        if trained and state.val_loader is not None and not len(state.history) and state.stop_reason is None:
+            logger.warning("the watch has a val_loader, but no validation was run: call watch.validate() in each epoch")
 
     def _place(self) -> None:
         """Move the losses, and the model if a device was given."""

@@ -57,6 +57,11 @@ class StepGradient:
     def _reached(self, gradient: Tensor) -> None:
         """The backward pass has reached a `scalar`, with this gradient."""
         self.awaits_backward = False
+        if len(self.weights) > 1 and all(p.grad is None for p in parameters(self.optimizer)):
+            raise RuntimeError(
+                "the gradients of the micro-batches before this one are gone: call optimizer.zero_grad() only after "
+                "optimizer.step(), not before each batch"
+            )
         if not self._scale_checked:  # once an epoch: it waits for the device
             self._scale_checked = True
             expected = 1.0 if self.scaler is None else self.scaler.get_scale()

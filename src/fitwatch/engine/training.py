@@ -161,6 +161,10 @@ class Training:
 
     def expect_batch(self) -> None:
         """Check that a batch may come now."""
+        if self._iterates and self._complete is not None:
+            raise RuntimeError(
+                "watch.train() has ended for this epoch: validation batches belong inside `with watch.validating():`"
+            )
         if self._ready or self._batch_open:
             self.settle()
         waiting, wanted = len(self._gradient.weights), self._state.plan.accumulate
@@ -215,7 +219,10 @@ class Training:
             raise RuntimeError("a step without a loss: call watch.loss(output, target) for each batch before it")
         if self._batch_open:
             if all(p.grad is None for p in parameters(state.optimizer)):
-                raise RuntimeError("a step without gradients: call backward() on what watch.loss(...) returned")
+                raise RuntimeError(
+                    "a step without gradients: call backward() on what watch.loss(...) returned, and "
+                    "optimizer.zero_grad() only after optimizer.step()"
+                )
             self._end_batch()
         self._gradient.finish(unscale=unscale)
         self._hooks.on_gradients_ready(state)
