@@ -149,7 +149,7 @@ def test_a_metric_whose_direction_is_unknown_needs_a_mode():
     """val/accuracy without mode is refused before step 1: "min" would restore the worst weights."""
     metrics = {"accuracy": lambda o, t: 0.0}
     trainer = Scripted([1, 2], fw.EarlyStopping("val/accuracy"), metrics=metrics)
-    with pytest.raises(ValueError, match='EarlyStopping monitors .val/accuracy.: give mode="min" or mode="max"'):
+    with pytest.raises(ValueError, match='EarlyStopping monitors .val/accuracy.: pass mode="min" or mode="max"'):
         trainer.go()
     assert trainer.weight == 0.0
 

@@ -360,9 +360,9 @@ def test_with_more_patience_a_stopped_training_goes_on(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("stop", "message"),
     [
-        (lambda: fw.EarlyStopping("train/loss"), "its monitor is 'train/loss', and the checkpoint's was 'val/loss'"),
-        (lambda: fw.EarlyStopping(mode="max"), "its mode is 'max', and the checkpoint's was 'min'"),
-        (lambda: fw.EarlyStopping(rule=fw.rules.GL(50)), "its rule is GL, and the checkpoint's was Patience"),
+        (lambda: fw.EarlyStopping("train/loss"), "its monitor is 'train/loss' but was 'val/loss' in the checkpoint"),
+        (lambda: fw.EarlyStopping(mode="max"), "its mode is 'max' but was 'min' in the checkpoint"),
+        (lambda: fw.EarlyStopping(rule=fw.rules.GL(50)), "its rule is GL but was Patience in the checkpoint"),
         (lambda: fw.EarlyStopping(patience=9), "restore_best=True: the checkpoint was saved with restore_best=False"),
     ],
 )
