@@ -1,7 +1,7 @@
 """The Trainer: options, and steps that a subclass may override."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +185,17 @@ class Trainer:
 
     def _train_batch(self, batch: Batch) -> tuple[LossSum | Tensor, int | None]:
         """Return the loss of a batch and its number of examples, if known."""
-        with self._autocast():
+        if self.precision == "fp32":
             loss = self.training_step(batch)
-        sums = self._sums(loss, batch, "training_step")
+        else:
+            with self._autocast():
+                loss = self.training_step(batch)
         if not isinstance(loss, LossSum):
-            return loss, int(sums.weight)
-        with suppress(TypeError):  # custom batch format: only the examples per second are lost
+            return loss, int(self._sums(loss, batch, "training_step").weight)
+        try:
             return loss, self.batch_size(batch)
-        return loss, None
+        except TypeError:  # custom batch format: only the examples per second are lost
+            return loss, None
 
     def _validate_batch(self, batch: Batch) -> None:
         with self._autocast():
