@@ -65,7 +65,14 @@ def by_trainer(data, kind, *, schedule=None, max_steps=None, **options):
     model, optimizer, callbacks, train, val, scalars = parts(data)
     scheduler = schedule(optimizer) if schedule else None
     trainer = kind(
-        model, optimizer, callbacks=callbacks, metrics={"recall": recall}, log_every=4, scheduler=scheduler, **options
+        model,
+        optimizer,
+        callbacks=callbacks,
+        metrics={"recall": recall},
+        log_every=4,
+        scheduler=scheduler,
+        scheduler_interval="step",
+        **options,
     )
     return model, trainer.fit(train, val, epochs=12, max_steps=max_steps), scalars.seen
 
@@ -781,7 +788,7 @@ def test_a_stop_before_the_first_batch_is_no_empty_loader():
 
 def test_a_validation_before_training_warns_of_nothing(caplog):
     """Without training since the last evaluation there is no training loss to warn of, and a later NaN is still told."""
-    watch, model, optimizer, ((x, y), _) = small()
+    watch, model, optimizer, ((x, y), _) = small(skip_checks=["shared_examples"])
     with caplog.at_level(logging.WARNING, "fitwatch"), watch:
         watch.validate()
         assert caplog.records == []
@@ -795,7 +802,7 @@ def test_a_validation_before_training_warns_of_nothing(caplog):
 
 def test_a_forgotten_validation_is_told(caplog):
     """A watch with a val_loader whose loop never validates ends with one warning."""
-    watch, model, optimizer, _ = small()
+    watch, model, optimizer, _ = small(skip_checks=["shared_examples"])
     with caplog.at_level(logging.WARNING, "fitwatch"), watch:
         for _ in watch.epochs(2):
             for x, y in watch.train():

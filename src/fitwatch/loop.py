@@ -3,18 +3,23 @@
 Comments name the hooks that run inside each call on the watch. A custom loop makes the same calls.
 """
 
+import logging
 from collections.abc import Callable
 
 from torch import Tensor
 
-from fitwatch.data.sharding import ABSENT
-from fitwatch.engine.schedule import Schedule
+from fitwatch.data.sharding import ABSENT, steps_per_epoch
+from fitwatch.engine.schedule import Schedule, planned_length
 from fitwatch.engine.step import step_optimizer
 from fitwatch.helpers.aliases import Batch
 from fitwatch.losses import LossSum
 from fitwatch.watch import Watch
 
-TrainingStep = Callable[[Batch], tuple[LossSum | Tensor, int | None]]
+logger = logging.getLogger("fitwatch")
+
+_MOST_SKIPPED = 1000  # batches left out before step 1: a loader without an end must not be read for ever
+
+TrainingStep = Callable[[Batch], tuple[LossSum | Tensor | None, int | None]]
 
 
 class Loop:
@@ -22,7 +27,8 @@ class Loop:
 
     Args:
         watch: The watch of this fit, not yet entered.
-        training_step: Maps a batch to its loss in train mode and its number of examples, or None if unknown.
+        training_step: Maps a batch to its loss in train mode, or None to leave the batch out, and its number of
+            examples, or None if unknown.
         schedule: When the learning-rate scheduler steps.
         validate_every: Steps between validations; None: at the end of each epoch.
     """
@@ -32,12 +38,15 @@ class Loop:
     ) -> None:
         self._watch, self._training_step, self._schedule = watch, training_step, schedule
         self._validate_every = validate_every
+        self._skipped = 0  # batches that the training step left out
+        self._stepped = False  # whether the optimizer has stepped: until then no schedule starts
 
     def run(self, epochs: int | None) -> None:
         """Train for ``epochs`` epochs, or until the watch stops."""
         watch = self._watch
         with watch:  # on_fit_start
             self._schedule.watch(watch.state.history)
+            self._check_schedule(epochs)
             for _ in watch.epochs(epochs):  # on_epoch_start
                 for batch in watch.train(ragged=True):
                     if batch is ABSENT:  # other ranks still have one
@@ -51,18 +60,63 @@ class Loop:
                 if self._epoch_validates():
                     self._validate()
                 if watch.epoch_complete:
-                    self._schedule.after("epoch")
+                    self._end_epoch()
                 # on_epoch_end, on_log
         # on_fit_end
 
     def _backward(self, batch: Batch) -> None:
-        loss, examples = self._training_step(batch)
-        self._watch.backward(loss, examples)  # on_batch_end
+        try:
+            loss, examples = self._training_step(batch)
+            if loss is None:
+                self._skip()
+            else:
+                self._watch.backward(loss, examples)  # on_batch_end
+        except Exception as error:
+            progress = self._watch.state.progress
+            place = f"raised in training: epoch {progress.epoch}, batch {progress.epoch_batch} (both counted from 0)"
+            error.add_note(f"{place}, after {progress.step} steps")
+            if "Expected more than 1 value per channel" in str(error):
+                error.add_note("BatchNorm can't use a batch of one example: use drop_last=True in the DataLoader")
+            raise
+
+    def _end_epoch(self) -> None:
+        self._refuse_without_steps()
+        if self._stepped:
+            self._schedule.after("epoch")
+
+    def _skip(self) -> None:
+        if not self._skipped:
+            logger.warning(
+                "training_step returned None: the batch is left out; train/skipped_batches counts such batches"
+            )
+        self._skipped += 1
+        self._watch.skip()
+        self._watch.state.log("train/skipped_batches", self._skipped, reduce="last")
+        if self._skipped >= _MOST_SKIPPED:
+            self._refuse_without_steps()
+
+    def _refuse_without_steps(self) -> None:
+        progress = self._watch.state.progress
+        if self._skipped and progress.step == progress.first_step and not self._watch.step_open:
+            raise TypeError(
+                f"training_step returned None for all {self._skipped} batches so far: it must return the loss, a "
+                "LossSum or a scalar tensor"
+            )
+
+    def _check_schedule(self, epochs: int | None) -> None:
+        state = self._watch.state
+        plan, progress = state.plan, state.progress
+        per_epoch = steps_per_epoch(state.train_loader, plan.accumulate)
+        left = None if epochs is None else epochs - (progress.epoch - progress.first_epoch)
+        steps_left = None if plan.max_steps is None else plan.max_steps - (progress.step - progress.first_step)
+        planned = planned_length(epochs=left, max_steps=steps_left, steps_per_epoch=per_epoch)
+        self._schedule.check_plan(epochs=planned[0], steps=planned[1])
 
     def _step(self) -> None:
         watch, state = self._watch, self._watch.state
         watch.before_step()  # on_gradients_ready, clipping
         if step_optimizer(state.optimizer, state.scaler):
+            self._stepped = True
             self._schedule.after("step")
         watch.end_step()  # on_step_end, on_log
         if self._validate_every is not None and state.progress.step % self._validate_every == 0:

@@ -1,6 +1,6 @@
 """The Trainer: options, and steps that a subclass may override."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ class Trainer:
             Default: `CrossEntropy`.
         callbacks: Called in this order.
         scheduler: A torch learning-rate scheduler.
-        scheduler_interval: Whether the scheduler steps after every ``"step"`` or ``"epoch"``. `ReduceLROnPlateau`
-            steps after every evaluation in either case.
+        scheduler_interval: Whether the scheduler steps after every ``"step"`` or ``"epoch"``. Default: ``"epoch"`` for
+            `StepLR`, `MultiStepLR`, `ExponentialLR` and the cosine schedulers, whose options are usually given in
+            epochs; ``"step"`` for all others. `ReduceLROnPlateau` steps after every evaluation in either case.
         scheduler_monitor: The metric passed to `ReduceLROnPlateau`.
         accumulate: Micro-batches per step. The last step of an epoch may have fewer.
         clip_norm: Largest total 2-norm of the gradients; they are scaled down to it. None: no clipping.
@@ -51,6 +52,7 @@ class Trainer:
             ``compute`` and ``reset``. Reported as ``val/<name>``.
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
         log_every: Steps per log window. Values are copied to the host once per log window.
+        skip_checks: As for `Watch`.
         seed: Seed for torch, Python and NumPy, set when the first fit starts: too late for the initial weights of
             ``model``. None: no seeding.
 
@@ -64,7 +66,7 @@ class Trainer:
     loss: Any = field(default=None, converter=as_loss)
     callbacks: Sequence[Callback] | Callback = field(default=(), kw_only=True)
     scheduler: Any = field(default=None, kw_only=True)
-    scheduler_interval: str = field(default="step", kw_only=True, validator=one_of("step", "epoch"))
+    scheduler_interval: str | None = field(default=None, kw_only=True, validator=one_of(None, "step", "epoch"))
     scheduler_monitor: str = field(default="val/loss", kw_only=True, validator=instance(str))
     accumulate: int = field(default=1, kw_only=True, validator=integer(1))
     clip_norm: float | None = field(default=None, kw_only=True, validator=number(above=0, or_none=True))
@@ -72,22 +74,25 @@ class Trainer:
     metrics: Mapping[str, Any] | None = field(default=None, kw_only=True, validator=instance(Mapping, or_none=True))
     device: torch.device = field(default="auto", kw_only=True, converter=batches.as_device)  # type: ignore[assignment] # before conversion
     log_every: int = field(default=50, kw_only=True, validator=integer(1))
+    skip_checks: Collection[str] = field(default=(), kw_only=True)
     seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
 
     def __attrs_post_init__(self) -> None:
-        self._schedule = Schedule(self.scheduler, self.scheduler_interval, self.scheduler_monitor)
-        self._schedule.check(self.optimizer)
+        schedule = Schedule(self.scheduler, self.scheduler_interval, self.scheduler_monitor)
+        schedule.check(self.optimizer)
+        self._schedule = schedule.decided()
         self._scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self._watch = self._new_watch()
         self.state = self._watch.state
 
     # -- to override ---------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch) -> LossSum | Tensor:
+    def training_step(self, batch: Batch) -> LossSum | Tensor | None:
         """Return the loss of a batch; the model is in train mode, the batch on the device.
 
         Returns:
-            A `LossSum`, or a scalar tensor, taken as the mean over the batch.
+            A `LossSum`; a scalar tensor, taken as the mean over the batch; or None to leave the batch out, which is
+            counted.
         """
         input, target, *weight = batches.parts(batch)
         return self.compute_loss(self.model(input), target, *weight)
@@ -183,13 +188,15 @@ class Trainer:
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
-    def _train_batch(self, batch: Batch) -> tuple[LossSum | Tensor, int | None]:
-        """Return the loss of a batch and its number of examples, if known."""
+    def _train_batch(self, batch: Batch) -> tuple[LossSum | Tensor | None, int | None]:
+        """Return the loss of a batch, None to leave it out, and its number of examples, if known."""
         if self.precision == "fp32":
             loss = self.training_step(batch)
         else:
             with self._autocast():
                 loss = self.training_step(batch)
+        if loss is None:
+            return None, None
         if not isinstance(loss, LossSum):
             return loss, int(self._sums(loss, batch, "training_step").weight)
         try:
@@ -215,6 +222,7 @@ class Trainer:
             log_every=self.log_every,
             device=self.device,
             validation_step=self._validate_batch,
+            skip_checks=self.skip_checks,
             settings={"precision": self.precision, "seed": self.seed},
             progress=self._watch.state.progress if fit else None,
             **fit,

@@ -1,7 +1,7 @@
 """The Watch: everything that a training loop needs except the loop."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +15,10 @@ from fitwatch import ranks, saving
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.data import batches
+from fitwatch.engine.checks import Checks
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.settings import describe, shared_facts, warn_of_changes
-from fitwatch.engine.step import parameters, zero_grad
+from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
 from fitwatch.helpers.aliases import Batch, Loader, Scheduler
@@ -75,6 +76,9 @@ class Watch:
         validation_step: Called with a batch on the device; measures it with `loss` or `measured`. Used by `validate`
             and by the probe of the overfitting detector. Default: ``watch.loss(model(input), target)``, for batches
             ``(input, target)``, ``(input, target, sample_weight)`` or mappings with these keys.
+        skip_checks: Names of checks not to run before step 1, of ``"untrained_parameters"``, ``"shared_examples"``,
+            ``"validation_order"``, ``"last_batch"``, ``"probabilities"`` and ``"labels"``. Each logs a warning that
+            says what to write.
         settings: More lines for the reports, name -> value.
         progress: Counters of an earlier watch on this model, to continue from.
 
@@ -106,6 +110,7 @@ class Watch:
         device: str | torch.device | None = None,
         resume: str | Path | None = None,
         validation_step: ValidationStep | None = None,
+        skip_checks: Collection[str] = (),
         settings: Mapping[str, object] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -132,6 +137,7 @@ class Watch:
             ),
         )
         self._hooks, self._recorder = hooks, Recorder(self.state, hooks)
+        self._checks, self._first_batch = Checks(self.state, skip_checks), True
         self._training = Training(self.state, hooks, self._recorder)
         step = self._default_validation_step if validation_step is None else validation_step
         self._validator = Validator(self.state, hooks, self._recorder, step=step, metrics=metrics, place=self._place)
@@ -325,7 +331,11 @@ class Watch:
         if self._validator.running is not None:
             return self._validator.running.apply(output, target, sample_weight)
         self._recorder.loss_is_used = True
-        return apply(self.state.loss, output, target, sample_weight)
+        loss = apply(self.state.loss, output, target, sample_weight)
+        if self._first_batch:
+            self._first_batch = False
+            self._checks.first_batch(output, target)
+        return loss
 
     def backward(self, loss: LossSum | Tensor, examples: int | None = None, *, source: str = "the loss") -> None:
         """Record the loss of a micro-batch and run its backward pass: for a penalty, or a loss that the model computes.
@@ -478,6 +488,7 @@ class Watch:
             state.history.names.add("val/loss_left")
         state.history.check()
         warn_of_changes(state, self._settings_before)
+        self._checks.before_training()
 
     def _warn_without_validation(self) -> None:
         state = self.state
@@ -527,10 +538,19 @@ def _device_of(model: nn.Module) -> torch.device:
 def _check_parts(model: object, optimizer: object, train_loader: object, val_loader: object, resume: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
+    if isinstance(optimizer, (list, tuple)):
+        raise TypeError(
+            f"optimizer must be one optimizer, got {len(optimizer)}: pass the one whose steps are counted, and step "
+            "the others in training_step or in your loop; a callback with state_dict puts them into checkpoints"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("optimizer must step without a closure, which LBFGS can't")
+    if needs_closure(optimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} needs a closure, which evaluates a batch several times within a step, so that "
+            "neither the loss nor the gradient of the step is one value: train with it in a plain loop, and measure "
+            "with Watch.evaluate or Trainer.validate under another optimizer"
+        )
     for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
         if loader is not None:
             batches.check_loader(name, loader)

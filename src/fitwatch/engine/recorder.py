@@ -79,6 +79,7 @@ class Recorder:
         if asked:
             self.agree()
         if not math.isfinite(total):  # on all ranks
+            self._warn_of_batch(total / weight if weight else total)
             self.give_up()
         state.train_loss.examples += int(examples)
         more = {"train/optim/loss": total / weight} if weight else {}
@@ -95,6 +96,23 @@ class Recorder:
                 "a callback has replaced the loss (for example with class weights), but the training step does not use "
                 "it: compute the loss with self.compute_loss (Trainer) or watch.loss"
             )
+
+    def _warn_of_batch(self, loss: float) -> None:
+        """Warn about the first non-finite training loss, while its batch is known."""
+        state = self._state
+        bad = state.train_loss.since_evaluation.bad
+        if bad is None or self._warned:  # another rank's, or one whose place is unknown
+            return
+        self._warned = True
+        start = state.history.newest.get("step", state.progress.first_step)
+        step = int(start) + bad // state.plan.accumulate + 1
+        logger.warning(
+            "the training loss is %s at step %d (batch %d since the last evaluation, counted from 0) for the first "
+            "time: check the inputs and targets of this batch",
+            loss,
+            step,
+            bad,
+        )
 
     def _warn(self, name: str, batch: int | None) -> None:
         """Warn about the first non-finite loss only."""

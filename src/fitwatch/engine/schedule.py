@@ -1,11 +1,26 @@
-"""When a learning-rate scheduler steps."""
+"""When a learning-rate scheduler steps, and whether its plan fits the fit."""
 
-from attrs import frozen
-from torch.optim import Optimizer
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from attrs import evolve, frozen
+from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fitwatch.helpers.aliases import Scheduler
 from fitwatch.state.history import History
+
+logger = logging.getLogger("fitwatch")
+
+_PER_EPOCH = (
+    lr_scheduler.StepLR,
+    lr_scheduler.MultiStepLR,
+    lr_scheduler.ExponentialLR,
+    lr_scheduler.CosineAnnealingLR,
+    lr_scheduler.CosineAnnealingWarmRestarts,
+)
+_VANISHED: Final = 1e-8  # share of its start below which a learning rate trains nothing
 
 
 @frozen
@@ -14,12 +29,12 @@ class Schedule:
 
     Args:
         scheduler: Any torch scheduler. `ReduceLROnPlateau` steps after every evaluation, whatever ``interval`` is.
-        interval: ``"step"`` or ``"epoch"``.
+        interval: ``"step"``, ``"epoch"``, or None for the usual one of its class.
         monitor: The metric passed to `ReduceLROnPlateau`.
     """
 
     scheduler: Scheduler | None
-    interval: str
+    interval: str | None
     monitor: str
 
     def check(self, optimizer: Optimizer) -> None:
@@ -31,10 +46,66 @@ class Schedule:
         """
         if self.scheduler is None:
             return
+        if isinstance(self.scheduler, (list, tuple)):
+            raise TypeError(
+                f"scheduler must be one scheduler, got {len(self.scheduler)}: combine them with "
+                "torch.optim.lr_scheduler.SequentialLR (one after another) or ChainedScheduler (all at once)"
+            )
         if isinstance(self.scheduler, (type, Optimizer)) or not hasattr(self.scheduler, "step"):
             raise TypeError(f"scheduler must be an instance of a torch scheduler, got {self.scheduler!r}")
         if getattr(self.scheduler, "optimizer", optimizer) is not optimizer:
             raise ValueError("scheduler belongs to another optimizer")
+
+    def decided(self) -> "Schedule":
+        """Return this schedule with an interval, and log the one that was chosen."""
+        if self.interval is not None or self.scheduler is None or self._waits_for_metric:
+            return evolve(self, interval=self.interval or "step")
+        interval = usual_interval(self.scheduler)
+        other = "step" if interval == "epoch" else "epoch"
+        logger.info(
+            '%s steps after every %s, as is usual for it; scheduler_interval="%s" changes that',
+            type(self.scheduler).__name__,
+            interval,
+            other,
+        )
+        return evolve(self, interval=interval)
+
+    def check_plan(self, *, epochs: int | None, steps: int | None) -> None:
+        """Compare the scheduler's plan with the rest of the fit, before step 1.
+
+        Args:
+            epochs: Epochs to train from now; None if unknown.
+            steps: Steps to train from now; None if unknown.
+
+        Raises:
+            ValueError: The scheduler refuses to step as often as this fit needs.
+        """
+        planned = steps if self.interval == "step" else epochs
+        if self.scheduler is None or planned is None or self._waits_for_metric:
+            return
+        name, done = type(self.scheduler).__name__, int(getattr(self.scheduler, "last_epoch", 0))
+        unit = f"{self.interval}s"
+        other_unit, other = ("epochs", epochs) if self.interval == "step" else ("steps", steps)
+        if isinstance(self.scheduler, lr_scheduler.OneCycleLR) and done + planned > self.scheduler.total_steps:
+            before = f" after {done} before" if done else ""
+            raise ValueError(
+                f"{name} was created for {self.scheduler.total_steps} steps, and this fit takes {planned} {unit}"
+                f"{before}: create it with total_steps={done + planned}"
+            )
+        problem = _misfit(self.scheduler, planned, other)
+        if problem:
+            changes = f', or scheduler_interval="{other_unit[:-1]}"' if other is not None else ""
+            logger.warning(
+                "%s steps after every %s, and this fit takes %s %s%s: %s. Give it options in %s%s",
+                name,
+                self.interval,
+                f"{planned:,}",
+                unit,
+                f" ({other:,} {other_unit})" if other is not None else "",
+                problem,
+                unit,
+                changes,
+            )
 
     def watch(self, history: History) -> None:
         """Declare the metric that a `ReduceLROnPlateau` needs."""
@@ -54,3 +125,67 @@ class Schedule:
     @property
     def _waits_for_metric(self) -> bool:
         return isinstance(self.scheduler, ReduceLROnPlateau)
+
+
+def usual_interval(scheduler: object) -> str:
+    """Return ``"epoch"`` for the schedulers whose options are usually given in epochs, else ``"step"``.
+
+    A combination steps after every epoch only if all its parts do.
+    """
+    parts = getattr(scheduler, "_schedulers", None)
+    if isinstance(parts, (list, tuple)) and parts:
+        return "epoch" if all(usual_interval(part) == "epoch" for part in parts) else "step"
+    return "epoch" if isinstance(scheduler, _PER_EPOCH) else "step"
+
+
+def _misfit(scheduler: object, planned: int, other: int | None) -> str | None:
+    """Return why the options of a scheduler are plainly in the other unit; None if they may be right.
+
+    Args:
+        scheduler: Any scheduler.
+        planned: How often it steps in this fit.
+        other: How often it would step with the other interval, if known.
+    """
+    if isinstance(scheduler, lr_scheduler.CosineAnnealingLR):
+        if planned > 2 * scheduler.T_max:
+            periods = planned / scheduler.T_max / 2
+            return f"T_max={scheduler.T_max} makes the learning rate fall and rise {periods:.3g} times"
+        covers_little = other is not None and planned < other and scheduler.T_max > 2 * planned
+        return f"it covers {planned / scheduler.T_max:.2%} of T_max={scheduler.T_max}" if covers_little else None
+    if isinstance(scheduler, lr_scheduler.StepLR):
+        at = range(scheduler.step_size, planned + 1, scheduler.step_size)
+        return _decays_wrongly(
+            f"step_size={scheduler.step_size}", scheduler.gamma, at, scheduler.step_size, planned, other
+        )
+    if isinstance(scheduler, lr_scheduler.MultiStepLR):
+        stones = sorted(scheduler.milestones.elements())
+        first = stones[0] if stones else 0
+        return _decays_wrongly(f"milestones={stones}", scheduler.gamma, stones, first, planned, other)
+    if isinstance(scheduler, lr_scheduler.ExponentialLR):
+        return _decays_wrongly(f"gamma={scheduler.gamma}", scheduler.gamma, range(1, planned + 1), 1, planned, other)
+    return None
+
+
+def _decays_wrongly(
+    option: str, gamma: float, at: Sequence[int], first: int, planned: int, other: int | None
+) -> str | None:
+    """See `_misfit`; the learning rate is multiplied by ``gamma`` after each of the counts ``at``."""
+    falls = sum(count <= planned for count in at)
+    if 0 < gamma < 1 and gamma**falls < _VANISHED:
+        return f"{option} multiplies the learning rate by {gamma**falls:.1g} until the end"
+    if other is not None and planned < first <= other:
+        return f"with {option} it never changes the learning rate"
+    if other is not None and len(at) > 1 and max(at) <= other < planned / 2:
+        return f"with {option} its last change comes after {max(at)}"
+    return None
+
+
+def planned_length(
+    *, epochs: int | None, max_steps: int | None, steps_per_epoch: int | None
+) -> tuple[int | None, int | None]:
+    """Return how many epochs and steps a fit takes at most; None where unknown."""
+    steps = None if epochs is None or steps_per_epoch is None else epochs * steps_per_epoch
+    steps = max_steps if steps is None else steps if max_steps is None else min(steps, max_steps)
+    if steps is not None and steps_per_epoch:
+        epochs = -(-steps // steps_per_epoch)
+    return epochs, steps

@@ -1,8 +1,9 @@
 """The gradient of a step: sums over micro-batches and ranks, divided once by the weight of everything in them."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch.optim import Optimizer
 
 from fitwatch import ranks
 from fitwatch.helpers.dtypes import wide_float
+
+_SKIPPED: Final = 0.0  # the weight of a micro-batch that is left out, known by identity
 
 
 class StepGradient:
@@ -73,10 +76,15 @@ class StepGradient:
                 )
 
     def skip(self) -> None:
-        """Count a micro-batch that only other ranks have."""
-        self.weights.append(0.0)
-        if self.scaler is not None:
+        """Count a micro-batch that is left out, or that only other ranks have."""
+        self.weights.append(_SKIPPED)
+        if self.scaler is not None and not self._single:
             self._agreed_guess(0.0)
+
+    def drop_empty(self) -> None:
+        """Forget a step all of whose micro-batches were left out; other ranks may have some."""
+        if ranks.size() == 1 and all(weight is _SKIPPED for weight in self.weights):
+            self.weights, self._guess = [], None
 
     def _factor(self, loss: Tensor, weight: Tensor | float, *, is_mean: bool) -> Tensor | None:
         """Return the factor for the gradient of ``loss`` in the backward pass; None for 1."""
@@ -201,6 +209,15 @@ def step_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) ->
 def parameters(optimizer: Optimizer) -> list[Tensor]:
     """Return all parameters in the optimizer's groups, which may change during training."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Return whether ``step`` has a required argument, as that of `LBFGS`."""
+    try:
+        given = list(inspect.signature(type(optimizer).step).parameters.values())[1:]  # without self
+    except (TypeError, ValueError):
+        return False
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in given)
 
 
 def inverse(weight: Tensor | float, like: Tensor) -> Tensor:

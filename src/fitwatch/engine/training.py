@@ -1,6 +1,6 @@
 """The batches and steps of a watch: runs the hooks that are due and detects missing calls."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -148,9 +148,11 @@ class Training:
         self._end_batch()
 
     def skip(self) -> None:
-        """Count a batch that only other ranks have."""
+        """Count a batch that is left out, or that only other ranks have."""
         self._gradient.skip()
         self._state.progress.epoch_batch += 1
+        if self.step_due:
+            self._gradient.drop_empty()
 
     @property
     def stops(self) -> bool:
@@ -263,8 +265,13 @@ class Training:
                 self._state.log(name, rate, reduce="last")
         self._rates_due = False
 
-    def before_optimizer(self, *_: object) -> None:
+    def before_optimizer(self, _: object, args: Sequence[object], options: Mapping[str, object]) -> None:
         """Hook of the optimizer, before its step."""
+        if (len(args) > 1 or options) and any(value is not None for value in (*args[1:], *options.values())):
+            raise RuntimeError(
+                "optimizer.step(closure) evaluates a batch again within the step, which a watch can't follow: call "
+                "optimizer.step() without a closure"
+            )
         if self._stepped:
             raise RuntimeError("optimizer.step() was called twice: call watch.loss(output, target) before each step")
         if not self.in_epoch or self._ready:
