@@ -79,6 +79,9 @@ class Watch:
         skip_checks: Names of checks not to run before step 1, of ``"untrained_parameters"``, ``"shared_examples"``,
             ``"validation_order"``, ``"last_batch"``, ``"probabilities"`` and ``"labels"``. Each logs a warning that
             says what to write.
+        fast_loading: Whether `train`, `validate` and `evaluate` read a plain `DataLoader` by one ``index_select`` per
+            tensor. Plain is: the default ``collate_fn``, no workers, over a `TensorDataset` or a `Subset` of one. The
+            batches, their order and the random numbers drawn are the same.
         settings: More lines for the reports, name -> value.
         progress: Counters of an earlier watch on this model, to continue from.
 
@@ -111,6 +114,7 @@ class Watch:
         resume: str | Path | None = None,
         validation_step: ValidationStep | None = None,
         skip_checks: Collection[str] = (),
+        fast_loading: bool = True,
         settings: Mapping[str, object] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -138,9 +142,11 @@ class Watch:
         )
         self._hooks, self._recorder = hooks, Recorder(self.state, hooks)
         self._checks, self._first_batch = Checks(self.state, skip_checks), True
-        self._training = Training(self.state, hooks, self._recorder)
+        self._training = Training(self.state, hooks, self._recorder, fast_loading=fast_loading)
         step = self._default_validation_step if validation_step is None else validation_step
-        self._validator = Validator(self.state, hooks, self._recorder, step=step, metrics=metrics, place=self._place)
+        self._validator = Validator(
+            self.state, hooks, self._recorder, step=step, metrics=metrics, place=self._place, fast_loading=fast_loading
+        )
         self.state.validation.measure = self._validator.measure
         self._moves_model, self._resume = device is not None, resume
         self._settings_before: dict[str, str] = {}

@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from fitwatch import ranks
 from fitwatch.data.batches import length, sampler_of
+from fitwatch.data.loading import read
 from fitwatch.helpers.aliases import Batch
 
 ABSENT: Final = object()
@@ -24,14 +25,15 @@ class Rounds:
 
     Args:
         loader: As for `split`.
+        fast: As for `read`.
 
     Attributes:
         total: Number of rounds; on several ranks None until `agree`, and unless all loaders know their length.
         certain: Whether this rank's loader can't give another number of batches than its length.
     """
 
-    def __init__(self, loader: Iterable[object]) -> None:
-        self._batches = split(loader)
+    def __init__(self, loader: Iterable[object], *, fast: bool = False) -> None:
+        self._batches, self._fast = split(loader), fast
         self.total = length(self._batches)
         self.certain = isinstance(self._batches, Sequence) or _is_indexed(self._batches)  # a length may be wrong
 
@@ -54,11 +56,11 @@ class Rounds:
             self.total = None if None in lengths else max(n for n in lengths if n is not None)
 
     def __iter__(self) -> Iterator[object]:
-        return iter(self._batches) if ranks.size() == 1 else self._together()
+        batches = read(self._batches, fast=self._fast)
+        return batches if ranks.size() == 1 else self._together(batches)
 
-    def _together(self) -> Iterator[object]:
+    def _together(self, batches: Iterator[object]) -> Iterator[object]:
         done = 0
-        batches = iter(self._batches)
         while self.total is None or done < self.total:
             batch = next(batches, ABSENT)
             if self.total is None and not ranks.sums([float(batch is not ABSENT)])[0]:

@@ -24,13 +24,14 @@ class Training:
         state: The state of the fit.
         hooks: Its callbacks.
         recorder: Closes its log windows.
+        fast_loading: Whether `iterate` reads plain loaders as `data.loading.read` does.
 
     Attributes:
         in_epoch: Whether an epoch is running.
     """
 
-    def __init__(self, state: State, hooks: Callbacks, recorder: Recorder) -> None:
-        self._state, self._hooks, self._recorder = state, hooks, recorder
+    def __init__(self, state: State, hooks: Callbacks, recorder: Recorder, *, fast_loading: bool) -> None:
+        self._state, self._hooks, self._recorder, self._fast_loading = state, hooks, recorder, fast_loading
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
         self._rates: list[float | Tensor] = []  # learning rate of each parameter group at the last step
         self._rates_due = False  # whether they are still to be logged
@@ -101,7 +102,7 @@ class Training:
     def iterate(self, *, ragged: bool) -> Iterator[Batch]:
         """See `Watch.train`."""
         state, progress = self._state, self._state.progress
-        rounds = Rounds(state.train_loader)
+        rounds = Rounds(state.train_loader, fast=self._fast_loading)
         rounds.agree(together=ranks.in_step(state.model))
         self._iterates, self._length = True, rounds.total if rounds.certain else None
         on_cpu = state.device.type == "cpu"  # batches are there already

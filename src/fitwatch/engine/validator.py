@@ -8,6 +8,7 @@ from typing import Any
 from fitwatch import ranks
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
+from fitwatch.data.loading import read
 from fitwatch.data.sharding import split
 from fitwatch.engine.recorder import Recorder
 from fitwatch.helpers.aliases import Batch, Loader
@@ -28,6 +29,7 @@ class Validator:
         step: Measures one batch, on the device.
         metrics: The user's metrics, which `measure` computes.
         place: Moves the losses to the device.
+        fast_loading: Whether to read plain loaders as `data.loading.read` does.
 
     Attributes:
         running: The current pass; None between passes.
@@ -42,9 +44,10 @@ class Validator:
         step: ValidationStep,
         metrics: Mapping[str, Metric],
         place: Callable[[], None],
+        fast_loading: bool,
     ) -> None:
         self._state, self._hooks, self._recorder, self._step, self._place = state, hooks, recorder, step, place
-        self._metrics = dict(metrics)
+        self._metrics, self._fast_loading = dict(metrics), fast_loading
         self.running: Pass | None = None
 
     @contextmanager
@@ -116,7 +119,7 @@ class Validator:
 
     def _see_all(self, done: Pass, loader: Loader) -> None:
         with self._measuring(done):
-            for batch in split(loader):
+            for batch in read(split(loader), fast=self._fast_loading):
                 self._step(batches.move(batch, self._state.device))
 
     def _measure_all(self, done: Pass, loader: Loader) -> dict[str, float]:
