@@ -97,7 +97,7 @@ class Planted(nn.Module):
 
 def test_a_planted_nan_is_named_by_parameter_step_and_batch(batches, caplog):
     """A NaN gradient at step 23 is reported once, with its parameter, step, epoch and batch."""
-    texts, _ = fit(Planted(23), batches, epochs=2)
+    texts, _ = fit(Planted(23), batches, epochs=2, nonfinite="ignore")
     first, *later = texts.of("warnings")
     assert first[0] == 25
     assert first[1].startswith(
@@ -110,7 +110,7 @@ def test_a_planted_nan_is_named_by_parameter_step_and_batch(batches, caplog):
 
 def test_a_nan_that_spreads_is_named_where_it_began(batches):
     """The last non-finite parameter of the first bad step is named first, since the backward pass came from there."""
-    texts, _ = fit(Planted(7, where="before"), batches)
+    texts, _ = fit(Planted(7, where="before"), batches, nonfinite="ignore")
     (step, text), *_ = texts.of("warnings")
     assert step == 10
     assert "At step 7 (epoch 0, batch 6, counted from 0) the gradient of `first.bias` is not finite" in text
@@ -122,7 +122,7 @@ def test_a_batch_with_a_nan_is_named(batches):
     """A NaN in the input makes every gradient NaN; the warning names the batch, or the accumulated batches."""
     batches[11] = (torch.full((16, 6), float("nan")), batches[11][1])
     for accumulate, where in ((1, "At step 12 (epoch 0, batch 11,"), (4, "At step 3 (epoch 0, batches 8 to 11,")):
-        texts, _ = fit(mlp(6, 8, 2, act=nn.Tanh), batches, accumulate=accumulate)
+        texts, _ = fit(mlp(6, 8, 2, act=nn.Tanh), batches, accumulate=accumulate, nonfinite="ignore")
         text = texts.of("warnings")[0][1]
         assert text.startswith(where)
         assert "no gradient is finite, from `2.bias` back to `0.weight`: check the loss and this batch" in text
@@ -212,7 +212,7 @@ def test_frozen_layers_are_notes_with_their_reason(batches, caplog):
     model = mlp(6, 8, 8, 2)
     model[0].requires_grad_(requires_grad=False)
     optimizer = torch.optim.SGD(model[4].parameters(), 0.1)
-    texts, trainer = fit(model, batches, optimizer=optimizer)
+    texts, trainer = fit(model, batches, optimizer=optimizer, skip_checks=["untrained_parameters"])
     assert texts.of("warnings") == []
     ((step, text),) = texts.of("gradients")
     assert step == 5

@@ -114,8 +114,8 @@ class Loop:
 
     def _step(self) -> None:
         watch, state = self._watch, self._watch.state
-        watch.before_step()  # on_gradients_ready, clipping
-        if step_optimizer(state.optimizer, state.scaler):
+        takes = watch.before_step()  # on_gradients_ready, clipping
+        if step_optimizer(state.optimizer, state.scaler) and takes:
             self._stepped = True
             self._schedule.after("step")
         watch.end_step()  # on_step_end, on_log

@@ -53,6 +53,7 @@ class Trainer:
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
         log_every: Steps per log window. Values are copied to the host once per log window.
         skip_checks: As for `Watch`.
+        nonfinite: As for `Watch`: ``"raise"``, ``"skip"`` or ``"ignore"``.
         fast_loading: As for `Watch`.
         seed: Seed for torch, Python and NumPy, set when the first fit starts: too late for the initial weights of
             ``model``. None: no seeding.
@@ -76,6 +77,7 @@ class Trainer:
     device: torch.device = field(default="auto", kw_only=True, converter=batches.as_device)  # type: ignore[assignment] # before conversion
     log_every: int = field(default=50, kw_only=True, validator=integer(1))
     skip_checks: Collection[str] = field(default=(), kw_only=True)
+    nonfinite: str = field(default="raise", kw_only=True, validator=one_of("raise", "skip", "ignore"))
     fast_loading: bool = field(default=True, kw_only=True, validator=instance(bool))
     seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
 
@@ -225,6 +227,7 @@ class Trainer:
             device=self.device,
             validation_step=self._validate_batch,
             skip_checks=self.skip_checks,
+            nonfinite=self.nonfinite,
             fast_loading=self.fast_loading,
             settings={"precision": self.precision, "seed": self.seed},
             progress=self._watch.state.progress if fit else None,

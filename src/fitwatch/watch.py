@@ -79,6 +79,10 @@ class Watch:
         skip_checks: Names of checks not to run before step 1, of ``"untrained_parameters"``, ``"shared_examples"``,
             ``"validation_order"``, ``"last_batch"``, ``"probabilities"`` and ``"labels"``. Each logs a warning that
             says what to write.
+        nonfinite: What to do with a step whose gradients are not finite: ``"raise"`` a `FloatingPointError` before the
+            optimizer steps; ``"skip"`` the step, which changes no weight but counts, up to 50 in a row; or ``"ignore"``
+            it, until the weights are not finite, which ends training. The check waits for the device once per step.
+            Under a GradScaler, which skips such steps itself, only the limit of 50 holds.
         fast_loading: Whether `train`, `validate` and `evaluate` read a plain `DataLoader` by one ``index_select`` per
             tensor. Plain is: the default ``collate_fn``, no workers, over a `TensorDataset` or a `Subset` of one. The
             batches, their order and the random numbers drawn are the same.
@@ -115,6 +119,7 @@ class Watch:
         validation_step: ValidationStep | None = None,
         skip_checks: Collection[str] = (),
         fast_loading: bool = True,
+        nonfinite: str = "raise",
         settings: Mapping[str, object] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -142,7 +147,7 @@ class Watch:
         )
         self._hooks, self._recorder = hooks, Recorder(self.state, hooks)
         self._checks, self._first_batch = Checks(self.state, skip_checks), True
-        self._training = Training(self.state, hooks, self._recorder, fast_loading=fast_loading)
+        self._training = Training(self.state, hooks, self._recorder, fast_loading=fast_loading, nonfinite=nonfinite)
         step = self._default_validation_step if validation_step is None else validation_step
         self._validator = Validator(
             self.state, hooks, self._recorder, step=step, metrics=metrics, place=self._place, fast_loading=fast_loading
@@ -378,17 +383,22 @@ class Watch:
         """Whether micro-batches are waiting for a step."""
         return self._training.step_open
 
-    def before_step(self) -> None:
-        """Make the gradients exact and unscaled, run ``on_gradients_ready``, and clip.
+    def before_step(self) -> bool:
+        """Make the gradients exact and unscaled, run ``on_gradients_ready``, clip, and check that they are finite.
 
         Runs by itself in ``optimizer.step()``. Call it before ``scaler.step(optimizer)``, or to use the gradients.
 
+        Returns:
+            Whether the step may change the weights; False if ``nonfinite="skip"`` has taken its gradients away.
+
         Raises:
             RuntimeError: A call is missing; the message names it.
+            FloatingPointError: A gradient is not finite.
         """
         if not self._training.in_epoch:
             self._refuse("before_step()")
         self._training.complete_gradients(unscale=True)
+        return not self._training.left_out
 
     def end_step(self) -> None:
         """Count the step and run ``on_step_end``, and every ``log_every`` steps ``on_log``.

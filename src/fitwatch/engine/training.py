@@ -8,6 +8,7 @@ from fitwatch import ranks
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
 from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
+from fitwatch.engine.guard import Guard
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.step import StepGradient, parameters
 from fitwatch.helpers.aliases import Batch
@@ -25,17 +26,22 @@ class Training:
         hooks: Its callbacks.
         recorder: Closes its log windows.
         fast_loading: Whether `iterate` reads plain loaders as `data.loading.read` does.
+        nonfinite: What happens to a step with non-finite gradients, see `Watch`.
 
     Attributes:
         in_epoch: Whether an epoch is running.
+        left_out: Whether the current step changes nothing, since its gradients are not finite.
     """
 
-    def __init__(self, state: State, hooks: Callbacks, recorder: Recorder, *, fast_loading: bool) -> None:
+    def __init__(
+        self, state: State, hooks: Callbacks, recorder: Recorder, *, fast_loading: bool, nonfinite: str
+    ) -> None:
         self._state, self._hooks, self._recorder, self._fast_loading = state, hooks, recorder, fast_loading
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
+        self._guard = Guard(state, nonfinite)
         self._rates: list[float | Tensor] = []  # learning rate of each parameter group at the last step
         self._rates_due = False  # whether they are still to be logged
-        self.in_epoch = False
+        self.in_epoch = self.left_out = False
         self._iterates = False  # whether the loop takes its batches from `iterate`
         self._complete: bool | None = None  # whether `iterate` has reached the end of the epoch
         self._length: int | None = None  # batches in the epoch, if certain
@@ -233,7 +239,20 @@ class Training:
             state.total_norm = nn.utils.clip_grad_norm_(parameters(state.optimizer), state.plan.clip_norm)
         rates = [group["lr"] for group in state.optimizer.param_groups]
         self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        self.left_out = self._guard.rejects()
+        if self.left_out:
+            self._leave_out()
         self._ready = True
+
+    def _leave_out(self) -> None:
+        """Raise for a step with non-finite gradients; or take the gradients away, so that the step changes nothing."""
+        if self._guard.raises:
+            error = self._guard.error()
+            self._recorder.close_window()  # what was measured of this step says more
+            raise error
+        self._guard.leave_out()
+        for p in parameters(self._state.optimizer):
+            p.grad = None
 
     def end_step(self) -> None:
         """Count the step and run its hooks."""
@@ -242,6 +261,8 @@ class Training:
             raise RuntimeError("no step to end: call optimizer.step() first")
         if not self._stepped and state.scaler is None:
             raise RuntimeError("optimizer.step() was not called after watch.before_step()")
+        if state.scaler is not None:
+            self._guard.after_scaler(stepped=self._stepped)
         self._ready = self._stepped = False
         progress.step += 1
         progress.epoch_step += 1

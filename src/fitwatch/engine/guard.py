@@ -1,0 +1,121 @@
+"""Keeps steps with non-finite gradients away from the weights."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fitwatch.state import State
+
+logger = logging.getLogger("fitwatch")
+
+BUDGET: Final = 50
+"""Steps in a row that may be left out; after that training can't be working."""
+
+_KERNEL = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+class Guard:
+    """Decides before each step whether its gradients may reach the weights.
+
+    Args:
+        state: The state of the fit.
+        mode: ``"raise"``, ``"skip"`` or ``"ignore"``, see `Watch`.
+
+    Attributes:
+        skipped: Steps left out in this fit.
+    """
+
+    def __init__(self, state: State, mode: str) -> None:
+        if mode not in ("raise", "skip", "ignore"):
+            raise ValueError(f"nonfinite must be one of 'raise', 'skip', 'ignore', got {mode!r}")
+        self._state, self.raises, self._checks = state, mode == "raise", mode != "ignore" and state.scaler is None
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def rejects(self) -> bool:
+        """Return whether a gradient of the complete step is not finite. Waits for the device.
+
+        Under a GradScaler, which checks and skips by itself, it is False.
+        """
+        if not self._checks:
+            return False
+        state = self._state
+        if state.plan.clip_norm is not None and state.total_norm is not None and math.isfinite(state.total_norm):
+            return False  # clipping has read all gradients
+        if all_finite(
+            [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        ):
+            self._in_a_row = 0
+            return False
+        return True
+
+    def error(self) -> FloatingPointError:
+        """Return the error that names the step, the batch, the parameters and the loss."""
+        state, progress = self._state, self._state.progress
+        bad = [name for name, p in state.model.named_parameters() if p.grad is not None and not all_finite([p.grad])]
+        shown = ", ".join(f"`{name}`" for name in bad[:3]) + (", ..." if len(bad) > 3 else "")
+        batch = progress.epoch_batch - 1
+        return FloatingPointError(
+            f"step {progress.step + 1} (epoch {progress.epoch}, batch {batch}, both counted from 0) has non-finite "
+            f"gradients in {len(bad)} parameter{'s' * (len(bad) != 1)} ({shown}). The weights are still those of step "
+            f'{progress.step}. Look at the batch (state.batch), the learning rate and the loss; nonfinite="skip" '
+            "leaves such steps out"
+        )
+
+    def leave_out(self) -> None:
+        """Count a step that is left out.
+
+        Raises:
+            FloatingPointError: `BUDGET` steps in a row were left out.
+        """
+        self.skipped += 1
+        if self.skipped == 1:
+            what = str(self.error()).split(". ")[0]
+            logger.warning("%s: it is left out, and train/skipped_steps counts such steps", what)
+        self._state.log("train/skipped_steps", self.skipped, reduce="last")
+        self._count("their gradients were not finite")
+
+    def after_scaler(self, *, stepped: bool) -> None:
+        """Count steps that the GradScaler has skipped.
+
+        Raises:
+            FloatingPointError: `BUDGET` steps in a row were skipped.
+        """
+        if stepped or self._state.scaler is None:
+            self._in_a_row = 0
+        else:
+            self._count(f"fp16 overflowed, even at a scale of {self._state.scaler.get_scale():.3g}")
+
+    def _count(self, why: str) -> None:
+        self._in_a_row += 1
+        if self._in_a_row >= BUDGET:
+            raise FloatingPointError(
+                f"the last {BUDGET} steps were left out, since {why}: the weights don't change. Check the inputs, the "
+                "loss and the learning rate"
+            )
+
+
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Return whether all values are finite; waits for the device."""
+    dense: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for g in gradients:
+        values = g.detach()
+        if values.is_sparse:
+            values = values.coalesce().values()
+        if values.dtype not in _KERNEL:
+            if not bool(values.isfinite().all()):
+                return False
+            continue
+        dense.setdefault((values.device, values.dtype), []).append(values)
+    for (device, _), same in dense.items():
+        found = torch.zeros((), device=device)
+        # The kernel of GradScaler: with a factor of 1 it changes nothing. One call for all, at a third of the price of
+        # their norms.
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, torch.ones((), device=device))
+        if found.item():
+            return False
+    return True

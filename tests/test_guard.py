@@ -1,0 +1,230 @@
+"""No step with non-finite gradients reaches the weights."""
+
+import itertools
+import logging
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fitwatch as fw
+from fitwatch.engine.guard import all_finite
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.01),
+}
+
+
+class Bad(fw.Trainer):
+    """Multiplies the loss, or one gradient, of given batches by a bad value."""
+
+    where, value, at = "loss", math.nan, (3,)
+
+    def training_step(self, batch):
+        loss = super().training_step(batch)
+        progress = self.state.progress
+        if progress.epoch_batch + 10 * progress.epoch not in self.at:
+            return loss
+        if self.where == "loss":
+            return loss * self.value
+        self.model[0].bias.register_hook(lambda g: g * self.value) if self.where == "gradient" else None
+        if self.where == "outputs":
+            return self.compute_loss(self.model(batch[0]) * self.value, batch[1])
+        return loss
+
+
+def batches(n=10):
+    torch.manual_seed(0)
+    return [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(n)]
+
+
+def trainer_of(optimizer="SGD", where="loss", value=math.nan, at=(3,), **options):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    trainer = Bad(model, OPTIMIZERS[optimizer](model.parameters()), device="cpu", **options)
+    trainer.where, trainer.value, trainer.at = where, value, at
+    return trainer
+
+
+def snapshot(trainer):
+    state = trainer.optimizer.state_dict()["state"]
+    held = [v for s in state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return [t.detach().clone() for t in (*trainer.model.state_dict().values(), *held)]
+
+
+class Snapshots(fw.Callback):
+    """Keeps the weights and the optimizer's state after each step."""
+
+    def __init__(self):
+        self.taken = []
+        self.trainer = None
+
+    def on_step_end(self, state):
+        self.taken.append(snapshot(self.trainer))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "outputs"])
+def test_a_bad_step_raises_before_the_weights_change(where, value, clip_norm, accumulate):
+    """The error names step, epoch, batch and parameter, and the weights are those of the step before."""
+    keep = Snapshots()
+    trainer = trainer_of(where=where, value=value, clip_norm=clip_norm, accumulate=accumulate, callbacks=keep)
+    keep.trainer = trainer
+    with pytest.raises(FloatingPointError) as info:
+        trainer.fit(batches(), epochs=1)
+    step = 3 // accumulate + 1
+    assert f"step {step} (epoch 0, batch 3," in str(info.value)
+    assert "`0.weight`" in str(info.value)
+    assert f"still those of step {step - 1}" in str(info.value)
+    assert trainer.state.progress.step == step - 1
+    assert all(torch.equal(a, b) for a, b in zip(keep.taken[-1], snapshot(trainer), strict=True))
+
+
+def test_a_bad_gradient_under_a_finite_loss_is_named(caplog):
+    """A single bad gradient is named alone, and the inspector's finding of that step is not lost."""
+    trainer = trainer_of(where="gradient", callbacks=fw.GradientNorm())
+    with pytest.raises(FloatingPointError, match=r"in 1 parameter \(`0.bias`\)"):
+        trainer.fit(batches(), epochs=1)
+    assert "the gradient of `0.bias` is not finite" in caplog.text
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_skipped_step_changes_nothing(optimizer, caplog):
+    """Weights and optimizer state are, to the bit, those of a fit without the bad batches."""
+    at = (3, 4, 12)
+    trainer = trainer_of(optimizer, at=at, nonfinite="skip")
+    counts = []
+
+    class Count(fw.Callback):
+        def on_log(self, state):
+            counts.extend(r.value for r in state.records if r.name == "train/skipped_steps")
+
+    trainer.callbacks = [Count()]
+    with caplog.at_level(logging.WARNING, "fitwatch"):
+        trainer.fit(data := batches(), epochs=2)
+    assert counts[-1] == 3
+    assert sum("is left out, and train/skipped_steps counts" in r.getMessage() for r in caplog.records) == 1
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    plain = fw.Trainer(model, OPTIMIZERS[optimizer](model.parameters()), device="cpu")
+    good = [b for i, b in enumerate(itertools.chain(data, data)) if i not in at]
+    plain.fit(good, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(trainer), snapshot(plain), strict=True))
+
+
+def test_a_hand_written_loop_is_guarded_too():
+    """optimizer.step() raises before it changes the weights, or changes nothing with "skip"."""
+    x, y = batches(1)[0]
+    for nonfinite in ("raise", "skip"):
+        model = nn.Linear(4, 3)
+        before = model.weight.detach().clone()
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        with fw.Watch(model, optimizer, train_loader=[(x, y)], nonfinite=nonfinite) as watch:
+            for _ in watch.epochs(1):
+                watch.loss(model(x) * math.inf, y).backward()
+                if nonfinite == "raise":
+                    with pytest.raises(FloatingPointError, match="step 1 "):
+                        optimizer.step()
+                    break
+                optimizer.step()
+                optimizer.zero_grad()
+        assert torch.equal(before, model.weight)
+        assert watch.state.progress.step == (0 if nonfinite == "raise" else 1)
+
+
+def test_before_step_tells_whether_the_step_counts():
+    """watch.before_step() is False for a step that is left out, for a scheduler that must not move."""
+    x, y = batches(1)[0]
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    seen = []
+    with fw.Watch(model, optimizer, train_loader=[(x, y)] * 2, nonfinite="skip") as watch:
+        for _ in watch.epochs(1):
+            for factor in (math.nan, 1.0):
+                watch.loss(model(x) * factor, y).backward()
+                seen.append(watch.before_step())
+                optimizer.step()
+                optimizer.zero_grad()
+    assert seen == [False, True]
+
+
+def test_a_scheduler_waits_for_a_step_that_counts():
+    """A per-step scheduler moves only after steps that were taken."""
+    trainer = trainer_of(at=(0, 1, 2, 3), nonfinite="skip")
+    torch.manual_seed(1)
+    model = trainer.model
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5**n)
+    again = Bad(model, optimizer, scheduler=scheduler, nonfinite="skip", device="cpu")
+    again.at = (0, 1, 2, 3)
+    again.fit(batches(), epochs=1)
+    assert optimizer.param_groups[0]["lr"] == 0.5**6
+
+
+def test_fifty_skipped_steps_in_a_row_end_training():
+    """A fit whose every step is left out is no success."""
+    trainer = trainer_of(at=range(10**6), nonfinite="skip")
+    with pytest.raises(FloatingPointError, match="the last 50 steps were left out"):
+        trainer.fit(batches(), epochs=9)
+    assert trainer.state.progress.step == 49
+
+
+def test_fp16_that_never_fits_ends_training():
+    """Under a GradScaler that skips every step, training ends with an error that names the scale."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    trainer = Bad(model, torch.optim.SGD(model.parameters(), 0.1), precision="fp16", device="cpu")
+    trainer.where, trainer.value, trainer.at = "loss", math.inf, range(10**6)
+    with pytest.raises(FloatingPointError, match="fp16 overflowed, even at a scale of"):
+        trainer.fit(batches(), epochs=9)
+
+
+def test_ignore_lets_the_weights_be_ruined():
+    """With "ignore" training goes on until the weights are not finite, and stops with that reason."""
+    result = trainer_of(nonfinite="ignore").fit(batches(), epochs=2)
+    assert "non-finite weights" in result.stop_reason
+
+
+def test_other_values_are_refused():
+    """An unknown value names those that are allowed."""
+    with pytest.raises(ValueError, match="nonfinite must be one of 'raise', 'skip', 'ignore', got 'warn'"):
+        trainer_of(nonfinite="warn")
+    model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="nonfinite must be one of"):
+        fw.Watch(model, torch.optim.SGD(model.parameters(), 0.1), nonfinite=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_gradients_are_left_as_they_are(dtype):
+    """The check changes no bit of finite values, denormal and huge ones included, and finds each bad one."""
+    largest = torch.finfo(dtype).max
+    values = torch.tensor([1e-45, -0.0, 3.3, largest, -largest, torch.finfo(dtype).tiny / 2], dtype=dtype)
+    before = values.clone()
+    assert all_finite([values, torch.ones(0, dtype=dtype), torch.ones(3, 4, dtype=dtype).T])
+    assert torch.equal(values.view(torch.uint8), before.view(torch.uint8))
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not all_finite([torch.ones(5, dtype=dtype), torch.tensor([1.0, bad], dtype=dtype)])
+    entries = torch.tensor([1.0, math.nan], dtype=dtype)
+    sparse = torch.sparse_coo_tensor([[0, 2]], entries, (4,), check_invariants=True)
+    assert not all_finite([sparse])
+    assert not all_finite([torch.tensor([complex(0, math.nan)])])
+
+
+def test_the_exit_code_tells():
+    """A script whose loss turns NaN ends with an exit code other than 0."""
+    code = (
+        "import torch, fitwatch as fw; x = torch.randn(8, 4); x[0, 0] = float('nan'); m = torch.nn.Linear(4, 2);"
+        "fw.Trainer(m, torch.optim.SGD(m.parameters(), .1)).fit([(x, torch.zeros(8).long())], epochs=2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "FloatingPointError: step 1 " in done.stderr
