@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -101,21 +102,28 @@ class Guard:
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
     """Return whether all values are finite; waits for the device."""
-    dense: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for g in gradients:
-        values = g.detach()
+        values = g.detach() if g.requires_grad else g
         if values.is_sparse:
             values = values.coalesce().values()
-        if values.dtype not in _KERNEL:
-            if not bool(values.isfinite().all()):
-                return False
-            continue
-        dense.setdefault((values.device, values.dtype), []).append(values)
-    for (device, _), same in dense.items():
-        found = torch.zeros((), device=device)
-        # The kernel of GradScaler: with a factor of 1 it changes nothing. One call for all, at a third of the price of
-        # their norms.
-        torch._amp_foreach_non_finite_check_and_unscale_(same, found, torch.ones((), device=device))
-        if found.item():
-            return False
-    return True
+        groups.setdefault((values.device, values.dtype), []).append(values)
+    return all(_finite(device, dtype, same) for (device, dtype), same in groups.items())
+
+
+def _finite(device: torch.device, dtype: torch.dtype, same: list[Tensor]) -> bool:
+    if dtype not in _KERNEL:
+        return all(bool(values.isfinite().all()) for values in same)
+    found, one = _flag(device)
+    # The kernel of GradScaler: with a factor of 1 it changes nothing. One call for all takes a third of their norms.
+    torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
+    if found.item() == 0:
+        return True
+    found.zero_()
+    return False
+
+
+@lru_cache(maxsize=16)
+def _flag(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what the kernel takes: a flag that is 0, and a factor of 1. Making them takes as long as the kernel."""
+    return torch.zeros((), device=device), torch.ones((), device=device)
