@@ -42,8 +42,7 @@ class Focal(ClassLoss):
         self.gamma = _at_least_0("gamma", gamma)
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
-        logits, labels, counts = as_classes(output, target, self.weight, self.ignore_index)
-        weights = self._weights(labels, counts, logits.dtype)
+        logits, labels, weights = self._as_weighted_classes(output, target, self.weight)
         log_odds = _log_odds(logits, labels)
         # (1 - p)^gamma through its logarithm: where 1 - p rounds to 0, the power has no gradient for gamma < 1
         factor = (self.gamma * F.logsigmoid(-log_odds)).exp()
@@ -152,12 +151,11 @@ class LDAM(ClassLoss):
         self.register_buffer("margin", self.max_margin * (numbers.min() / numbers) ** 0.25)
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
-        logits, labels, counts = as_classes(output, target, self.margin, self.ignore_index)
+        logits, labels, weights = self._as_weighted_classes(output, target, self.margin)
         true = labels.unsqueeze(-1)
         margin = self.margin.to(logits.dtype)[true]
         logits = logits - logits.detach().amax(-1, keepdim=True)  # large logits would swamp the margin
         log_p = (self.scale * logits.scatter_add(-1, true, -margin)).log_softmax(-1)
-        weights = self._weights(labels, counts, logits.dtype)
         return -weights * log_p.gather(-1, true).squeeze(-1), weights
 
     def extra_repr(self) -> str:
@@ -186,6 +184,7 @@ class ExpectedCost(Loss):
     """
 
     costs: Tensor
+    _classes_first = True
 
     def __init__(self, costs: CostMatrix | Tensor | Sequence[Sequence[float]], *, ignore_index: int = -100) -> None:
         super().__init__()
