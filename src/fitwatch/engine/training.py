@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fitwatch import ranks
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
+from fitwatch.data.containers import holds_arrays
 from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
 from fitwatch.engine.guard import Guard
 from fitwatch.engine.recorder import Recorder
@@ -111,14 +112,16 @@ class Training:
         rounds = Rounds(state.train_loader, fast=self._fast_loading)
         rounds.agree(together=ranks.in_step(state.model))
         self._iterates, self._length = True, rounds.total if rounds.certain else None
-        on_cpu = state.device.type == "cpu"  # batches are there already
+        stays: bool | None = None if state.device.type == "cpu" else False  # whether batches can stay as they are
         for batch in rounds:
             if batch is ABSENT and not ragged:
                 raise ValueError(
                     "this rank ran out of batches before others: give all ranks the same number of batches, for "
                     "example with drop_last=True"
                 )
-            state.batch = batch if on_cpu or batch is ABSENT else batches.to_device(batch, state.device)
+            if stays is None and batch is not ABSENT:
+                stays = not holds_arrays(batch)  # the first batch stands for all
+            state.batch = batch if stays or batch is ABSENT else batches.move(batch, state.device)
             yield state.batch
             if self._ready or self._batch_open:
                 self.settle()
