@@ -1,7 +1,7 @@
 """Losses for rare classes, and for mistakes that differ in cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor
 from fitwatch.losses.base import ClassLoss, Loss, LossSum, as_classes, as_two_classes
 from fitwatch.losses.costs import CostMatrix, as_cost_matrix
 from fitwatch.losses.cross_entropy import CrossEntropy
+from fitwatch.losses.weighting import listed_counts
 
 
 class Focal(ClassLoss):
@@ -66,7 +67,8 @@ class LogitAdjusted(CrossEntropy):
     Outputs and targets are those of `CrossEntropy`, and also one logit, shape (N,) or (N, 1), with targets 0 and 1.
 
     Args:
-        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common factor.
+        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common
+            factor; or a mapping class -> count.
         tau: Strength of the adjustment, at least 0; 0 is `CrossEntropy`.
         weight: As for `CrossEntropy`.
         label_smoothing: As for `CrossEntropy`.
@@ -80,7 +82,7 @@ class LogitAdjusted(CrossEntropy):
 
     def __init__(
         self,
-        counts: Tensor | Sequence[float],
+        counts: Tensor | Sequence[float] | Mapping[int, float],
         *,
         tau: float = 1.0,
         weight: Tensor | Sequence[float] | None = None,
@@ -122,7 +124,8 @@ class LDAM(ClassLoss):
     ``start_epoch``. Outputs and targets are those of `Focal`; the loss is divided by the sum of the weights.
 
     Args:
-        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common factor.
+        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common
+            factor; or a mapping class -> count.
         max_margin: Margin of the rarest class, at least 0, in units of the logits.
         scale: Factor on the logits, greater than 0.
         weight: Class weights, shape (C,). Kept as a buffer.
@@ -136,7 +139,7 @@ class LDAM(ClassLoss):
 
     def __init__(
         self,
-        counts: Tensor | Sequence[float],
+        counts: Tensor | Sequence[float] | Mapping[int, float],
         *,
         max_margin: float = 0.5,
         scale: float = 30.0,
@@ -218,8 +221,8 @@ def _at_least_0(name: str, value: float) -> float:
     return value
 
 
-def _counts(counts: Tensor | Sequence[float]) -> Tensor:
-    numbers = torch.as_tensor(counts).detach()
+def _counts(counts: Tensor | Sequence[float] | Mapping[int, float]) -> Tensor:
+    numbers = torch.as_tensor(listed_counts(counts)).detach()
     numbers = numbers.to(torch.float64 if numbers.dtype is torch.float64 else torch.float32)
     if numbers.dim() != 1 or len(numbers) < 2:
         raise ValueError(f"counts must have shape (C,) with C >= 2, got shape {tuple(numbers.shape)}")
