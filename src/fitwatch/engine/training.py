@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fitwatch import ranks
 from fitwatch.callback import Callbacks
@@ -11,7 +11,7 @@ from fitwatch.data.containers import holds_arrays
 from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
 from fitwatch.engine.guard import Guard
 from fitwatch.engine.recorder import Recorder
-from fitwatch.engine.step import StepGradient, parameters
+from fitwatch.engine.step import StepGradient, clip_gradients, parameters
 from fitwatch.helpers.aliases import Batch
 from fitwatch.losses import LossSum, as_sums
 from fitwatch.state import State
@@ -239,7 +239,7 @@ class Training:
         self._gradient.finish(unscale=unscale)
         self._hooks.on_gradients_ready(state)
         if state.plan.clip_norm is not None:
-            state.total_norm = nn.utils.clip_grad_norm_(parameters(state.optimizer), state.plan.clip_norm)
+            state.total_norm = clip_gradients(parameters(state.optimizer), state.plan.clip_norm)
         rates = [group["lr"] for group in state.optimizer.param_groups]
         self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
         self.left_out = self._guard.rejects()
