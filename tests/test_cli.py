@@ -84,6 +84,7 @@ def test_json_has_the_same_facts(folder, capsys):
         "gap": VAL[-1] - TRAIN[-1],
         "rise": verdict.rise,
         "evidence": verdict.evidence,
+        "notes": [],
     } == long
     assert (nan["run"], nan["status"], nan["gap"]) == ("nan", "diverging", None)
     assert {"run", "problem"} == short.keys()

@@ -2,6 +2,7 @@
 
 import math
 import struct
+import time
 from itertools import pairwise
 
 import attrs
@@ -317,3 +318,59 @@ def test_a_link_that_leads_nowhere_is_passed_over(tmp_path):
     (tmp_path / "b/events.out.tfevents.1.x").symlink_to(tmp_path / "nowhere")
     (one,) = diagnose_logs(tmp_path)
     assert one.verdict.overfitting
+
+
+def test_points_that_were_replaced_are_counted(tmp_path):
+    """After a restart, the older points that the newer ones replace are named with their number."""
+    write(tmp_path, {"train/loss": TRAIN[:25], "val/loss": VAL[:25]}, filename_suffix=".a")
+    time.sleep(1.1)  # the name of an event file has the second
+    later = {"train/loss": list(enumerate(TRAIN))[20:], "val/loss": list(enumerate(VAL))[20:]}
+    write(tmp_path, later, filename_suffix=".b")
+    one = only(diagnose_logs(tmp_path))
+    check(one, train="train/loss", val="val/loss")
+    assert [note.partition(",")[0] for note in one.notes] == [
+        "5 points of train/loss are left out",
+        "5 points of val/loss are left out",
+    ]
+    assert all("a restart" in note for note in one.notes)
+
+
+def test_a_forgotten_step_is_named(tmp_path):
+    """All points at step 0 leave one; the reason says where the others are."""
+    write(tmp_path, {"train/loss": [(0, v) for v in TRAIN], "val/loss": [(0, v) for v in VAL]})
+    (one,) = diagnose_logs(tmp_path)
+    assert isinstance(one, Unusable)
+    assert "59 points of val/loss are left out" in one.problem
+    assert "forgotten global_step" in one.problem
+
+
+def test_two_processes_in_one_folder_are_named(tmp_path):
+    """Event files whose times overlap come from several processes, of which the last counts."""
+    writers = [SummaryWriter(str(tmp_path), filename_suffix=suffix) for suffix in (".a", ".b")]
+    for step, (train, val) in enumerate(zip(TRAIN, VAL, strict=True)):
+        for writer in writers:
+            writer.add_scalar("train/loss", train, step)
+            writer.add_scalar("val/loss", val, step)
+    for writer in writers:
+        writer.close()
+    notes = only(diagnose_logs(tmp_path)).notes
+    assert all("2 event files were written at the same time" in note for note in notes)
+    assert len(notes) == 2
+
+
+def test_points_that_do_not_count_are_named(tmp_path):
+    """Non-finite points, evaluations without training points, and training points after the end are counted."""
+    val = [*VAL[:50], *[math.nan] * 10]
+    train = [(step + 1, value) for step, value in enumerate(TRAIN) if not 10 <= step < 13]
+    write(tmp_path, {"train/loss": train, "val/loss": val})
+    assert only(diagnose_logs(tmp_path)).notes == [
+        "10 of 60 points of val/loss are NaN or infinite, since step 50",
+        "4 of 60 evaluations have no training loss since the one before",
+        "1 of 57 training points come after the last evaluation and are not used",
+    ]
+
+
+def test_complete_curves_have_no_notes(tmp_path):
+    """Where everything counts, nothing is said."""
+    write(tmp_path, {"train/loss": TRAIN, "val/loss": VAL})
+    assert only(diagnose_logs(tmp_path)).notes == []

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import (
 )
 
 import fitwatch as fw
-from fitwatch.losses.imbalanced import ExpectedCost, Focal
+from fitwatch.losses.imbalanced import LDAM, ExpectedCost, Focal, LogitAdjusted
 from fitwatch.losses.weighting import SCHEMES
 
 
@@ -650,3 +651,110 @@ def test_unused_weights_give_a_warning(model, data, caplog, asks):
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (not asks)
     assert all("the training step does not use it: compute the loss with self.compute_loss" in one for one in said)
+
+
+WORDS = ("has weights already", "fall with rarity")
+
+
+def said(caplog, loss, spec, loader, **options):
+    """The warnings of a fit that has these words."""
+    caplog.clear()
+    model = nn.Linear(4, 1 if isinstance(loss, (fw.BinaryCrossEntropy, nn.BCEWithLogitsLoss)) else 3).double()
+    callback = fw.WeightedLoss(spec, **options)
+    fw.Trainer(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, callbacks=callback).fit(loader, epochs=2)
+    return [r.getMessage() for r in caplog.records if any(word in r.getMessage() for word in WORDS)]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [nn.CrossEntropyLoss(torch.tensor([1.0, 500, 2])), fw.CrossEntropy([1.0, 500, 2]), Focal(weight=[1.0, 500, 2])],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_weights_that_replace_those_of_the_loss_are_said_once(data, caplog, loss):
+    """A loss with weights of its own gives one warning, with both vectors; a loss without gives none."""
+    loader = DataLoader(data, 16)
+    (message,) = said(caplog, loss, [3.0, 4, 5], loader)
+    assert "[1, 500, 2]" in message
+    assert "[3, 4, 5]" in message
+    assert said(caplog, LogitAdjusted([3, 2, 1]), "balanced", loader) == []
+    assert said(caplog, None, "balanced", loader) == []
+
+
+def test_a_pos_weight_that_is_replaced_is_said(data, caplog):
+    """The pos_weight of a binary loss is named, too."""
+    x, y = data.tensors
+    loader = [(x, (y > 0).double()[:, None])]
+    (message,) = said(caplog, nn.BCEWithLogitsLoss(pos_weight=torch.tensor(7.0)), "balanced", loader)
+    assert "pos_weight=[7]" in message
+
+
+@pytest.mark.parametrize(
+    ("weights", "warns"),
+    [([5.0, 1, 0.5], True), ([0.5, 1, 5], False), ([1.0, 1, 1], False), ([2.0, 1, 1.5], True), ([1.0, 1, 3], False)],
+    ids=str,
+)
+def test_weights_that_fall_with_rarity_are_said(data, caplog, weights, warns):
+    """With 40, 16 and 8 examples, weights that fall in the same order give a warning with weights and counts."""
+    messages = said(caplog, None, weights, DataLoader(data, 16))
+    assert len(messages) == warns
+    assert all("[40, 16, 8]" in message for message in messages)
+    hidden = [tuple(data[:40]), tuple(data[40:])]  # not exposed: no pass over the data only for a warning
+    assert said(caplog, None, weights, hidden) == []
+    assert len(said(caplog, None, weights, hidden, normalize=True)) == warns  # which counts anyway
+
+
+def test_a_class_without_examples_may_have_weight_0(data, caplog):
+    """An absent class of weight 0 is no sign of swapped classes."""
+    x, y = data.tensors
+    kept = y != 1
+    assert said(caplog, None, [1.0, 0, 5], DataLoader(TensorDataset(x[kept], y[kept]), 16)) == []
+
+
+@pytest.mark.parametrize("kind", [dict, Counter])
+def test_counts_may_be_a_mapping(data, kind):
+    """A dict or Counter class -> count is the list of counts, with 0 for missing classes."""
+    counts = kind({0: 40, 2: 8, 1: 16})
+    for normalize in (False, True):
+        found = fw.class_weights(counts, normalize=normalize)
+        assert torch.equal(found, fw.class_weights([40, 16, 8], normalize=normalize))
+    lacking = kind({0: 40, 2: 8})
+    assert torch.equal(fw.class_weights(lacking, absent="zero"), fw.class_weights([40, 0, 8], absent="zero"))
+    loader = DataLoader(data, 16)
+    assert torch.equal(
+        weighed(fw.CrossEntropy(), loader, counts=counts).weight,
+        weighed(fw.CrossEntropy(), loader, counts=[40, 16, 8]).weight,
+    )
+    last = weighed(fw.CrossEntropy(), loader, counts=kind({0: 40, 1: 8}), num_classes=3, absent="zero")
+    assert torch.equal(last.weight, fw.class_weights([40, 8, 0], absent="zero"))
+    for loss in (LogitAdjusted, LDAM):
+        assert str(loss(counts)) == str(loss([40, 16, 8]))
+    costs = fw.CostMatrix([[0.0, 1, 5], [1, 0, 1], [9, 1, 0]])
+    assert costs.cheapest_constant(kind({0: 40, 1: 8})) == costs.cheapest_constant([40, 8, 0])
+
+
+@pytest.mark.parametrize("counts", [{"cat": 3, "dog": 4}, {-1: 3, 0: 4}, {0.5: 3}], ids=str)
+def test_counts_by_name_are_refused(counts):
+    """Keys that are no class indices are named, everywhere that counts are taken."""
+    for take in (fw.class_weights, lambda c: fw.WeightedLoss(counts=c), LogitAdjusted, LDAM):
+        with pytest.raises(ValueError, match="class indices 0, 1, ... as keys"):
+            take(counts)
+
+
+def test_batches_that_cannot_be_counted_ask_for_the_counts(data):
+    """With batches of its own format, WeightedLoss says that it takes counts, and then trains with them."""
+    x, y = data.tensors
+    loader = [{"ids": x, "labels": y}]
+
+    class Own(fw.Trainer):
+        def training_step(self, batch):
+            return self.compute_loss(self.model(batch["ids"]), batch["labels"])
+
+    def run(**options):
+        model = nn.Linear(4, 3).double()
+        trainer = Own(model, torch.optim.SGD(model.parameters()), callbacks=fw.WeightedLoss("balanced", **options))
+        trainer.fit(loader, epochs=1)
+        return trainer.state.loss.weight
+
+    with pytest.raises(TypeError, match=r"can't count the classes: .*'labels'.*counts=\[900, 100\]"):
+        run()
+    assert torch.equal(run(counts=Counter(y.tolist())), fw.class_weights([40, 16, 8]))

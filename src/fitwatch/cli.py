@@ -77,6 +77,7 @@ def _report(one: Diagnosis) -> str:
         ("wasted", "-" if one.wasted is None else f"{one.wasted} evaluations after the best"),
         ("gap", f"{verdict.gap:.4g} (validation minus training loss, at the end)"),
         ("evidence", verdict.evidence),
+        *(("note", note) for note in one.notes),
     ]
     return "".join(f"{name:<9} {value}\n" for name, value in rows)
 
@@ -89,7 +90,9 @@ def _table(found: Sequence[Diagnosis | Unusable]) -> str:
             rows.append((one.run, "not judged", "-", "-", "-", one.problem))
             continue
         verdict, wasted = one.verdict, "-" if one.wasted is None else f"{one.wasted} of {len(one.steps)}"
-        rows.append((one.run, verdict.status, _at(one, verdict.onset), _at(one, verdict.best), wasted, ""))
+        rows.append(
+            (one.run, verdict.status, _at(one, verdict.onset), _at(one, verdict.best), wasted, "; ".join(one.notes))
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]) for row in rows]
     return "".join(f"{line.rstrip()}\n" for line in lines) + "For all figures and the evidence of a run: --run NAME\n"
@@ -121,6 +124,7 @@ def _facts(one: Diagnosis | Unusable) -> dict[str, object]:
         "gap": _finite(verdict.gap),
         "rise": _finite(verdict.rise),
         "evidence": verdict.evidence,
+        "notes": one.notes,
     }
 
 

@@ -220,7 +220,9 @@ def _add(bucket: list[Tensor]) -> None:
     """Sum the gradients of these parameters over the ranks in one transfer."""
     for p in bucket:
         if p.grad is not None and p.grad.layout is not torch.strided:
-            raise TypeError(f"a sparse gradient, of shape {tuple(p.shape)}, can't be summed over ranks")
+            raise TypeError(
+                f"a sparse gradient, of shape {tuple(p.shape)}, can't be summed over ranks: give its layer sparse=False"
+            )
     missing = [i for i, p in enumerate(bucket) if p.grad is None]
     here = bucket[0].new_ones(len(bucket))  # filled on the device, as in `total`
     for i in missing:

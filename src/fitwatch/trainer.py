@@ -116,7 +116,11 @@ class Trainer:
         return loss
 
     def batch_size(self, batch: Batch) -> int:
-        """Return the number of examples, for scalar losses and the speed; override it for custom batch formats."""
+        """Return the number of examples, for scalar losses and the speed; override it for custom batch formats.
+
+        Raises:
+            TypeError: The first dimensions of the batch's tensors differ, or it has none.
+        """
         return batches.batch_size(batch)
 
     # -- to call -------------------------------------------------------------------------------------------------

@@ -157,6 +157,7 @@ class Watch:
         self._settings_before: dict[str, str] = {}
         self._exits: ExitStack | None = None  # while the watch is open
         self._used = self._checked = False
+        self._has_weights = False  # whether examples have had weights
 
     def __repr__(self) -> str:
         progress = self.state.progress
@@ -318,15 +319,15 @@ class Watch:
             RuntimeError: A call is missing; the message names it.
         """
         if self._validator.running is not None:
-            examples = batches.batch_size((output, target))
-            sums = self.measured(self.sums(output, target, sample_weight), examples)
+            loss = self.sums(output, target, sample_weight)
+            sums = self.measured(loss, _examples(loss, output, target, "watch.measured"))
             self.update_metrics(output, target, sample_weight)
             return sums.mean
         if not self._training.in_epoch:
             self._refuse("loss()")
         self._training.expect_batch()
         loss = self.sums(output, target, sample_weight)
-        return self._training.open_batch(loss, batches.batch_size((output, target)))
+        return self._training.open_batch(loss, _examples(loss, output, target, "watch.backward"))
 
     def sums(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> LossSum | Tensor:
         """Return the current loss without recording it: a `LossSum` if it is exact, else a scalar mean.
@@ -339,6 +340,12 @@ class Watch:
         Raises:
             TypeError: ``sample_weight`` is given, and the loss is a function that returns a mean.
         """
+        if sample_weight is not None and not self._has_weights:
+            self._has_weights = True
+            logger.info(
+                "the batches carry a weight for each example (sample_weight, the third part of a batch): the loss is "
+                "the weighted mean"
+            )
         if self._validator.running is not None:
             return self._validator.running.apply(output, target, sample_weight)
         self._recorder.loss_is_used = True
@@ -545,6 +552,20 @@ def _known(examples: int | None) -> int:
     if examples is None:
         raise TypeError("a scalar loss is the mean over the batch: pass examples=, the number of examples in it")
     return examples
+
+
+def _examples(loss: LossSum | Tensor, output: object, target: object, instead: str) -> int:
+    """Return the number of examples; 0 if unknown, which a `LossSum` does not need."""
+    try:
+        return batches.batch_size((output, target))
+    except TypeError as error:
+        if isinstance(loss, LossSum):
+            return 0
+        why = str(error).partition(";")[0]
+        raise TypeError(
+            f"a loss that returns a mean needs the number of examples: {why}; call "
+            f"{instead}(watch.sums(output, target), examples=...)"
+        ) from error
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -47,7 +47,8 @@ class EarlyStopping(Callback):
 
     Raises:
         ValueError: An option is out of range, or contradicts another; before step 1: ``monitor`` will not be measured
-            (the message lists what will be), or ``mode`` is neither given nor implied by its name.
+            (the message lists what will be), or ``mode`` is neither given nor implied by its name; at the first
+            validation: ``min_delta`` is in standard errors, and the step computes ``val/loss`` itself.
         TypeError: An option is of the wrong type.
     """
 
@@ -119,6 +120,12 @@ class EarlyStopping(Callback):
             names = ", ".join(name for name in metrics if name not in ("epoch", "step"))
             raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; available are {names}")
         before, examples = self.rule.best, state.validation.losses
+        if self._pairs and examples is not None and examples.unknown is not None:
+            raise ValueError(
+                "EarlyStopping with min_delta in standard errors needs the loss of each validation example, but "
+                f"{examples.unknown}: compute it once with self.compute_loss (Trainer) or watch.loss, give min_delta "
+                f"as a number, or add a metric {self.monitor.removeprefix('val/')}_se"
+            )
         losses, weights = (examples.on_host() if self._pairs and examples is not None else None) or (None, None)
         stop = self.rule.update(
             metrics[self.monitor],

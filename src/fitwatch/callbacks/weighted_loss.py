@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from attrs import Attribute, define, field
 from torch import Tensor
@@ -10,12 +11,21 @@ from torch.utils.data import WeightedRandomSampler
 
 from fitwatch.callback import Callback
 from fitwatch.data.batches import sampler_of
-from fitwatch.data.counting import count_over_ranks
+from fitwatch.data.counting import count_over_ranks, exposed_targets
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.markdown import table
 from fitwatch.helpers.options import instance, integer, one_of
 from fitwatch.losses import BinaryCrossEntropy, Loss
-from fitwatch.losses.weighting import SCHEMES, as_class_weights, as_counts, class_weights, normalized
+from fitwatch.losses.base import ClassLoss
+from fitwatch.losses.weighting import (
+    SCHEMES,
+    Counts,
+    as_class_weights,
+    as_counts,
+    class_weights,
+    favours_common,
+    normalized,
+)
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
@@ -31,7 +41,7 @@ def _weights(spec: str | Tensor | Sequence[float] | Mapping[int, float]) -> str 
     return as_class_weights(spec)
 
 
-def _counts(given: Tensor | Sequence[float] | Sequence[Sequence[float]] | None) -> Tensor | None:
+def _counts(given: Counts | None) -> Tensor | None:
     return None if given is None else as_counts(given)
 
 
@@ -57,8 +67,8 @@ class WeightedLoss(Callback):
     Args:
         weights: ``"balanced"``, ``"inverse"``, ``"sqrt_inverse"``, ``"median_frequency"`` or ``"effective_number"``
             (see `class_weights`), or the weights: a tensor or sequence of shape (C,), or a dict class -> weight.
-        counts: Counts for a scheme, instead of counting: shape (C,), or (K, 2) for the negatives and positives of K
-            labels.
+        counts: Counts for a scheme, instead of counting: shape (C,), a mapping class -> count (such as a `Counter`), or
+            shape (K, 2) for the negatives and positives of K labels.
         num_classes: C, if the training data may lack the last classes. Default: that of the weights, costs or counts
             of the loss, else the largest label + 1.
         absent: How to treat a class without examples: ``"error"``, or ``"zero"`` to give it weight 0 (see
@@ -114,6 +124,7 @@ class WeightedLoss(Callback):
             )
         self._loss = state.loss
         self._found = self._find(state)
+        self._warn(state)
         if isinstance(self.weights, str) and isinstance(sampler_of(state.train_loader), WeightedRandomSampler):
             logger.warning(
                 "train_loader has a WeightedRandomSampler, and WeightedLoss weights the classes too: rare classes are "
@@ -157,11 +168,51 @@ class WeightedLoss(Callback):
             return normalized(self.weights, counts), counts
         if saved is not None and self.counts is None:
             return saved
-        counts = self._count(state, self.num_classes) if self.counts is None else self.counts
+        counts = self._count(state, self.num_classes) if self.counts is None else self._given_counts(self.counts)
         weights = class_weights(counts, str(self.weights), beta=self.beta, absent=self.absent, normalize=self.normalize)
         return weights, counts
 
+    def _given_counts(self, counts: Tensor) -> Tensor:
+        lacking = 0 if self.num_classes is None or counts.dim() > 1 else max(0, self.num_classes - len(counts))
+        return functional.pad(counts, (0, lacking))
+
+    def _warn(self, state: State) -> None:
+        """Warn if the weights replace those of the loss, or favour the common classes."""
+        assert self._found is not None
+        weights, counts = self._found
+        name = "weight" if isinstance(self._loss, ClassLoss) else "pos_weight"
+        own = getattr(self._loss, name, None)
+        if isinstance(own, Tensor):
+            logger.warning(
+                "the loss has weights already, %s=%s: WeightedLoss replaces them by the class weights %s. Give one of "
+                "the two",
+                name,
+                _short(own),
+                _short(weights),
+            )
+        if isinstance(self.weights, Tensor) and weights.dim() == 1:
+            if counts is None and exposed_targets(state.train_loader) is not None:  # without a pass over the data
+                with suppress(ValueError, TypeError):
+                    counts = self._count(state, len(weights))
+            if counts is not None and counts.shape == weights.shape and favours_common(weights, counts):
+                logger.warning(
+                    "the class weights fall with rarity: rare classes have small weights. The weights are %s, the "
+                    "counts %s; are the classes swapped?",
+                    _short(weights),
+                    _short(counts),
+                )
+
     def _count(self, state: State, num_classes: int | None) -> Tensor:
+        try:
+            return self._counted(state, num_classes)
+        except TypeError as error:
+            why = str(error).partition("; for other batches")[0]
+            raise TypeError(
+                f"WeightedLoss can't count the classes: {why}. Give it the counts, as in WeightedLoss('balanced', "
+                "counts=[900, 100]), or a dict class -> count"
+            ) from error
+
+    def _counted(self, state: State, num_classes: int | None) -> Tensor:
         if isinstance(self._loss, BinaryCrossEntropy):
             counts = count_over_ranks(state.train_loader, multi_label=True)
             return counts[0] if len(counts) == 1 else counts
@@ -194,6 +245,12 @@ class WeightedLoss(Callback):
             f"In training, the weights {ramp}have their full values from epoch {self._full_epoch} (counted from 0)."
             f"{before} Validation always uses the full weights."
         )
+
+
+def _short(values: Tensor) -> str:
+    """Return the first values of a tensor."""
+    numbers = values.flatten().tolist()
+    return f"[{', '.join(f'{v:.4g}' for v in numbers[:10])}{', ...' if len(numbers) > 10 else ''}]"
 
 
 def _table(weights: Tensor, counts: Tensor | None) -> str:

@@ -1,34 +1,74 @@
 """Batches and loaders: unpacking, moving to a device, sizes, samplers and generators."""
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
+from fitwatch.data.containers import children, convert, holds_arrays
 from fitwatch.helpers.aliases import Batch
 from fitwatch.ranks import local_device
 
+_INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
+
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move the tensors of a batch to ``device``, in tuples, lists, dicts, and objects that have ``to``."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=device.type == "cuda")  # elsewhere unfinished copies could be read
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(part, device) for part in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(part, device) for part in batch)
-    if isinstance(batch, dict):
-        return {key: to_device(part, device) for key, part in batch.items()}
-    return batch.to(device) if hasattr(batch, "to") else batch
+    """Move the tensors of a batch to ``device``, in containers and objects that have ``to``; arrays become tensors.
+
+    Raises:
+        TypeError: A container or an object holds tensors and can't be rebuilt; the message names its type.
+    """
+    waits = device.type != "cuda"  # elsewhere unfinished copies could be read
+
+    def move_one(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=not waits)
+
+    def move_object(part: Any) -> Any:
+        moved = part.to(device)
+        return part if moved is None else moved  # some move themselves
+
+    return convert(batch, move_one, move_object)
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on ``device``; on the CPU, where loaders put batches, unchanged."""
-    return batch if device.type == "cpu" else to_device(batch, device)
+    """Return the batch on ``device``, with arrays as tensors; on the CPU, where loaders put batches, else unchanged."""
+    if device.type != "cpu":
+        return to_device(batch, device)
+    return as_tensors(batch) if holds_arrays(batch) else batch
+
+
+def as_tensors(batch: Batch) -> Batch:
+    """Turn the NumPy arrays of a batch into tensors."""
+    return convert(batch, lambda tensor: tensor, None)
 
 
 def parts(batch: object) -> Sequence[Any]:
+    """Unpack a batch for a step, see `unpack`, and refuse what can't be meant as input, target or weights.
+
+    Raises:
+        TypeError: As for `unpack`; or input or target is a list of numbers.
+        ValueError: The third part of a tuple is an index of the examples.
+    """
+    unpacked = unpack(batch)
+    if type(unpacked[0]) is list or type(unpacked[1]) is list:
+        for name, part in zip(("input", "target"), unpacked, strict=False):
+            if _is_numbers(part):
+                raise TypeError(
+                    f"the {name} of the batch is a list of numbers: a batch must hold tensors or NumPy arrays, so "
+                    "write torch.tensor(...) where it is made"
+                )
+    if len(unpacked) == 3 and not isinstance(batch, Mapping) and looks_like_index(unpacked[2]):
+        raise ValueError(
+            "the third part of a batch is the weight of each example, but here it holds integers that look like an "
+            f"index of the examples: {unpacked[2].flatten()[:6].tolist()}. Drop the index from the batch, or override "
+            "training_step and validation_step; if these are weights, pass them as floats"
+        )
+    return unpacked
+
+
+def unpack(batch: object) -> Sequence[Any]:
     """Unpack a batch into input, target and, if it has them, sample weights: two or three parts.
 
     A batch is a tuple or list ``(input, target)`` or ``(input, target, sample_weight)``, or a mapping with these keys.
@@ -52,27 +92,90 @@ def parts(batch: object) -> Sequence[Any]:
     )
 
 
+def looks_like_index(weight: object) -> bool:
+    """Return whether integers, one for each example, tell the examples apart instead of weighing them.
+
+    Weights in integers, such as counts, repeat themselves; an index does not. Fewer than 8 examples may differ by
+    chance: then they are an index if one is 100 or more, or if they count up. Waits for a GPU if these are integers.
+    """
+    if not isinstance(weight, Tensor) or weight.dtype not in _INTEGERS or not weight.dim():
+        return False
+    values = weight.flatten().tolist()
+    if len(values) != len(weight):
+        return False  # weights of positions
+    if len(set(values)) < len(values) or not values:
+        return False
+    counts_up = len(values) > 2 and values == list(range(values[0], values[0] + len(values)))
+    return len(values) >= 8 or max(values) >= 100 or counts_up
+
+
+def _is_numbers(part: object) -> bool:
+    while type(part) in (list, tuple) and part:
+        part = part[0]  # type: ignore[index] # a list or tuple
+    return isinstance(part, (int, float))
+
+
 def batch_size(batch: object) -> int:
-    """Return the number of examples: the first dimension of the batch's last tensor, usually targets or weights.
+    """Return the number of examples: the first dimension of the batch's tensors, in which all of them agree.
+
+    A tensor without dimensions does not count, unless it is the last one beside a single other: that is one example.
+
+    Raises:
+        TypeError: The batch contains no tensor, or the tensors disagree.
+    """
+    # Called for every training batch: the usual pair needs no search.
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        first, last = batch
+        if isinstance(first, Tensor) and isinstance(last, Tensor):
+            one, other = first.shape, last.shape
+            if one and other and one[0] == other[0]:
+                return one[0]
+    found = _sizes(batch)
+    if len(set(found.values())) > 1:  # a list of dicts may hold one for each example, as in detection
+        by_item = _sizes(batch, items=True)
+        found = by_item if len(set(by_item.values())) == 1 else found
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    why = f"can't count the examples in a {type(batch).__name__}"
+    if found:
+        listed = ", ".join(f"{place or 'the batch'}: {size}" for place, size in list(found.items())[:8])
+        why += f", whose tensors disagree in their first dimension ({listed})"
+    raise TypeError(f"{why}; override batch_size(batch)")
+
+
+def rough_size(batch: object) -> int:
+    """Return `batch_size`, or if the tensors disagree the first dimension of the last one.
 
     Raises:
         TypeError: The batch contains no tensor.
     """
-    # Called for every training batch: the usual pair needs no search.
-    usual = isinstance(batch, (tuple, list)) and len(batch) > 0 and isinstance(batch[-1], Tensor)
-    found = batch[-1] if usual else _last_tensor(batch)  # type: ignore[index] # a tuple or list
-    if found is None:
-        raise TypeError(f"can't count the examples in a {type(batch).__name__}; override batch_size(batch)")
-    return found.shape[0] if found.ndim else 1
+    try:
+        return batch_size(batch)
+    except TypeError:
+        if not (found := _sizes(batch)):
+            raise
+        return list(found.values())[-1]
 
 
-def _last_tensor(batch: object) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    tensors = map(_last_tensor, batch[::-1] if isinstance(batch, (tuple, list)) else ())
-    return next((t for t in tensors if t is not None), None)
+def _sizes(batch: object, *, items: bool = False) -> dict[str, int]:
+    """Return the first dimension of each tensor in the batch, by its place; of a list of dicts the length, if asked."""
+    found = dict(_rows(batch, items=items))
+    known = {place: size for place, size in found.items() if size is not None}
+    last_is_scalar = bool(found) and list(found.values())[-1] is None
+    return {"": 1} if last_is_scalar and len(known) < 2 else known
+
+
+def _rows(batch: object, place: str = "", *, items: bool) -> Iterator[tuple[str, int | None]]:
+    """Yield the place of each tensor with its first dimension; None if it has no dimension."""
+    if isinstance(batch, PackedSequence):
+        yield place, int(batch.batch_sizes[0])
+    elif isinstance(batch, Tensor):
+        yield place, batch.size(0) if batch.ndim else None
+    elif items and place and isinstance(batch, list) and batch and all(isinstance(part, Mapping) for part in batch):
+        yield place, len(batch)
+    elif not isinstance(batch, str):
+        for key, part in children(batch) or ():
+            yield from _rows(part, f"{place}[{key!r}]", items=items)
 
 
 def sampler_of(loader: object) -> object:

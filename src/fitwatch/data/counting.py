@@ -1,6 +1,7 @@
 """Class counts of targets, data sets and loaders."""
 
 import copy
+import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
@@ -22,11 +23,14 @@ from torch.utils.data import (
 from tqdm.auto import tqdm
 
 from fitwatch import ranks
-from fitwatch.data.batches import generators_of, length, parts, sampler_of
+from fitwatch.data.batches import generators_of, length, looks_like_index, sampler_of, unpack
+from fitwatch.data.containers import from_array, is_array
 from fitwatch.data.sharding import gives_part, split
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.losses.base import as_sample_weight, without_masked
 from fitwatch.losses.errors import check_values
+
+logger = logging.getLogger("fitwatch")
 
 _Known = tuple[Tensor, Tensor | None]  # all targets, and the weights of the examples if there are any
 
@@ -44,7 +48,8 @@ def count_classes(
     - bools, and floats that are all 0 or 1 (but not of shape (N, C)), are labels of a binary problem;
     - floats of shape (N, C) with C >= 2 are class probabilities, rows in [0, 1] that sum to 1.
 
-    If the data carries weights of the examples, each example adds its weight instead of 1. A data set that exposes its
+    If the data carries weights of the examples, each example adds its weight instead of 1. Integers that differ for all
+    examples are an index and no weights; a warning says so. A data set that exposes its
     targets is counted without reading an example: a `TensorDataset` of ``(x, y)`` or ``(x, y, sample_weight)``, or an
     attribute ``targets`` or ``labels`` of its length (whose examples then have no weights), also through `Subset`,
     `ConcatDataset` and `SubsetRandomSampler`. Any other, and one with a ``target_transform``, takes one pass, which
@@ -83,6 +88,8 @@ def count_classes(
     if multi_label:
         count = partial(_count_labels, num_labels=num_classes)
     known = exposed_targets(data)
+    for index in () if known is None else _indices_of(data):
+        _warn_of_index(index)
     counts = _count_by_pass(data, count) if known is None else count(*known)
     if counts is None or not len(counts):
         if num_classes is None:
@@ -187,6 +194,8 @@ def _as_tensor(values: object) -> Tensor:
             return torch.frombuffer(array("q", values), dtype=torch.int64)
     if hasattr(values, "__array__"):  # a pandas Series would be read element by element
         values = values.__array__()
+    if is_array(values):
+        return from_array(values)
     # torch.tensor instead of as_tensor: it copies, so that a read-only array does not raise a warning
     return torch.tensor(values)
 
@@ -207,7 +216,8 @@ def exposed_targets(data: object) -> _Known | None:
         try:
             return _as_tensor(data), None
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{_ALLOWED}, got a {type(data).__name__} that is not an array: {error}") from error
+            given = f"a {type(data).__name__} that is not an array: {error}"
+            raise TypeError(f"{_ALLOWED} that hold tensors or NumPy arrays, got {given}") from error
     if not isinstance(data, Iterable):
         raise TypeError(f"{_ALLOWED}, got {data!r}")
     return None
@@ -216,7 +226,7 @@ def exposed_targets(data: object) -> _Known | None:
 def _is_batch(item: object) -> bool:
     """Return whether the first element of a list is a batch rather than a target or a row of targets."""
     if isinstance(item, (tuple, list)):
-        return any(isinstance(part, Tensor) and part.dim() > 0 for part in item)
+        return any((isinstance(part, Tensor) or is_array(part)) and part.ndim > 0 for part in item)
     return isinstance(item, Mapping)
 
 
@@ -233,8 +243,8 @@ def _exposed(dataset: object) -> _Known | None:
     if isinstance(dataset, ConcatDataset):
         return _joined([_exposed(part) for part in dataset.datasets])
     if isinstance(dataset, TensorDataset):
-        tensors = dataset.tensors
-        return (tensors[1], tensors[2] if len(tensors) == 3 else None) if len(tensors) in (2, 3) else None
+        _, *tensors = dataset.tensors
+        return (tensors[0], _weights(tensors)) if len(tensors) in (1, 2) else None
     for name in ("targets", "labels"):
         with suppress(AttributeError, TypeError, ValueError, RuntimeError):  # no such attribute, or class names
             targets = _as_tensor(getattr(dataset, name))
@@ -270,14 +280,17 @@ def _count_by_pass(data: object, count: Callable[..., Tensor]) -> Tensor | None:
         source = copy.copy(data)  # with persistent_workers, training would continue with the workers of this pass
     generators = [(g, g.get_state()) for g in generators_of(data)]
     before = rng_state()  # drawing batches advances the generators
-    counts: Tensor | None = None
+    weighted, plain, weights = _Sum(), _Sum(), []
     try:
         bar = tqdm(source, desc="counting classes", total=length(data), disable=None, leave=False)
         for number, batch in enumerate(bar):
-            tensors = [_as_tensor(part) for part in parts(batch)[1:]]
+            tensors = [_as_tensor(part) for part in unpack(batch)[1:]]
+            tensors = [t.unsqueeze(0) if single else t for t in tensors]
             try:
-                new = count(*[t.unsqueeze(0) if single else t for t in tensors]).cpu()
-                counts = new if counts is None else _added(counts, new)
+                weighted.add(count(*tensors))
+                if len(tensors) == 2 and not (tensors[1].is_floating_point() or isinstance(batch, Mapping)):
+                    weights.append(tensors[1].cpu())
+                    plain.add(count(tensors[0]))
             except ValueError as error:
                 error.add_note(f"in {'example' if single else 'batch'} {number} of the pass that counts the classes")
                 raise
@@ -285,7 +298,49 @@ def _count_by_pass(data: object, count: Callable[..., Tensor]) -> Tensor | None:
         set_rng_state(before)
         for generator, state in generators:
             generator.set_state(state)
-    return counts
+    if weights and looks_like_index(index := torch.cat(weights)):
+        _warn_of_index(index)
+        return plain.counts
+    return weighted.counts
+
+
+class _Sum:
+    """A sum of counts, on the CPU.
+
+    Attributes:
+        counts: None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None
+
+    def add(self, new: Tensor) -> None:
+        """Add counts, which may have more or fewer classes than those before."""
+        self.counts = new.cpu() if self.counts is None else _added(self.counts, new.cpu())
+
+
+def _weights(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the weights of targets and weights, if there are any."""
+    return tensors[1] if len(tensors) == 2 and not looks_like_index(tensors[1]) else None
+
+
+def _indices_of(data: object) -> Iterator[Tensor]:
+    """Yield the third parts of a data set's examples that are no weights but an index."""
+    if isinstance(data, (DataLoader, Subset)):
+        yield from _indices_of(data.dataset)
+    elif isinstance(data, ConcatDataset):
+        for part in data.datasets:
+            yield from _indices_of(part)
+    elif isinstance(data, TensorDataset) and len(data.tensors) == 3 and looks_like_index(data.tensors[2]):
+        yield data.tensors[2]
+
+
+def _warn_of_index(index: Tensor) -> None:
+    logger.warning(
+        "the third part of the examples holds integers that look like an index (%s, ...), so the classes are counted "
+        "without it; if these are weights, give them as floats",
+        ", ".join(map(str, index[:4].tolist())),
+    )
 
 
 def _added(counts: Tensor, new: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fitwatch import ranks
@@ -204,6 +204,23 @@ def step_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) ->
         optimizer.step()
     zero_grad(optimizer)
     return stepped
+
+
+def clip_gradients(held: list[Tensor], limit: float) -> Tensor:
+    """Scale the gradients down to a total 2-norm of ``limit``, sparse ones too; return the norm before."""
+    try:
+        return nn.utils.clip_grad_norm_(held, limit)
+    except (NotImplementedError, RuntimeError):
+        if not any(p.grad is not None and p.grad.is_sparse for p in held):
+            raise
+    # torch takes no norm of a sparse gradient: take that of its values, once each row stands there only once.
+    for p in held:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+    gradients = [p.grad for p in held if p.grad is not None]
+    norm = nn.utils.get_total_norm([g.values() if g.is_sparse else g for g in gradients])
+    nn.utils.clip_grads_with_norm_(held, limit, norm)
+    return norm
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:

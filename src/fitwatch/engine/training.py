@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fitwatch import ranks
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
+from fitwatch.data.containers import holds_arrays
 from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
 from fitwatch.engine.guard import Guard
 from fitwatch.engine.recorder import Recorder
-from fitwatch.engine.step import StepGradient, parameters
+from fitwatch.engine.step import StepGradient, clip_gradients, parameters
 from fitwatch.helpers.aliases import Batch
 from fitwatch.losses import LossSum, as_sums
 from fitwatch.state import State
@@ -111,14 +112,16 @@ class Training:
         rounds = Rounds(state.train_loader, fast=self._fast_loading)
         rounds.agree(together=ranks.in_step(state.model))
         self._iterates, self._length = True, rounds.total if rounds.certain else None
-        on_cpu = state.device.type == "cpu"  # batches are there already
+        stays: bool | None = None if state.device.type == "cpu" else False  # whether batches can stay as they are
         for batch in rounds:
             if batch is ABSENT and not ragged:
                 raise ValueError(
                     "this rank ran out of batches before others: give all ranks the same number of batches, for "
                     "example with drop_last=True"
                 )
-            state.batch = batch if on_cpu or batch is ABSENT else batches.to_device(batch, state.device)
+            if stays is None and batch is not ABSENT:
+                stays = not holds_arrays(batch)  # the first batch stands for all
+            state.batch = batch if stays or batch is ABSENT else batches.move(batch, state.device)
             yield state.batch
             if self._ready or self._batch_open:
                 self.settle()
@@ -236,7 +239,7 @@ class Training:
         self._gradient.finish(unscale=unscale)
         self._hooks.on_gradients_ready(state)
         if state.plan.clip_norm is not None:
-            state.total_norm = nn.utils.clip_grad_norm_(parameters(state.optimizer), state.plan.clip_norm)
+            state.total_norm = clip_gradients(parameters(state.optimizer), state.plan.clip_norm)
         rates = [group["lr"] for group in state.optimizer.param_groups]
         self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
         self.left_out = self._guard.rejects()

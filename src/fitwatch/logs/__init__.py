@@ -2,11 +2,14 @@
 
 import math
 import os
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from fitwatch.logs.curves import LogError, Logged, Pair, Points, Series, find, guess, listed
 from fitwatch.rules.overfitting import Verdict, diagnose
@@ -23,6 +26,7 @@ class Diagnosis:
         steps: Step of each evaluation, that is, of each point of the validation loss.
         losses: The validation losses.
         verdict: Result of `fitwatch.diagnose`; its indices count evaluations from 0.
+        notes: What the verdict leaves out, or could not use: a sentence each.
     """
 
     run: str
@@ -31,6 +35,7 @@ class Diagnosis:
     steps: list[int]
     losses: list[float]
     verdict: Verdict
+    notes: list[str] = field(factory=list)
 
     @property
     def wasted(self) -> int | None:
@@ -123,7 +128,10 @@ def _scalars(files: Iterable[Path]) -> dict[str, Points]:
 
     series: dict[str, Points] = {}
     plugins: dict[str, str] = {}  # only the first value of a tag names its plugin
+    ends: dict[str, list[float]] = {}  # tag -> time of the last point in each file
+    together: Counter[str] = Counter()
     for file in files:
+        new: set[str] = set()
         for event in LegacyEventFileLoader(str(file)).Load():
             if event.session_log.status == SessionLog.START:
                 for points in series.values():
@@ -132,9 +140,17 @@ def _scalars(files: Iterable[Path]) -> dict[str, Points]:
                 plugins.setdefault(value.tag, value.metadata.plugin_data.plugin_name)
                 number = _number(value, plugins[value.tag])
                 if number is not None:
-                    points = series.setdefault(value.tag, [])
+                    points = series.setdefault(value.tag, Points())
                     _drop(points, event.step)
                     points.append((event.step, number))
+                    times = ends.setdefault(value.tag, [])
+                    if value.tag not in new:
+                        together[value.tag] += any(end > event.wall_time for end in times)
+                        new.add(value.tag)
+                        times.append(event.wall_time)
+                    times[-1] = max(times[-1], event.wall_time)
+    for tag, others in together.items():
+        series[tag].writers = others + 1 if others else 0
     return {tag: points for tag, points in series.items() if points}
 
 
@@ -142,6 +158,7 @@ def _drop(points: Points, step: int) -> None:
     """Drop the points from ``step`` on."""
     while points and points[-1][0] >= step:
         points.pop()
+        points.replaced += 1
 
 
 def _number(value: Any, plugin: str) -> float | None:  # Any: tensorboard has no types
@@ -165,13 +182,41 @@ def _judge(pair: Pair) -> Diagnosis | Unusable:
         return Unusable(run=pair.run, problem=pair.problem)
     train, val = pair.train, pair.val
     losses = [loss for _, loss in val.points]
-    verdict = diagnose(_aligned(train.points, val.points), losses)
+    verdict, notes = diagnose(_aligned(train.points, val.points), losses), _notes(train, val)
     if verdict.status == "warming up":
-        return Unusable(run=pair.run, problem=f"{val.name}: {verdict.evidence.removesuffix('.')}")
+        return Unusable(run=pair.run, problem="; ".join([f"{val.name}: {verdict.evidence.removesuffix('.')}", *notes]))
     if problem := _two_axes(train, val):
         return Unusable(run=pair.run, problem=problem)
     steps = [step for step, _ in val.points]
-    return Diagnosis(run=pair.run, train=train.name, val=val.name, steps=steps, losses=losses, verdict=verdict)
+    return Diagnosis(
+        run=pair.run, train=train.name, val=val.name, steps=steps, losses=losses, verdict=verdict, notes=notes
+    )
+
+
+def _notes(train: Series, val: Series) -> list[str]:
+    """Return what a verdict on these curves leaves out."""
+    notes = []
+    for one in (train, val):
+        points = one.points
+        bad = [step for step, value in points if not math.isfinite(value)]
+        if bad:
+            notes.append(f"{len(bad)} of {len(points)} points of {one.name} are NaN or infinite, since step {bad[0]}")
+        if points.replaced:
+            why = "a restart, or a forgotten global_step"
+            if points.writers:
+                why = f"{points.writers} event files were written at the same time: several processes in one folder?"
+            notes.append(
+                f"{points.replaced} points of {one.name} are left out, since later ones have the same or smaller steps "
+                f"({why})"
+            )
+    steps = [step for step, _ in train.points]
+    seen = [0, *(bisect_right(steps, step) for step, _ in val.points)]
+    silent = sum(now == before for before, now in pairwise(seen))
+    if silent:
+        notes.append(f"{silent} of {len(val.points)} evaluations have no training loss since the one before")
+    if late := len(steps) - seen[-1]:
+        notes.append(f"{late} of {len(steps)} training points come after the last evaluation and are not used")
+    return notes
 
 
 def _aligned(train: Points, val: Points) -> list[float]:

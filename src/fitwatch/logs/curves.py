@@ -6,7 +6,19 @@ from pathlib import PurePosixPath
 
 from attrs import field, frozen
 
-Points = list[tuple[int, float]]  # (step, value), in order of steps
+
+class Points(list[tuple[int, float]]):
+    """The points of a curve, (step, value), in order of steps.
+
+    Attributes:
+        replaced: Number of older points that later ones with the same or a smaller step have replaced.
+        writers: Number of event files that were written at the same time, if more than one; else 0.
+    """
+
+    replaced = 0
+    writers = 0
+
+
 Logged = Mapping[str, Mapping[str, Points]]  # folder, "." for the top one -> tag -> points
 
 _TRAIN, _VAL, _TEST = "train", "val", "test"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import copy
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, Self, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,8 @@ class Loss(nn.Module, abc.ABC):
     Subclasses implement `unreduced`; everything else follows from it, weights of the examples included.
     """
 
+    _classes_first: ClassVar[bool] = False  # whether outputs have their classes in dimension 1, before the positions
+
     def forward(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Return the weighted mean over the batch, 0-dim: `sums(output, target, sample_weight).mean`."""
         fused = self._fused(output, target, mean=True) if sample_weight is None else None
@@ -82,7 +85,8 @@ class Loss(nn.Module, abc.ABC):
 
         Returns:
             Both of shape (N,), or (N, d1, ...) where an example has several positions (pixels, labels). The
-            weights may be a single number for all positions.
+            weights may be a single number for all positions. Where you return a weight of 0, the loss must be finite:
+            replace outputs there by `torch.where` before, since 0 times nan is nan in the gradient.
 
         Raises:
             ValueError: Shapes, dtypes or devices that do not fit; the message names them.
@@ -98,7 +102,8 @@ class Loss(nn.Module, abc.ABC):
             target: As for `unreduced`.
             sample_weight: Weight of each example, shape (N,), or of each position, with the shape of the positions;
                 finite, at least 0, any dtype. It multiplies the loss's own weights. An example of weight 0 (a mask)
-                adds nothing, whatever its loss, and its target may be nan. Values are checked on the CPU only.
+                adds nothing to the value and the gradient: its output and target may be nan or infinite. Values are
+                checked on the CPU only.
 
         Returns:
             Sums to add up over batches and divide once.
@@ -167,7 +172,10 @@ class Loss(nn.Module, abc.ABC):
     def _weighed(self, output: Tensor, target: Tensor, sample_weight: Tensor | None) -> tuple[Tensor, Tensor | float]:
         if sample_weight is None:
             return self.unreduced(output, target)
-        losses, weights = self.unreduced(output, without_masked(target, sample_weight))
+        classes_first = self._classes_first
+        output = without_masked_outputs(output, sample_weight, classes_first=classes_first)
+        target = without_masked(target, sample_weight, classes_first=classes_first)
+        losses, weights = self.unreduced(output, target)
         scale = as_sample_weight(sample_weight, losses)
         # a masked loss may be infinite, and 0 times infinity is nan
         return torch.where(scale != 0, losses * scale, 0), weights * scale
@@ -186,9 +194,12 @@ class ClassLoss(Loss):
     """
 
     weight: Tensor | None
+    _classes_first = True
 
     def __init__(self, weight: Tensor | Sequence[float] | None = None, *, ignore_index: int = -100) -> None:
         super().__init__()
+        self._searched: Tensor | None = None  # the weights in which zeros were looked for
+        self._has_zeros = False
         if not isinstance(ignore_index, int):
             raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")  # noqa: TRY004
         self.register_buffer("weight", None if weight is None else as_class_weights(weight))
@@ -220,6 +231,27 @@ class ClassLoss(Loss):
         weights = counts.to(dtype)
         return weights if self.weight is None else weights * self.weight.to(dtype)[labels]
 
+    def _as_weighted_classes(
+        self, output: Tensor, target: Tensor, per_class: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `as_classes` with the weights of the positions; logits without weight are 0."""
+        logits, labels, counts = as_classes(output, target, per_class, self.ignore_index)
+        weights = self._weights(labels, counts, logits.dtype)
+        if self._some_weigh_nothing():
+            logits = torch.where(weights.unsqueeze(-1) != 0, logits, 0)
+        return logits, labels, weights
+
+    def _some_weigh_nothing(self) -> bool:
+        """Return whether a class has weight 0. Looks once at the same weights, since on a GPU this waits for it."""
+        weight = self._buffers["weight"]
+        if weight is not self._searched:
+            self._searched, self._has_zeros = weight, weight is not None and not bool(weight.all())
+        return self._has_zeros
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._searched = None  # the values were replaced in place
+
 
 def as_classes(
     output: Tensor, target: Tensor, per_class: Tensor | None, ignore_index: int | None
@@ -227,8 +259,8 @@ def as_classes(
     """Check outputs and targets, see `as_two_classes` and `check_classes`, and bring them into one form.
 
     Returns:
-        Logits in float32 or float64, (N, ..., C); class indices in range, (N, ...), 0 where ignored; and which
-        positions count, (N, ...).
+        Logits in float32 or float64, (N, ..., C), and class indices in range, (N, ...), both 0 where ignored; and
+        which positions count, (N, ...).
     """
     output, target = as_two_classes(output, target)
     check = partial(check_classes, output, target, per_class, ignore_index)
@@ -237,6 +269,8 @@ def as_classes(
         output, target = output.unsqueeze(0), target.unsqueeze(0)
     logits, labels = precise(output).movedim(1, -1), target.long()
     counts = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    if may_ignore(labels, ignore_index):
+        logits = torch.where(counts.unsqueeze(-1), logits, 0)
     labels = torch.where(counts, labels, 0)
     if labels.is_cpu and labels.numel():
         low, high = labels.aminmax()
@@ -290,14 +324,58 @@ def as_sample_weight(sample_weight: Tensor, like: Tensor) -> Tensor:
     return weight
 
 
-def without_masked(target: Tensor, sample_weight: Tensor) -> Tensor:
+def without_masked(target: Tensor, sample_weight: Tensor, *, classes_first: bool = False) -> Tensor:
     """Replace targets of weight 0 by 0, since a nan there would reach the gradient."""
-    if not (isinstance(target, Tensor) and isinstance(sample_weight, Tensor) and target.is_floating_point()):
-        return target
-    if target.device != sample_weight.device or target.shape[: sample_weight.dim()] != sample_weight.shape:
-        return target  # for the loss to refuse; or rows of probabilities for each position, which are never nan
-    counts = (sample_weight != 0).reshape(*sample_weight.shape, *[1] * (target.dim() - sample_weight.dim()))
-    return torch.where(counts, target, 0)
+    counts = _counting(target, sample_weight, classes_first=classes_first)
+    return target if counts is None else torch.where(counts, target, 0)
+
+
+def without_masked_outputs(output: Tensor, sample_weight: Tensor, *, classes_first: bool) -> Tensor:
+    """Cut outputs of weight 0 off from the gradient, and replace those that are not finite.
+
+    The others keep their values, which a loss may need to be in a range; 0.5 is in that of logits and probabilities.
+    """
+    counts = _counting(output, sample_weight, classes_first=classes_first)
+    return output if counts is None else torch.where(counts, output, output.detach().nan_to_num(0.5, 0.5, 0.5))
+
+
+def _counting(values: Tensor, sample_weight: Tensor, *, classes_first: bool) -> Tensor | None:
+    """Return where the weight is not 0, in a shape that broadcasts to that of ``values``.
+
+    None if there is nothing to mask in ``values``, or the weights do not fit, which the loss then refuses.
+    """
+    if not (isinstance(values, Tensor) and isinstance(sample_weight, Tensor) and values.is_floating_point()):
+        return None
+    if values.device != sample_weight.device:
+        return None
+    given, shape = sample_weight.shape, values.shape
+    counts = sample_weight != 0
+    if given == shape or (given == (1,) and len(shape) == 1):  # one example of C classes has outputs (C,)
+        return counts
+    if given[:1] == shape[:1] and math.prod(given[1:]) == 1:  # one weight for each example
+        return counts.reshape(-1, *[1] * (len(shape) - 1))
+    by_position = counts.unsqueeze(1) if given == shape[:1] + shape[2:] else None
+    if given != shape[: len(given)] or (by_position is not None and classes_first):
+        return by_position
+    leading = counts.reshape(*given, *[1] * (len(shape) - len(given)))
+    return leading if by_position is None else by_position | leading  # either may be meant: mask what neither counts
+
+
+def is_readable(values: Tensor) -> bool:
+    """Return whether values can be read without waiting: on the CPU, not under `torch.compile` and `torch.func`."""
+    # there is no public query for torch.func
+    return values.is_cpu and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())  # noqa: SLF001
+
+
+def may_ignore(target: Tensor, ignore_index: int | None) -> bool:
+    """Return whether some class indices are ``ignore_index``; also True if the values can't be read."""
+    if ignore_index is None:
+        return False
+    if not is_readable(target):
+        return True
+    if ignore_index >= 0:
+        return bool((target == ignore_index).any())
+    return target.numel() > 0 and target.min().item() < 0  # faster; other indices below 0 are refused later
 
 
 def precise(output: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Costs are marginal: a false negative relative to a true positive, a false positi
 several classes, predicting j for class i costs `fn_cost[i] + fp_cost[i, j]`: the miss of i plus the false alarm j.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fitwatch.helpers.dtypes import wide_float
 from fitwatch.losses.errors import check_values
+from fitwatch.losses.weighting import listed_counts
 
 Costs: TypeAlias = Tensor | float | Sequence[float] | Sequence[Sequence[float]]
 
@@ -96,16 +97,19 @@ class CostMatrix:
         decisions, targets = _check_classes(decisions, targets, self.num_classes)
         return self.matrix.to(targets.device)[targets, decisions]
 
-    def cheapest_constant(self, counts: Tensor | Sequence[float]) -> tuple[int, float]:
+    def cheapest_constant(self, counts: Tensor | Sequence[float] | Mapping[int, float]) -> tuple[int, float]:
         """Return the single answer for all examples that costs least, and its mean cost per example.
 
         Args:
-            counts: Number of examples of each class, shape (C,), or the sums of their weights.
+            counts: Number of examples of each class, shape (C,), or the sums of their weights; or a mapping class ->
+                count.
 
         Raises:
             ValueError: Another shape, a negative count, or no example at all.
         """
-        numbers = torch.as_tensor(counts).detach().cpu().double()
+        numbers = torch.as_tensor(listed_counts(counts)).detach().cpu().double()
+        if isinstance(counts, Mapping) and len(numbers) < self.num_classes:
+            numbers = torch.nn.functional.pad(numbers, (0, self.num_classes - len(numbers)))
         if numbers.shape != (self.num_classes,) or not bool((numbers >= 0).all()) or not bool(numbers.any()):
             raise ValueError(
                 f"counts must have shape ({self.num_classes},), at least 0 and not all 0, got {numbers.tolist()}"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fitwatch.losses.base import FAILURES, PRECISE, ClassLoss, Loss, precise
+from fitwatch.losses.base import FAILURES, PRECISE, ClassLoss, Loss, is_readable, may_ignore, precise
 from fitwatch.losses.errors import check_classes, check_logits, check_shapes
 
 # One kernel returns both the sum and its weight: the exact fraction for the price of the mean.
@@ -47,12 +47,13 @@ class CrossEntropy(ClassLoss):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
         self.label_smoothing = label_smoothing
+        self._has_ignored = False  # whether an index was ignored so far
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
         self._check(output, target)
         if output.dim() == 1:
             output, target = output.unsqueeze(0), target.unsqueeze(0)
-        log_p = weighted_log_p = self._log_softmax(precise(output), 1)
+        log_p = weighted_log_p = self._log_softmax(self._counted(precise(output), target), 1)
         weight = None if self.weight is None else self.weight.to(log_p.dtype)
         if weight is not None:
             weighted_log_p = log_p * weight.view(-1, *[1] * (log_p.dim() - 2))
@@ -86,7 +87,12 @@ class CrossEntropy(ClassLoss):
             if len(shape) > 2 and target.shape != shape[:1] + shape[2:]:
                 return None
             weight = self._buffers["weight"]  # faster than self.weight, which goes through nn.Module.__getattr__
-            log_p = self._log_softmax(output if output.dtype in PRECISE else precise(output), 1)
+            logits = output if output.dtype in PRECISE else precise(output)
+            # Without weights the kernel's own count tells afterwards, for less than a look at the targets before.
+            kernel_counts = weight is None and not (mean or self._has_ignored) and is_readable(target)
+            if not kernel_counts:
+                logits = self._counted(logits, target)
+            log_p = self._log_softmax(logits, 1)
             if weight is not None and weight.dtype is not log_p.dtype:
                 weight = weight.to(log_p.dtype)
             if mean:
@@ -95,6 +101,9 @@ class CrossEntropy(ClassLoss):
             if len(shape) > 2:
                 kernel, log_p, labels = _nll_loss2d, log_p.flatten(2).unsqueeze(2), target.flatten(1).unsqueeze(1)
             fused: tuple[Tensor, Tensor] = kernel(log_p, labels, weight, _SUM, self.ignore_index)
+            if kernel_counts and fused[1].item() != target.numel():
+                self._has_ignored = True
+                return self._fused(output, target, mean=mean)
         except FAILURES:
             self._check(output, target, labels=True)
             raise
@@ -102,6 +111,19 @@ class CrossEntropy(ClassLoss):
 
     def _log_softmax(self, output: Tensor, dim: int) -> Tensor:
         return torch.log_softmax(output, dim)
+
+    def _counted(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the logits, 0 at positions of weight 0, whose nan would reach value or gradient."""
+        if target.is_floating_point():
+            return logits
+        counts = target != self.ignore_index if may_ignore(target, self.ignore_index) else None
+        if not self.label_smoothing and self._some_weigh_nothing():  # smoothing adds the loss of other classes
+            weight = self._buffers["weight"]
+            assert weight is not None
+            known = (target >= 0) & (target < len(weight))  # the kernel refuses or ignores the others
+            weighed = ~known | (weight != 0)[torch.where(known, target, 0).long()]
+            counts = weighed if counts is None else counts & weighed
+        return logits if counts is None else torch.where(counts.unsqueeze(1), logits, 0)
 
     def _check(self, output: Tensor, target: Tensor, *, labels: bool = False) -> None:
         probabilities = self._takes_probabilities

@@ -151,10 +151,12 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) ->
     if wrong.any():
         position = tuple(wrong.nonzero()[0].tolist())
         index = ", ".join(map(str, position)) or "0"
+        label = int(target[position])
         ignored = "" if ignore_index is None else f" and ignore_index={ignore_index}"
+        hint = f"; if it marks positions that do not count, give the loss ignore_index={label}" if label < 0 else ""
         raise IndexError(
-            f"label {int(target[position])} at index {index} of the batch is out of range: "
-            f"allowed are 0..{num_classes - 1}{ignored}"
+            f"label {label} at index {index} of the batch is out of range: "
+            f"allowed are 0..{num_classes - 1}{ignored}{hint}"
         )
 
 

@@ -1,7 +1,7 @@
 """Losses for rare classes, and for mistakes that differ in cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor
 from fitwatch.losses.base import ClassLoss, Loss, LossSum, as_classes, as_two_classes
 from fitwatch.losses.costs import CostMatrix, as_cost_matrix
 from fitwatch.losses.cross_entropy import CrossEntropy
+from fitwatch.losses.weighting import listed_counts
 
 
 class Focal(ClassLoss):
@@ -42,8 +43,7 @@ class Focal(ClassLoss):
         self.gamma = _at_least_0("gamma", gamma)
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
-        logits, labels, counts = as_classes(output, target, self.weight, self.ignore_index)
-        weights = self._weights(labels, counts, logits.dtype)
+        logits, labels, weights = self._as_weighted_classes(output, target, self.weight)
         log_odds = _log_odds(logits, labels)
         # (1 - p)^gamma through its logarithm: where 1 - p rounds to 0, the power has no gradient for gamma < 1
         factor = (self.gamma * F.logsigmoid(-log_odds)).exp()
@@ -67,7 +67,8 @@ class LogitAdjusted(CrossEntropy):
     Outputs and targets are those of `CrossEntropy`, and also one logit, shape (N,) or (N, 1), with targets 0 and 1.
 
     Args:
-        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common factor.
+        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common
+            factor; or a mapping class -> count.
         tau: Strength of the adjustment, at least 0; 0 is `CrossEntropy`.
         weight: As for `CrossEntropy`.
         label_smoothing: As for `CrossEntropy`.
@@ -81,7 +82,7 @@ class LogitAdjusted(CrossEntropy):
 
     def __init__(
         self,
-        counts: Tensor | Sequence[float],
+        counts: Tensor | Sequence[float] | Mapping[int, float],
         *,
         tau: float = 1.0,
         weight: Tensor | Sequence[float] | None = None,
@@ -123,7 +124,8 @@ class LDAM(ClassLoss):
     ``start_epoch``. Outputs and targets are those of `Focal`; the loss is divided by the sum of the weights.
 
     Args:
-        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common factor.
+        counts: Number of training examples of each class, shape (C,), all greater than 0, up to a common
+            factor; or a mapping class -> count.
         max_margin: Margin of the rarest class, at least 0, in units of the logits.
         scale: Factor on the logits, greater than 0.
         weight: Class weights, shape (C,). Kept as a buffer.
@@ -137,7 +139,7 @@ class LDAM(ClassLoss):
 
     def __init__(
         self,
-        counts: Tensor | Sequence[float],
+        counts: Tensor | Sequence[float] | Mapping[int, float],
         *,
         max_margin: float = 0.5,
         scale: float = 30.0,
@@ -152,12 +154,11 @@ class LDAM(ClassLoss):
         self.register_buffer("margin", self.max_margin * (numbers.min() / numbers) ** 0.25)
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
-        logits, labels, counts = as_classes(output, target, self.margin, self.ignore_index)
+        logits, labels, weights = self._as_weighted_classes(output, target, self.margin)
         true = labels.unsqueeze(-1)
         margin = self.margin.to(logits.dtype)[true]
         logits = logits - logits.detach().amax(-1, keepdim=True)  # large logits would swamp the margin
         log_p = (self.scale * logits.scatter_add(-1, true, -margin)).log_softmax(-1)
-        weights = self._weights(labels, counts, logits.dtype)
         return -weights * log_p.gather(-1, true).squeeze(-1), weights
 
     def extra_repr(self) -> str:
@@ -186,6 +187,7 @@ class ExpectedCost(Loss):
     """
 
     costs: Tensor
+    _classes_first = True
 
     def __init__(self, costs: CostMatrix | Tensor | Sequence[Sequence[float]], *, ignore_index: int = -100) -> None:
         super().__init__()
@@ -219,8 +221,8 @@ def _at_least_0(name: str, value: float) -> float:
     return value
 
 
-def _counts(counts: Tensor | Sequence[float]) -> Tensor:
-    numbers = torch.as_tensor(counts).detach()
+def _counts(counts: Tensor | Sequence[float] | Mapping[int, float]) -> Tensor:
+    numbers = torch.as_tensor(listed_counts(counts)).detach()
     numbers = numbers.to(torch.float64 if numbers.dtype is torch.float64 else torch.float32)
     if numbers.dim() != 1 or len(numbers) < 2:
         raise ValueError(f"counts must have shape (C,) with C >= 2, got shape {tuple(numbers.shape)}")

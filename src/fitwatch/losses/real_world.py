@@ -46,6 +46,7 @@ class RealWorldCrossEntropy(Loss):
 
     fn_cost: Tensor | float
     fp_cost: Tensor | float
+    _classes_first = True
 
     def __init__(
         self, fn_cost: Costs | CostMatrix, fp_cost: Costs | None = None, *, ignore_index: int | None = None

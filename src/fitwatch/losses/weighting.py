@@ -1,6 +1,8 @@
 """Class weights: computed from class counts by `class_weights`, or the user's own, checked by `as_class_weights`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import index
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,13 +27,39 @@ SCHEMES: tuple[str, ...] = tuple(_FORMULAS)
 """The names that `class_weights` accepts."""
 
 
+Counts: TypeAlias = Tensor | Sequence[float] | Sequence[Sequence[float]] | Mapping[int, float]
+"""Counts of classes: a tensor or sequence, or a mapping class -> count, such as a `collections.Counter`."""
+
+
+def listed_counts(counts: Counts) -> Tensor | Sequence[float] | Sequence[Sequence[float]]:
+    """Turn a mapping class -> count into a list with 0 for the classes it lacks, up to the largest; else unchanged.
+
+    Raises:
+        ValueError: A key is not a class index.
+    """
+    if not isinstance(counts, Mapping):
+        return counts
+    by_index: dict[int, float] = {}
+    for label, count in counts.items():
+        try:
+            by_index[index(label)] = float(count)
+        except TypeError:
+            raise ValueError(
+                f"counts must have class indices 0, 1, ... as keys, got {label!r}: give the counts in the order of the "
+                "model's outputs"
+            ) from None
+    if any(label < 0 for label in by_index):
+        raise ValueError(f"counts must have class indices 0, 1, ... as keys, got {min(by_index)}")
+    return [by_index.get(label, 0.0) for label in range(max(by_index, default=-1) + 1)]
+
+
 def _as_tensor(values: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
     # torch.tensor instead of as_tensor: it copies, so that a read-only array does not raise a warning
     return values.detach() if isinstance(values, Tensor) else torch.tensor(values)
 
 
 def class_weights(
-    counts: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    counts: Counts,
     scheme: str = "balanced",
     *,
     beta: float = 0.999,
@@ -54,7 +82,8 @@ def class_weights(
 
     Args:
         counts: Shape (C,): examples of each class, whole numbers or fractions, at least 0. Or shape (K, 2): negatives
-            and positives of K labels that do not exclude each other, each a separate problem of two classes.
+            and positives of K labels that do not exclude each other, each a separate problem of two classes. Or a
+            mapping class -> count, where classes up to the largest that are missing have 0.
         scheme: A name from the table.
         beta: For `"effective_number"` only, in [0, 1): 0 weighs all classes equally, values close to 1 approach
             inverse counts.
@@ -124,13 +153,13 @@ def normalized(weights: Tensor, counts: Tensor) -> Tensor:
     return (weights / mean).to(weights.dtype)
 
 
-def as_counts(counts: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+def as_counts(counts: Counts) -> Tensor:
     """Check counts of classes, shape (C,), or of labels, shape (K, 2), and convert them to a float64 tensor.
 
     Raises:
-        ValueError: Another shape, empty, negative or not finite.
+        ValueError: Another shape, empty, negative or not finite; or a mapping with other keys than class indices.
     """
-    numbers = _as_tensor(counts).double()
+    numbers = _as_tensor(listed_counts(counts)).double()
     if numbers.dim() not in (1, 2) or numbers.numel() == 0 or (numbers.dim() == 2 and numbers.shape[1] != 2):
         raise ValueError(
             "counts must have shape (C,) with C >= 1, or (K, 2) for the negatives and positives of K labels, got "
@@ -173,6 +202,23 @@ def as_class_weights(weights: Tensor | Sequence[float] | Mapping[int, float]) ->
     if not bool(result.any()):
         raise ValueError(f"class weights must not all be 0, got {result.tolist()}")
     return result
+
+
+def favours_common(weights: Tensor, counts: Tensor) -> bool:
+    """Return whether the rarer class tends to have the smaller weight, by the rank correlation of weights and counts.
+
+    Classes without examples do not matter.
+
+    Args:
+        weights: Shape (C,).
+        counts: Shape (C,).
+    """
+    known = counts.cpu() > 0
+    ranks = []
+    for values in (weights.cpu()[known].double(), counts.cpu()[known].double()):
+        difference = values.unsqueeze(0) - values.unsqueeze(1)
+        ranks.append(difference.sign().sum(0))  # centred; equal values share a rank
+    return bool(ranks[0] @ ranks[1] > 0)
 
 
 def _absent(present: Tensor) -> str:

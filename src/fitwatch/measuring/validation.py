@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from fitwatch import ranks
 from fitwatch.data import batches
 from fitwatch.helpers.aliases import Batch, Loader
 from fitwatch.losses import LossSum, apply
+from fitwatch.losses.base import FAILURES
 from fitwatch.losses.baseline import Baseline, TargetSums
 from fitwatch.measuring.example_losses import ExampleLosses
 from fitwatch.measuring.metrics import Metric, Metrics, WeightedMean, evaluating
@@ -126,7 +127,8 @@ class Pass:
         self._metrics, self._observers = Metrics(metrics), list(observers)
         self._unweighted = (loss.unweighted(), WeightedMean()) if getattr(loss, "has_weights", False) else None
         self._targets = TargetSums(loss) if baseline is None else None
-        self._anyone_watches = bool(metrics or self._observers or keep_losses)
+        self._asked: list[tuple[Any, Any, Any]] = []  # what was passed to the loss since the last batch
+        self._anyone_watches = bool(metrics or self._observers)
         self._shares = False  # whether ranks exchange their batches
         self._kept: list[tuple[Any, ...]] = []  # batches to exchange
         for observer in self._observers:
@@ -151,12 +153,17 @@ class Pass:
     def apply(self, output: Any, target: Any, sample_weight: Any = None) -> LossSum | Tensor:
         """Return the measured loss of a batch."""
         self._applied = True
+        if self.losses is not None:
+            self._asked.append((output, target, sample_weight))
         return apply(self.loss, output, target, sample_weight)
 
     def add(self, total: Tensor, weight: Tensor | float) -> None:
         """Add the loss of a batch, as sums."""
         self._mean.add(total, weight)
         self._batches += 1
+        if self.losses is not None:
+            self.losses.add(self._asked)
+            self._asked = []
         if not self._applied:  # a loss computed elsewhere has another baseline, which is unknown
             self.baseline = self._targets = None
 
@@ -164,7 +171,8 @@ class Pass:
         """Pass the outputs and targets of a batch to the metrics and all other measurements."""
         if self._unweighted is not None:
             loss, mean = self._unweighted
-            mean.add(*(loss.sums(outputs, targets, sample_weight)))
+            with suppress(*FAILURES):  # outputs of a step that computes another loss
+                mean.add(*(loss.sums(outputs, targets, sample_weight)))
         if self._shares:
             # The baseline needs the shape of the outputs only.
             meta = torch.empty(outputs.shape, dtype=outputs.dtype, device="meta")
@@ -175,9 +183,10 @@ class Pass:
     def _see(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None) -> None:
         self._metrics.update(outputs, targets, sample_weight)
         if self._targets is not None:
-            self._targets.update(outputs, targets, sample_weight)
-        if self.losses is not None:
-            self.losses.update(outputs, targets, sample_weight)
+            try:
+                self._targets.update(outputs, targets, sample_weight)
+            except FAILURES:  # as above
+                self._targets = None
         for observer in self._observers:
             observer.update(outputs, targets, sample_weight)
 
@@ -186,6 +195,8 @@ class Pass:
         for mean in [self._mean] if self._unweighted is None else [self._mean, self._unweighted[1]]:
             mean.share()
         self._batches = int(ranks.sums([self._batches])[0])
+        if self.losses is not None:
+            self.losses.share(device)
         if self._shares:
             kept = [tuple(_copied(part) for part in seen) for seen in self._kept]
             for together in zip_longest(*ranks.gather(kept)):
@@ -211,7 +222,7 @@ class Pass:
         values = {"val/loss": self._mean.value}
         if self._unweighted is not None:
             self._unweighted[1].pull()
-            if self._unweighted[1].weight:  # a custom validation_step may not update it
+            if self._applied and self._unweighted[1].weight:  # a step may not update it, or compute another loss
                 values["val/loss_unweighted"] = self._unweighted[1].value
         if self._targets is not None:
             self.baseline, self._targets = self._targets.baseline(), None

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from attrs import asdict, define, evolve, field
@@ -97,9 +98,8 @@ class OverfittingDetector(Callback):
                 state.log(f"train/{name}", value, reduce="last")
         losses, weights = self._pairs(state) or (None, None)
         verdict = self.rule.update(train_loss, val_loss, losses=losses, weights=weights)
-        if probe is None:
-            caution = f"The gap is not like for like: the training loss is the running one, since {self._probe.reason}."
-            verdict = evolve(verdict, evidence=f"{verdict.evidence} {caution}")
+        cautions = self._cautions(state, has_probe=probe is not None)
+        verdict = evolve(verdict, evidence=" ".join([verdict.evidence, *cautions]))
         was_overfitting = self._verdict is not None and self._verdict.overfitting
         state.verdict = self._verdict = verdict
         measured = {
@@ -138,6 +138,14 @@ class OverfittingDetector(Callback):
                 self.rule.examples,
             )
         return None
+
+    def _cautions(self, state: State, *, has_probe: bool) -> Iterator[str]:
+        """Yield what the verdict could not use, and why."""
+        if not has_probe:
+            yield f"The gap is not like for like: the training loss is the running one, since {self._probe.reason}."
+        losses = state.validation.losses
+        if losses is not None and losses.unknown is not None:
+            yield f"No pairs of examples were compared, since {losses.unknown}."
 
     def _report(self, state: State, verdict: Verdict, *, new: bool) -> None:
         """Report a change of status."""

@@ -62,7 +62,7 @@ class TrainProbe:
             self.collects, self.reason = False, "the loop does not take its batches from watch.train()"
             return
         try:
-            size = batches.batch_size(batch)
+            size = batches.rough_size(batch)
         except TypeError as error:
             self.collects, self.reason = False, str(error)
             return
@@ -115,12 +115,14 @@ class TrainProbe:
                 generator=generator,  # an iterator draws a seed for its workers
             )
         if isinstance(loader, Sequence):
-            candidates = [loader[i] for i in torch.randperm(len(loader), generator=generator).tolist()]
+            candidates = [
+                batches.as_tensors(loader[i]) for i in torch.randperm(len(loader), generator=generator).tolist()
+            ]
         else:  # each rank has its own
             candidates, wanted = self._first, max(1, wanted // ranks.size())
         kept: list[Batch] = []
         for batch in candidates:
-            size = batches.batch_size(batch)
+            size = batches.rough_size(batch)
             if kept and self.examples + size > wanted:
                 break
             kept.append(batch)
