@@ -10,9 +10,10 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 import os
 from contextlib import suppress
 from pathlib import Path
+from types import NoneType
 
 import torch
-from attrs import asdict
+from attrs import asdict, fields_dict
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +22,7 @@ from fitwatch.data.batches import generators_of
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.state import State
+from fitwatch.state.progress import Progress
 from fitwatch.version import __version__
 
 FORMAT = 2
@@ -141,6 +143,7 @@ def load(path: Path, state: State) -> dict[str, str]:
         ValueError: It can't be read, was saved mid-epoch, or does not fit the model, optimizer or scheduler.
     """
     content = read(path)
+    _check_kinds(path, content)
     generators = generators_of(state.train_loader, state.val_loader)
     _check(path, content, state, len(generators))
     try:
@@ -153,10 +156,10 @@ def load(path: Path, state: State) -> dict[str, str]:
             state.scheduler.load_state_dict(content["scheduler"])
         if state.scaler is not None:
             state.scaler.load_state_dict(content["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        if state.callbacks is not None:
+            state.callbacks.load_state_dict(content["callbacks"])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this training: {error}") from error
-    if state.callbacks is not None:
-        state.callbacks.load_state_dict(content["callbacks"])
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
     state.history.entries = content["history"]
@@ -167,9 +170,45 @@ def load(path: Path, state: State) -> dict[str, str]:
     for generator, saved in zip(generators, own["generators"], strict=True):
         generator.set_state(saved)
     set_rng_state(own["rng"])
-    state.resumed = True
+    state.resumed, state.resumed_from = True, path
     settings: dict[str, str] = content["settings"]
     return settings
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "loss": dict,
+    "optimizer": dict,
+    "scheduler": (dict, NoneType),
+    "scaler": (dict, NoneType),
+    "generators": list,
+    "callbacks": dict,
+    "settings": dict,
+    "progress": dict,
+    "history": list,
+    "train_loss": list,
+    "rng": dict,
+    "other_ranks": list,
+}
+
+
+def _check_kinds(path: Path, content: Content) -> None:
+    """Raise ValueError if a value has another type than `save` gives it: counters become names of files."""
+    for key, kind in _KINDS.items():
+        if key not in content or not isinstance(content[key], kind):
+            raise ValueError(
+                f"{path} is no valid checkpoint: {key} must be a {'list' if kind is list else 'dict'}, got "
+                f"{content.get(key)!r:.80}"
+            )
+    counters = [("progress", name, value) for name, value in content["progress"].items()]
+    for number, entry in enumerate(content["history"]):
+        known = entry if isinstance(entry, dict) else {}
+        counters += [(f"history[{number}]", name, known.get(name)) for name in ("epoch", "step")]
+    for key, name, value in counters:
+        if name not in fields_dict(Progress) or type(value) is not int or value < 0:
+            raise ValueError(
+                f"{path} is no valid checkpoint: {key}[{name!r}] must be a counter of 0 or more, got {value!r:.80}"
+            )
 
 
 def _check(path: Path, content: Content, state: State, generators: int) -> None:

@@ -34,6 +34,9 @@ class Checkpoint(Callback):
     after the point of resumption, is renamed to ``best.pt.old``. A second ``fit`` of the same Trainer replaces
     ``best.pt`` only by a better model.
 
+    A fit that resumes from a file in another folder is a fork: it starts a new folder, and the old one stays as it is.
+    The best evaluation so far counts, so the fork has a ``best.pt`` only once it is better.
+
     Args:
         dir: Folder for the files; created if it does not exist.
         every_epochs: Epochs between two saves; None: no such saves.
@@ -65,7 +68,9 @@ class Checkpoint(Callback):
             self._best = None
         if ranks.rank():
             return
-        if state.progress.step == 0 and (old := [*self._files("epoch"), *self._files("step")]):
+        fork = state.resumed_from is not None and state.resumed_from.resolve().parent != self.dir.resolve()
+        fresh = state.progress.step == 0 or fork
+        if fresh and (old := [*self._files("epoch"), *self._files("step")]):
             raise FileExistsError(
                 f"{self.dir} holds the checkpoint {old[-1].name} of an earlier run: continue it with "
                 'resume="auto", or choose another folder'
@@ -76,12 +81,24 @@ class Checkpoint(Callback):
             raise OSError(f"can't create the checkpoint folder {self.dir}: {error}") from error
         for part in self.dir.glob("*.pt.part-*"):  # of a save that was killed
             part.unlink()
+        if fork:
+            self._warn_of_fork(state)
         later = [f for f in self._files("epoch") if _count(f) > state.progress.epoch]
         for file in later + [f for f in self._files("step") if _count(f) > state.progress.step]:
             file.replace(file.with_name(f"{file.name}.old"))  # abandoned: "auto" must not find it
         best = self.dir / "best.pt"
-        if best.exists() and not 0 < _step_of(best) <= state.progress.step:
+        if best.exists() and (fork or not 0 < _step_of(best) <= state.progress.step):
             best.replace(best.with_name("best.pt.old"))
+
+    def _warn_of_fork(self, state: State) -> None:
+        best, name = state.history.best, state.history.monitor
+        so_far = "" if best is None else f" than {name} {best[name]:.6g} of step {best['step']:g}, the best so far"
+        logger.warning(
+            "this fit starts from %s and saves to %s: best.pt is written there once an evaluation is better%s",
+            state.resumed_from,
+            self.dir,
+            so_far,
+        )
 
     def on_step_end(self, state: State) -> None:
         """Save every ``every_steps`` steps."""
@@ -116,9 +133,19 @@ class Checkpoint(Callback):
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: It is not a metric and its value.
+        """
         best = state_dict.get("best")
-        self._best = None if best is None else (best[0], best[1])
+        match best:
+            case None:
+                self._best = None
+            case [str(name), int() | float() as value]:
+                self._best = name, value
+            case _:
+                raise ValueError(f"best must be the name of a metric and its value, got {best!r}")
 
     def _save_best(self, state: State) -> None:
         history = state.history

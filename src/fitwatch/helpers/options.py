@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from attrs import Attribute
@@ -65,3 +66,15 @@ def check_counts(**counts: object) -> None:
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
+
+
+def check_name(what: str, name: object) -> None:
+    """Raise a ValueError unless ``name`` can name a folder, and leads nowhere else."""
+    if not _is_name(name):
+        raise ValueError(f"{what} must be a non-empty string without slashes, and not '.' or '..', got {name!r}")
+
+
+def _is_name(name: object) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in "/\\" or c < " " for c in name):
+        return False
+    return Path(name).name == name  # False for a drive, on Windows
