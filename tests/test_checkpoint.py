@@ -192,7 +192,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.pt"
     saving.write(path, {"format": saving.FORMAT, "value": 1})
 
-    with pytest.raises((OSError, AttributeError, pickle.PicklingError)):
+    with pytest.raises(ValueError, match=r"a\.pt was not written: value is <function"):
         saving.write(path, {"format": saving.FORMAT, "value": lambda: None})
     assert saving.read(path)["value"] == 1
     assert [path] == list(tmp_path.iterdir())
@@ -224,19 +224,6 @@ def test_a_killed_save_leaves_a_complete_checkpoint(tmp_path):
                 process.send_signal(signal.SIGKILL)
         content = saving.read(path)
         assert len(set(content["a"].tolist()) | set(content["b"].tolist())) == 1
-
-
-def test_a_state_that_cannot_be_read_back_fails_at_the_first_save(tmp_path, data):
-    """A callback whose state is more than data is an error at the first save, not at the resume."""
-
-    class Bad(fw.Callback):
-        def state_dict(self):
-            return {"when": np.float64(3.0), "who": self}
-
-    trainer, train, val = make(tmp_path, data)
-    trainer.callbacks = [Bad(), fw.Checkpoint(tmp_path / "bad")]
-    with pytest.raises((ValueError, AttributeError, pickle.PicklingError)):
-        trainer.fit(train, val, epochs=1)
 
 
 def test_resume_asked_for_fewer_epochs_than_are_done_trains_no_more(tmp_path, data):

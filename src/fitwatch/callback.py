@@ -110,7 +110,10 @@ class Callback:
         """Called when training ends for any reason: see ``state.stop_reason`` and ``state.error``."""
 
     def state_dict(self) -> StateDict:
-        """Return what a checkpoint keeps: tensors, numbers, strings, and lists and dicts of them."""
+        """Return what a checkpoint keeps: tensors, numbers, strings, and lists and dicts of them.
+
+        Scalars of NumPy are saved as plain numbers, and its arrays as tensors.
+        """
         return {}
 
     def load_state_dict(self, state_dict: StateDict) -> None:

@@ -8,6 +8,7 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 """
 
 import os
+import pickle
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fitwatch import ranks
 from fitwatch.data.batches import generators_of
 from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.primitives import plain_data, unreadable
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.state import State
 from fitwatch.state.progress import Progress
@@ -45,6 +47,7 @@ def save(path: Path, state: State) -> None:
 
     Raises:
         OSError: It could not be written; the message names the path, and the file that was there is unchanged.
+        ValueError: It could not be read again; the message names the key.
     """
     state.train_loss.pull()
     since = state.train_loss.since_evaluation
@@ -74,17 +77,23 @@ def save(path: Path, state: State) -> None:
 
 
 def write(path: Path, content: Content) -> None:
-    """Write ``content`` to ``path``, atomically and durably.
+    """Write ``content`` to ``path``, atomically and durably; it is read again before it gets its name.
 
     Raises:
         OSError: It could not be written; the message names the path.
+        ValueError: It can't be read again; the message names the key.
     """
     # In the same folder: a rename across file systems is a copy, which can be cut off halfway.
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    content = plain_data(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # By its name, so that torch writes it without Python: Ctrl-C inside a Python file would end the process.
-        torch.save(content, str(part))
+        try:
+            # By its name, so that torch writes it without Python: Ctrl-C inside a Python file would end the process.
+            torch.save(content, str(part))
+            _load(part, data=False)
+        except (AttributeError, TypeError, ValueError, pickle.PickleError) as error:
+            raise ValueError(f"the checkpoint {path} was not written: {_reason(content, error)}") from error
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
@@ -104,8 +113,33 @@ def write(path: Path, content: Content) -> None:
         raise
 
 
-def read(path: Path) -> Content:
+def _reason(content: Content, error: Exception) -> str:
+    found = unreadable(content)
+    if found is None:
+        return str(error)
+    place, value = found
+    return (
+        f"{place} is {' '.join(repr(value).split()):.80}, of type {type(value).__name__}, and a file holds only "
+        "tensors, numbers, strings, None, and lists, tuples and dicts of them"
+    )
+
+
+def _load(path: Path, *, data: bool = True) -> object:
+    """Read a file as data only; with ``data=False`` in a millisecond, since the values of tensors stay on the disk."""
+    if data:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError):  # a file system without mmap
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read(path: Path, *, data: bool = True) -> Content:
     """Read a checkpoint, as data only.
+
+    Args:
+        path: The file.
+        data: False: the values of tensors stay on the disk, until they are used.
 
     Raises:
         FileNotFoundError: There is no file at ``path``.
@@ -114,7 +148,7 @@ def read(path: Path) -> Content:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path, data=data)
     except Exception as error:
         raise ValueError(f"{path} can't be read as a checkpoint: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None

@@ -15,7 +15,7 @@ from fitwatch.data import batches
 from fitwatch.engine.schedule import Schedule
 from fitwatch.helpers import rng
 from fitwatch.helpers.aliases import Batch, Loader
-from fitwatch.helpers.options import check_counts, instance, integer, number, one_of
+from fitwatch.helpers.options import count, instance, integer, number, one_of
 from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
 from fitwatch.result import Result
@@ -77,7 +77,7 @@ class Trainer:
     log_every: int = field(default=50, kw_only=True, validator=integer(1))
     skip_checks: Collection[str] = field(default=(), kw_only=True)
     fast_loading: bool = field(default=True, kw_only=True, validator=instance(bool))
-    seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
+    seed: int | None = field(default=None, kw_only=True, validator=integer(or_none=True))
 
     def __attrs_post_init__(self) -> None:
         schedule = Schedule(self.scheduler, self.scheduler_interval, self.scheduler_monitor)
@@ -164,7 +164,8 @@ class Trainer:
         """
         if epochs is None and max_steps is None:
             raise ValueError("fit needs epochs= or max_steps=")
-        check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
+        epochs, max_steps = count("epochs", epochs), count("max_steps", max_steps)
+        validate_every = count("validate_every", validate_every)
         if validate_every is not None and val_loader is None:
             raise ValueError("validate_every needs a val_loader")
         watch = self._watch = self._new_watch(

@@ -22,7 +22,7 @@ from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
 from fitwatch.helpers.aliases import Batch, Loader, Scheduler
-from fitwatch.helpers.options import check_counts
+from fitwatch.helpers.options import count
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.measuring.expected_baseline import expected_baseline
 from fitwatch.measuring.metrics import Metric, Metrics
@@ -255,8 +255,7 @@ class Watch:
             ValueError: ``epochs`` is out of range, or a monitored metric will not be measured.
         """
         self._require_open("epochs()")
-        check_counts(epochs=epochs)
-        self.state.plan = evolve(self.state.plan, epochs=epochs)
+        self.state.plan = evolve(self.state.plan, epochs=count("epochs", epochs))
         self._check()
         return self._epochs()
 

@@ -54,7 +54,7 @@ class Checkpoint(Callback):
     runs_last = True
 
     def __attrs_post_init__(self) -> None:
-        self._readable = self._warned = False
+        self._warned = False
         self._best: tuple[str, float] | None = None  # the monitored metric, and its value in best.pt
 
     def on_fit_start(self, state: State) -> None:
@@ -164,9 +164,6 @@ class Checkpoint(Callback):
         saving.save(path, state)
         if ranks.rank():
             return
-        if not self._readable:  # fail now, not on resume, if a state_dict holds more than data
-            saving.read(path)
-            self._readable = True
         for old in self._files(kind)[: -self.keep]:
             old.unlink()
 
@@ -186,7 +183,7 @@ class Checkpoint(Callback):
 def _step_of(file: Path) -> int:
     """Return the step at which a checkpoint was saved; 0 if it can't be read."""
     try:
-        return int(saving.read(file)["progress"]["step"])
+        return int(saving.read(file, data=False)["progress"]["step"])
     except ValueError:
         return 0
 

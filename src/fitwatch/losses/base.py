@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fitwatch.helpers.options import plain
 from fitwatch.losses.errors import check_classes, check_types, check_values
 from fitwatch.losses.weighting import as_class_weights
 
@@ -189,10 +190,11 @@ class ClassLoss(Loss):
 
     def __init__(self, weight: Tensor | Sequence[float] | None = None, *, ignore_index: int = -100) -> None:
         super().__init__()
-        if not isinstance(ignore_index, int):
+        index = plain(ignore_index)
+        if not isinstance(index, int):
             raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")  # noqa: TRY004
         self.register_buffer("weight", None if weight is None else as_class_weights(weight))
-        self.ignore_index = ignore_index
+        self.ignore_index = index
 
     def weighted(self, weights: Tensor) -> Self:
         loss = self._twin()
