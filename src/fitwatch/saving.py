@@ -1,10 +1,10 @@
 """Checkpoint files: written atomically, and read without running code.
 
 A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (an integer),
-``version`` (of fitwatch), ``model``, ``loss`` (its parameters), ``optimizer``, ``scheduler``, ``scaler``,
-``generators`` (of the loaders), ``callbacks`` (by class name), ``settings``, ``progress``, ``history``,
-``train_loss`` (the sums since the last evaluation), ``rng`` (of rank 0), and ``other_ranks`` (``rng`` and
-``generators`` of the others).
+``version`` (of fitwatch), ``model``, ``loss`` (its parameters), ``optimizer``, ``groups`` (names of its parameters),
+``frozen`` (parameters that are not trained), ``scheduler``, ``scaler``, ``generators`` (of the loaders),
+``callbacks`` (by class name), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since the last
+evaluation), ``rng`` (of rank 0), and ``other_ranks`` (``rng`` and ``generators`` of the others).
 """
 
 import os
@@ -14,11 +14,12 @@ from pathlib import Path
 from types import NoneType
 
 import torch
-from attrs import asdict, fields_dict
+from attrs import asdict, fields_dict, frozen
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fitwatch import ranks
+from fitwatch import ranks, resuming
 from fitwatch.data.batches import generators_of
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.primitives import plain_data, unreadable
@@ -62,6 +63,8 @@ def save(path: Path, state: State) -> None:
         "model": unwrap(state.model).state_dict(),
         "loss": _loss_parameters(state),
         "optimizer": state.optimizer.state_dict(),
+        "groups": resuming.group_names(state.optimizer, _named(state)),
+        "frozen": [name for name, p in unwrap(state.model).named_parameters() if not p.requires_grad],
         "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "generators": generators,
@@ -166,11 +169,28 @@ def read(path: Path, *, data: bool = True) -> Content:
     return content
 
 
-def load(path: Path, state: State) -> dict[str, str]:
+@frozen
+class Before:
+    """What a checkpoint says about the fit that saved it.
+
+    Attributes:
+        settings: Its settings.
+        changes: Options of optimizer and scheduler that differ from those of the script, in words.
+        kept: Whether they hold.
+    """
+
+    settings: dict[str, str]
+    changes: list[str]
+    kept: bool
+
+
+def load(path: Path, state: State, *, kept: bool = True) -> Before:
     """Restore ``state`` from the checkpoint at ``path``.
 
-    Returns:
-        The settings of the fit that saved it.
+    Args:
+        path: The file.
+        state: The state of a fit that has not started.
+        kept: Whether the options of optimizer and scheduler in the file hold; else those of the script.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -185,9 +205,7 @@ def load(path: Path, state: State) -> dict[str, str]:
         with torch.no_grad():
             for name, parameter in _loss_parameters(state).items():
                 parameter.copy_(content["loss"][name])
-        state.optimizer.load_state_dict(content["optimizer"])
-        if state.scheduler is not None:
-            state.scheduler.load_state_dict(content["scheduler"])
+        changes = _load_optimizer(content, state, kept=kept)
         if state.scaler is not None:
             state.scaler.load_state_dict(content["scaler"])
         if state.callbacks is not None:
@@ -205,8 +223,47 @@ def load(path: Path, state: State) -> dict[str, str]:
         generator.set_state(saved)
     set_rng_state(own["rng"])
     state.resumed, state.resumed_from = True, path
-    settings: dict[str, str] = content["settings"]
-    return settings
+    return Before(content["settings"], changes, kept)
+
+
+def _load_optimizer(content: Content, state: State, *, kept: bool) -> list[str]:
+    """Restore the optimizer and the scheduler; describe the options that differ."""
+    optimizer, scheduler, saved = state.optimizer, state.scheduler, content["optimizer"]
+    now = resuming.options(optimizer.param_groups)
+    groups = resuming.options(saved["param_groups"])
+    lr_moved = scheduler is not None or str(float(groups[0]["lr"])) != content["settings"].get("lr")
+    changes = resuming.worded(resuming.optimizer_changes(groups, now, lr_moved=lr_moved), kept=kept)
+    if scheduler is not None:
+        differing = resuming.scheduler_changes(scheduler, content["scheduler"], scheduler.state_dict())
+        changes += resuming.worded(differing, kept=kept)
+    if kept:
+        resuming.restore_trainable(unwrap(state.model), content.get("frozen", []))
+    elif scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+        resuming.replay(scheduler, content["scheduler"])
+        now = resuming.options(optimizer.param_groups)
+    if "groups" in content:
+        resuming.restore_groups(optimizer, content["groups"], saved, _named(state))
+    optimizer.load_state_dict(saved)
+    if kept:
+        if scheduler is not None:
+            scheduler.load_state_dict(content["scheduler"])
+        return changes
+    for group, own in zip(optimizer.param_groups, now, strict=False):
+        lr = group["lr"]
+        group.update(own)
+        if isinstance(scheduler, ReduceLROnPlateau):  # what it has reduced stays reduced
+            group["lr"] = lr
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.load_state_dict(resuming.with_own_options(scheduler, content["scheduler"]))
+    return changes
+
+
+def _named(state: State) -> dict[str, Tensor]:
+    """Return the parameters of the model and of the loss by name."""
+    named: dict[str, Tensor] = dict(unwrap(state.model).named_parameters())
+    if isinstance(state.loss, nn.Module):
+        named |= {f"loss.{name}": p for name, p in state.loss.named_parameters()}
+    return named
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -259,12 +316,17 @@ def _check(path: Path, content: Content, state: State, generators: int) -> None:
             f"{path} was saved by {saved_by} rank{'s' * (saved_by > 1)}, and this fit has {ranks.size()}: the steps "
             "would see different examples"
         )
-    before, now = content["settings"].get("optimizer"), type(state.optimizer).__name__
-    if before not in (None, now):
-        raise ValueError(f"{path} was saved with the optimizer {before}, and this fit has {now}")
     for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
         if (part is None) != (content[name] is None):
             raise ValueError(f"{path} was saved {'without' if content[name] is None else 'with'} a {name}")
+    for name, part in (("optimizer", state.optimizer), ("scheduler", state.scheduler)):
+        before, now = content["settings"].get(name), type(part).__name__
+        if part is not None and before not in (None, now):
+            raise ValueError(
+                f"{path} was saved with the {name} {before}, and this fit has {now}, for which its state means "
+                f"nothing: resume with {before}, or start a new fit from the weights alone: "
+                "model.load_state_dict(torch.load(path)['model'])"
+            )
     if generators != len(content["generators"]):
         raise ValueError(
             f"{path} was saved with {len(content['generators'])} random generators in the loaders and their "

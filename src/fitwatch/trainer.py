@@ -145,6 +145,7 @@ class Trainer:
         max_steps: int | None = None,
         validate_every: int | None = None,
         resume: str | Path | None = None,
+        options_from: str = "checkpoint",
     ) -> Result:
         """Train; called again, continue for ``epochs`` or ``max_steps`` more.
 
@@ -156,6 +157,8 @@ class Trainer:
             validate_every: Steps between validations. Default: at the end of each epoch.
             resume: A checkpoint, or ``"auto"`` for the newest one of the attached `Checkpoint` (none: a fresh start).
                 ``epochs`` and ``max_steps`` then count from where the interrupted fit began.
+            options_from: Whose options the optimizer and the scheduler have when training resumes, if they differ:
+                ``"checkpoint"`` or ``"script"``; see `Watch`.
 
         Raises:
             ValueError: An option is out of range, a loader is empty, a monitored metric will not exist, the optimizer
@@ -169,7 +172,11 @@ class Trainer:
         if validate_every is not None and val_loader is None:
             raise ValueError("validate_every needs a val_loader")
         watch = self._watch = self._new_watch(
-            train_loader=train_loader, val_loader=val_loader, max_steps=max_steps, resume=resume
+            train_loader=train_loader,
+            val_loader=val_loader,
+            max_steps=max_steps,
+            resume=resume,
+            options_from=options_from,
         )
         self.state = watch.state
         ranks.start(self.device)

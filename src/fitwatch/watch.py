@@ -73,6 +73,10 @@ class Watch:
         max_steps: Optimizer steps after which training ends. None: no limit.
         device: The device that the model, the loss and the batches of `train` are moved to. Default: the model's.
         resume: A checkpoint, or ``"auto"`` for the newest one of the attached `Checkpoint` (none: a fresh start).
+        options_from: Whose options the optimizer and the scheduler have when training resumes, if they differ: those of
+            the ``"checkpoint"``, or of the ``"script"``. A warning names them. With ``"script"`` the scheduler is
+            stepped to the point of resumption, so that the learning rate is that of its new options; what a
+            `ReduceLROnPlateau` has reduced stays reduced.
         validation_step: Called with a batch on the device; measures it with `loss` or `measured`. Used by `validate`
             and by the probe of the overfitting detector. Default: ``watch.loss(model(input), target)``, for batches
             ``(input, target)``, ``(input, target, sample_weight)`` or mappings with these keys.
@@ -112,6 +116,7 @@ class Watch:
         max_steps: int | None = None,
         device: str | torch.device | None = None,
         resume: str | Path | None = None,
+        options_from: str = "checkpoint",
         validation_step: ValidationStep | None = None,
         skip_checks: Collection[str] = (),
         fast_loading: bool = True,
@@ -119,6 +124,8 @@ class Watch:
         progress: Progress | None = None,
     ) -> None:
         _check_parts(model, optimizer, train_loader, val_loader, resume)
+        if options_from not in ("checkpoint", "script"):
+            raise ValueError(f"options_from must be 'checkpoint' or 'script', got {options_from!r}")
         plan = Plan(max_steps=max_steps, accumulate=accumulate, clip_norm=clip_norm, log_every=log_every)
         place = _device_of(model) if device is None else batches.as_device(device)
         loss, metrics, hooks = as_loss(loss), dict(metrics or {}), Callbacks(callbacks)
@@ -149,7 +156,8 @@ class Watch:
         )
         self.state.validation.measure = self._validator.measure
         self._moves_model, self._resume = device is not None, resume
-        self._settings_before: dict[str, str] = {}
+        self._keeps_options = options_from == "checkpoint"
+        self._before: saving.Before | None = None  # what the checkpoint says
         self._exits: ExitStack | None = None  # while the watch is open
         self._used = self._checked = False
 
@@ -206,8 +214,8 @@ class Watch:
         path = ranks.from_main(_newest(self._hooks)) if self._resume == "auto" else self._resume
         if path is not None:
             with ranks.failing_together():
-                self._settings_before = saving.load(Path(path), state)
-        ranks.align([state.model, state.loss], held)
+                self._before = saving.load(Path(path), state, kept=self._keeps_options)
+        ranks.align([state.model, state.loss], parameters(state.optimizer))
         zero_grad(state.optimizer)
 
     def _leave(self, error: BaseException | None) -> None:
@@ -492,7 +500,8 @@ class Watch:
         if state.validation.baseline is not None:
             state.history.names.add("val/loss_left")
         state.history.check()
-        warn_of_changes(state, self._settings_before)
+        if self._before is not None:
+            warn_of_changes(state, self._before)
         self._checks.before_training()
 
     def _warn_without_validation(self) -> None:
