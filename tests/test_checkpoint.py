@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 import fitwatch as fw
 from fitwatch import saving
@@ -496,3 +496,60 @@ def test_ctrl_c_within_a_save_is_ctrl_c(tmp_path):
     finally:
         signal.signal(signal.SIGALRM, before)
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+class Plain(Dataset):
+    """Examples without randomness, as a worker process sees them."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        return torch.tensor([i, 1.0, -i, 0.5], dtype=torch.float64) / 64, i % 3
+
+
+class Augmented(Plain):
+    """The same with noise that the worker draws."""
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + torch.randn(4), y
+
+
+@pytest.mark.parametrize(
+    ("loop", "dataset", "persistent", "generator", "equal"),
+    [
+        ("Trainer", Plain, True, False, True),
+        ("Watch", Plain, True, True, True),
+        ("Watch", Augmented, False, False, True),
+        ("Trainer", Augmented, True, False, False),
+    ],
+)
+def test_workers_resume_to_the_bit_or_are_named(tmp_path, caplog, loop, dataset, persistent, generator, equal):
+    """The order of examples and dropout are resumed with persistent workers too; what they draw is not, and is named."""
+
+    def fit(folder, epochs, resume=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        options = {"num_workers": 2, "persistent_workers": persistent}
+        own = torch.Generator().manual_seed(3) if generator else None
+        train = DataLoader(dataset(), 16, shuffle=True, generator=own, **options)
+        loaders, callbacks = (train, DataLoader(Plain(), 32, **options)), fw.Checkpoint(folder)
+        if loop == "Trainer":
+            trainer = fw.Trainer(model, optimizer, callbacks=callbacks, device="cpu")
+            return trainer.fit(*loaders, epochs=epochs, resume=resume).history
+        with fw.Watch(model, optimizer, callbacks, train_loader=train, val_loader=loaders[1], resume=resume) as watch:
+            for _ in watch.epochs(epochs):
+                for x, y in watch.train():
+                    watch.loss(model(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                watch.validate()
+        return watch.result.history
+
+    expected = fit(tmp_path / "a", 4)
+    fit(tmp_path / "b", 2)
+    assert "persistent_workers" not in caplog.text
+    assert (fit(tmp_path / "b", 4, "auto") == expected) is equal
+    assert ("persistent_workers=True in train_loader and val_loader" in caplog.text) is persistent

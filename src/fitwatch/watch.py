@@ -15,6 +15,7 @@ from fitwatch import ranks, saving
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.data import batches
+from fitwatch.data.sharding import start_workers
 from fitwatch.engine.checks import Checks
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.settings import describe, shared_facts, warn_of_changes
@@ -215,6 +216,8 @@ class Watch:
         if path is not None:
             with ranks.failing_together():
                 self._before = saving.load(Path(path), state, kept=self._keeps_options)
+            loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader}
+            start_workers({name: loader for name, loader in loaders.items() if loader is not None})
         ranks.align([state.model, state.loss], parameters(state.optimizer))
         zero_grad(state.optimizer)
 
