@@ -7,6 +7,7 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 evaluation), ``rng`` (of rank 0), and ``other_ranks`` (``rng`` and ``generators`` of the others).
 """
 
+import logging
 import os
 import pickle
 from contextlib import suppress
@@ -20,13 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fitwatch import ranks, resuming
-from fitwatch.data.batches import generators_of
+from fitwatch.data.batches import generators_of, is_stream
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.primitives import plain_data, unreadable
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.state import State
 from fitwatch.state.progress import Progress
 from fitwatch.version import __version__
+
+logger = logging.getLogger("fitwatch")
 
 FORMAT = 2
 _VERSIONS = {1: "0.1"}  # of fitwatch, by the format that it wrote, before files named it
@@ -212,6 +215,12 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
             state.callbacks.load_state_dict(content["callbacks"])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this training: {error}") from error
+    if content["progress"]["epoch_batch"]:
+        logger.warning(
+            "%s was saved within a pass over a stream: weights, optimizer and counters are restored, and the stream "
+            "starts from its beginning, since it has no position to restore",
+            path,
+        )
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
     state.history.entries = content["history"]
@@ -305,7 +314,7 @@ def _check_kinds(path: Path, content: Content) -> None:
 def _check(path: Path, content: Content, state: State, generators: int) -> None:
     """Raise ValueError if ``content`` can't be resumed from, before ``state`` is changed."""
     epoch, batch = content["progress"]["epoch"], content["progress"]["epoch_batch"]
-    if batch:
+    if batch and not is_stream(state.train_loader):
         raise ValueError(
             f"{path} was saved before the end of an epoch (epoch {epoch}, after {batch} batches); training resumes "
             "only between epochs: use a checkpoint saved by every_epochs"

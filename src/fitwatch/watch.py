@@ -212,7 +212,7 @@ class Watch:
         progress.first_epoch, progress.first_step = progress.epoch, progress.step
         if not {id(p) for p in held} & {id(p) for p in state.model.parameters()}:
             raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
-        path = ranks.from_main(_newest(self._hooks)) if self._resume == "auto" else self._resume
+        path = ranks.from_main(_newest(self._hooks, state.train_loader)) if self._resume == "auto" else self._resume
         if path is not None:
             with ranks.failing_together():
                 self._before = saving.load(Path(path), state, kept=self._keeps_options)
@@ -534,11 +534,11 @@ class Watch:
         )
 
 
-def _newest(hooks: Callbacks) -> Path | None:
+def _newest(hooks: Callbacks, train_loader: Loader) -> Path | None:
     """Return the newest checkpoint of the attached `Checkpoint`; None if it has none yet."""
     for callback in hooks.callbacks:
         if isinstance(callback, Checkpoint):
-            return callback.latest()
+            return callback.latest(within_epochs=batches.is_stream(train_loader))
     raise ValueError('resume="auto" needs a Checkpoint among the callbacks, to know the folder')
 
 

@@ -7,12 +7,15 @@ from attrs import define, field
 
 from fitwatch import ranks, saving
 from fitwatch.callback import Callback
+from fitwatch.data.batches import is_stream
 from fitwatch.helpers import health
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.options import instance, integer
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
+
+_STREAM_STEPS = 1000  # between two saves of a stream, if it is not evaluated more often
 
 
 @define(eq=False, slots=False)
@@ -29,6 +32,11 @@ class Checkpoint(Callback):
 
     Training resumes from ``epoch-N.pt``. A file written mid-epoch has the weights, but resuming from it would not be
     exact, and raises an error.
+
+    A training loader without a length may be a stream without an end, which completes no epoch. So there, unless
+    ``every_steps`` is given, ``step-N.pt`` is written too: one step after each evaluation, after 1,000 steps without
+    one, and when training ends. A stream has no position to restore: resumed from such a file it starts from its
+    beginning, with a warning, while weights, optimizer and counters go on.
 
     A model with non-finite weights is not saved: the last good file stays. A ``best.pt`` of an earlier run, or from
     after the point of resumption, is renamed to ``best.pt.old``. A second ``fit`` of the same Trainer replaces
@@ -55,6 +63,8 @@ class Checkpoint(Callback):
 
     def __attrs_post_init__(self) -> None:
         self._warned = False
+        self._stream = False  # whether the training loader has no length, and the steps between saves are not given
+        self._due, self._saved_step = False, 0  # of step-N.pt for a stream
         self._best: tuple[str, float] | None = None  # the monitored metric, and its value in best.pt
 
     def on_fit_start(self, state: State) -> None:
@@ -66,6 +76,8 @@ class Checkpoint(Callback):
         """
         if state.progress.step == 0:
             self._best = None
+        self._stream = self.every_epochs is not None and self.every_steps is None and is_stream(state.train_loader)
+        self._due, self._saved_step = False, state.progress.step
         if ranks.rank():
             return
         fork = state.resumed_from is not None and state.resumed_from.resolve().parent != self.dir.resolve()
@@ -90,6 +102,14 @@ class Checkpoint(Callback):
         if best.exists() and (fork or not 0 < _step_of(best) <= state.progress.step):
             best.replace(best.with_name("best.pt.old"))
 
+        if self._stream:
+            logger.warning(
+                "train_loader has no length, so it may be a stream without an end: Checkpoint also saves step-N.pt "
+                "after each evaluation, or after %d steps without one (other intervals: every_steps). Resumed from "
+                "such a file the stream starts from its beginning",
+                _STREAM_STEPS,
+            )
+
     def _warn_of_fork(self, state: State) -> None:
         best, name = state.history.best, state.history.monitor
         so_far = "" if best is None else f" than {name} {best[name]:.6g} of step {best['step']:g}, the best so far"
@@ -102,29 +122,40 @@ class Checkpoint(Callback):
 
     def on_step_end(self, state: State) -> None:
         """Save every ``every_steps`` steps."""
-        if self.every_steps is not None and state.progress.step % self.every_steps == 0:
-            self._save(state, "step", state.progress.step)
+        step = state.progress.step
+        due = self._stream and (self._due or step - self._saved_step >= _STREAM_STEPS)
+        if due or (self.every_steps is not None and step % self.every_steps == 0):
+            self._save(state, "step", step)
 
     def on_validation_end(self, state: State) -> None:
         """Save the best model."""
         self._save_best(state)
+        self._due = self._stream
 
     def on_epoch_end(self, state: State) -> None:
         """Save every ``every_epochs`` epochs; without a validation set, the best model too."""
         if state.val_loader is None:
             self._save_best(state)
         complete = state.progress.epoch_batch == 0
+        self._due = False
+        if self._stream and not complete and state.progress.step > self._saved_step:
+            self._save(state, "step", state.progress.step)
         if self.every_epochs is not None and complete and state.progress.epoch % self.every_epochs == 0:
             self._save(state, "epoch", state.progress.epoch)
 
-    def latest(self) -> Path | None:
+    def latest(self, *, within_epochs: bool = False) -> Path | None:
         """Return the newest checkpoint that training can resume from, or None.
+
+        Args:
+            within_epochs: Whether this includes ``step-N.pt``, as for a training loader without a length.
 
         Raises:
             ValueError: No file can be resumed from.
         """
-        files = self._files("epoch")
-        if not files and (steps := self._files("step")):
+        files, steps = self._files("epoch")[-1:], self._files("step")[-1:]
+        if within_epochs:
+            return max([*steps, *files], key=_step_of, default=None)
+        if steps and not files:
             raise ValueError(f"{steps[-1]} was saved before the end of an epoch: no checkpoint can be resumed from")
         return files[-1] if files else None
 
@@ -159,6 +190,7 @@ class Checkpoint(Callback):
 
     def _save(self, state: State, kind: str, count: int) -> None:
         path = self.dir / f"{kind}-{count}.pt"
+        self._due, self._saved_step = False, state.progress.step
         if self._refuses(state):
             return
         saving.save(path, state)
