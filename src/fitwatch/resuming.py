@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.modules import named_parameters
 
 logger = logging.getLogger("fitwatch")
 
@@ -81,7 +82,7 @@ _WAY_OUT = (
 def restore_trainable(model: nn.Module, frozen: Sequence[str]) -> None:
     """Set ``requires_grad`` as it was, since a callback may have changed it; warn of what differs from the script."""
     for trainable in (True, False):
-        other = [(n, p) for n, p in model.named_parameters() if (n not in frozen) is trainable is not p.requires_grad]
+        other = [(n, p) for n, p in named_parameters(model) if (n not in frozen) is trainable is not p.requires_grad]
         for _, p in other:
             p.requires_grad_(trainable)
         if other:

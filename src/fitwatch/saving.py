@@ -17,11 +17,11 @@ from types import NoneType
 import torch
 from attrs import asdict, fields_dict, frozen
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fitwatch import ranks, resuming
 from fitwatch.data.batches import generators_of, is_stream
+from fitwatch.helpers import modules
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.primitives import plain_data, unreadable
 from fitwatch.helpers.rng import rng_state, set_rng_state
@@ -35,15 +35,6 @@ FORMAT = 2
 _VERSIONS = {1: "0.1"}  # of fitwatch, by the format that it wrote, before files named it
 
 Content = StateDict
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` or `DistributedDataParallel` wrapped, so that names do not change."""
-    while True:
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
-        if inner is model:
-            return model
-        model = inner
 
 
 def save(path: Path, state: State) -> None:
@@ -63,11 +54,11 @@ def save(path: Path, state: State) -> None:
     content = {
         "format": FORMAT,
         "version": __version__,
-        "model": unwrap(state.model).state_dict(),
+        "model": modules.weights(state.model),
         "loss": _loss_parameters(state),
         "optimizer": state.optimizer.state_dict(),
         "groups": resuming.group_names(state.optimizer, _named(state)),
-        "frozen": [name for name, p in unwrap(state.model).named_parameters() if not p.requires_grad],
+        "frozen": [name for name, p in modules.named_parameters(state.model) if not p.requires_grad],
         "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "generators": generators,
@@ -204,7 +195,7 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
     generators = generators_of(state.train_loader, state.val_loader)
     _check(path, content, state, len(generators))
     try:
-        unwrap(state.model).load_state_dict(content["model"])
+        modules.load_weights(state.model, content["model"])
         with torch.no_grad():
             for name, parameter in _loss_parameters(state).items():
                 parameter.copy_(content["loss"][name])
@@ -246,7 +237,7 @@ def _load_optimizer(content: Content, state: State, *, kept: bool) -> list[str]:
         differing = resuming.scheduler_changes(scheduler, content["scheduler"], scheduler.state_dict())
         changes += resuming.worded(differing, kept=kept)
     if kept:
-        resuming.restore_trainable(unwrap(state.model), content.get("frozen", []))
+        resuming.restore_trainable(state.model, content.get("frozen", []))
     elif scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
         resuming.replay(scheduler, content["scheduler"])
         now = resuming.options(optimizer.param_groups)
@@ -269,9 +260,9 @@ def _load_optimizer(content: Content, state: State, *, kept: bool) -> list[str]:
 
 def _named(state: State) -> dict[str, Tensor]:
     """Return the parameters of the model and of the loss by name."""
-    named: dict[str, Tensor] = dict(unwrap(state.model).named_parameters())
+    named: dict[str, Tensor] = dict(modules.named_parameters(state.model))
     if isinstance(state.loss, nn.Module):
-        named |= {f"loss.{name}": p for name, p in state.loss.named_parameters()}
+        named |= {f"loss.{name}": p for name, p in modules.named_parameters(state.loss)}
     return named
 
 
@@ -346,4 +337,4 @@ def _check(path: Path, content: Content, state: State, generators: int) -> None:
 def _loss_parameters(state: State) -> dict[str, Tensor]:
     """Return the learned parameters of the loss. Class weights are not saved: their source supplies them again."""
     loss = state.loss
-    return {name: p.detach() for name, p in loss.named_parameters()} if isinstance(loss, nn.Module) else {}
+    return {name: p.detach() for name, p in modules.named_parameters(loss)} if isinstance(loss, nn.Module) else {}

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from fitwatch.data import batches
 from fitwatch.data.sharding import gives_part
 from fitwatch.engine.step import parameters
-from fitwatch.saving import Before, unwrap
+from fitwatch.helpers.modules import unwrap
+from fitwatch.saving import Before
 from fitwatch.state import State
 from fitwatch.state.progress import Plan
 
