@@ -1,13 +1,18 @@
 """Checkpoints: whole or absent, data only, and training resumed from them to the bit."""
 
+import contextlib
+import errno
 import math
+import os
 import pickle
 import random
 import re
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -553,3 +558,41 @@ def test_workers_resume_to_the_bit_or_are_named(tmp_path, caplog, loop, dataset,
     assert "persistent_workers" not in caplog.text
     assert (fit(tmp_path / "b", 4, "auto") == expected) is equal
     assert ("persistent_workers=True in train_loader and val_loader" in caplog.text) is persistent
+
+
+@pytest.mark.parametrize("refused", ["open", "fsync"])
+def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch, refused):
+    """Where a folder can't be opened (Windows) or flushed (some mounts), the file is complete and the training goes on."""
+    real_open, real_fsync = os.open, os.fsync
+
+    def no_open(path, *args, **options):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_open(path, *args, **options)
+
+    def no_fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, refused, no_open if refused == "open" else no_fsync)
+    saving.write(tmp_path / "a.pt", {"format": saving.FORMAT, "value": 3})
+    assert saving.read(tmp_path / "a.pt")["value"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    ("code", "fails"), [("EINVAL", False), ("ENOTSUP", False), ("ENOSYS", False), ("ENOSPC", True), ("EIO", True)]
+)
+def test_a_full_or_broken_disk_stays_an_error(tmp_path, monkeypatch, code, fails):
+    """A file system without fsync is accepted; a full or broken disk is an error, and the older file stays."""
+    saving.write(tmp_path / "a.pt", {"format": saving.FORMAT, "value": 1})
+
+    def broken(descriptor):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match=r"could not write the checkpoint .*a\.pt") if fails else contextlib.nullcontext():
+        saving.write(tmp_path / "a.pt", {"format": saving.FORMAT, "value": 2})
+    assert saving.read(tmp_path / "a.pt")["value"] == (1 if fails else 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]

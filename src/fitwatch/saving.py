@@ -7,6 +7,7 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 evaluation), ``rng`` (of rank 0), and ``other_ranks`` (``rng`` and ``generators`` of the others).
 """
 
+import errno
 import logging
 import os
 import pickle
@@ -91,14 +92,10 @@ def write(path: Path, content: Content) -> None:
             _load(part, data=False)
         except (AttributeError, TypeError, ValueError, pickle.PickleError) as error:
             raise ValueError(f"the checkpoint {path} was not written: {_reason(content, error)}") from error
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        with part.open("r+b") as file:  # Windows flushes only what may be written
+            _flush(file.fileno())
         part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
+        _flush_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -108,6 +105,34 @@ def write(path: Path, content: Content) -> None:
         if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
             raise OSError(f"could not write the checkpoint {path}: {error}") from error
         raise
+
+
+def _flush(descriptor: int) -> None:
+    """Have the file system write a file or a folder to the disk, if it can.
+
+    Raises:
+        OSError: The disk is full or broken.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+
+
+_NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM}
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the rename itself survive a power cut, where folders can be opened: not on Windows and some mounts."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # the file has its name by now
+    try:
+        _flush(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _reason(content: Content, error: Exception) -> str:
@@ -142,6 +167,8 @@ def read(path: Path, *, data: bool = True) -> Content:
         FileNotFoundError: There is no file at ``path``.
         ValueError: It is not a checkpoint of this format, or holds more than tensors and primitives.
     """
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: name a file in it, such as {path / 'epoch-1.pt'}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:

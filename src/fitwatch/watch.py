@@ -23,7 +23,7 @@ from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
 from fitwatch.helpers.aliases import Batch, Loader, Scheduler
-from fitwatch.helpers.options import count
+from fitwatch.helpers.options import count, local_path
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.measuring.expected_baseline import expected_baseline
 from fitwatch.measuring.metrics import Metric, Metrics
@@ -215,7 +215,7 @@ class Watch:
         path = ranks.from_main(_newest(self._hooks, state.train_loader)) if self._resume == "auto" else self._resume
         if path is not None:
             with ranks.failing_together():
-                self._before = saving.load(Path(path), state, kept=self._keeps_options)
+                self._before = saving.load(local_path(path), state, kept=self._keeps_options)
             loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader}
             start_workers({name: loader for name, loader in loaders.items() if loader is not None})
         ranks.align([state.model, state.loss], parameters(state.optimizer))
@@ -573,3 +573,5 @@ def _check_parts(model: object, optimizer: object, train_loader: object, val_loa
             batches.check_loader(name, loader)
     if not (resume is None or isinstance(resume, (str, Path))):
         raise TypeError(f'resume must be a path or "auto", got {resume!r}')
+    if resume is not None:
+        local_path(resume)

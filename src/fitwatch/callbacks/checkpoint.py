@@ -10,7 +10,7 @@ from fitwatch.callback import Callback
 from fitwatch.data.batches import is_stream
 from fitwatch.helpers import health
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.helpers.options import instance, integer
+from fitwatch.helpers.options import instance, integer, local_path
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
@@ -46,14 +46,14 @@ class Checkpoint(Callback):
     The best evaluation so far counts, so the fork has a ``best.pt`` only once it is better.
 
     Args:
-        dir: Folder for the files; created if it does not exist.
+        dir: Folder for the files; created if it does not exist. ``~`` is the home folder.
         every_epochs: Epochs between two saves; None: no such saves.
         every_steps: Steps between two saves; None: no such saves.
         keep: Number of newest files to keep of each kind.
         best: Whether to keep ``best.pt``.
     """
 
-    dir: Path = field(converter=Path)
+    dir: Path = field(converter=local_path)
     every_epochs: int | None = field(default=1, kw_only=True, validator=integer(1, or_none=True))
     every_steps: int | None = field(default=None, kw_only=True, validator=integer(1, or_none=True))
     keep: int = field(default=1, kw_only=True, validator=integer(1))

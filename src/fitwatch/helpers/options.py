@@ -2,6 +2,8 @@
 
 import math
 import operator
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -108,6 +110,25 @@ def count(name: str, value: object) -> int | None:
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
     return number
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path of this machine; ``~`` is the home folder.
+
+    Raises:
+        ValueError: It is an address, such as ``s3://...``, or the home folder is unknown.
+        TypeError: It is no path.
+    """
+    given = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(given, str):
+        raise TypeError(f"a path must be a string or a pathlib.Path, got {path!r}")
+    # A pathlib.Path has made one slash of two.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", given):
+        raise ValueError(f"{given!r} is an address, and a folder or file of this machine is needed: mount or copy it")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{given!r}: {error}") from error
 
 
 def check_name(what: str, name: object) -> None:

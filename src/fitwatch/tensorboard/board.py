@@ -11,7 +11,7 @@ from attrs import Attribute, asdict, define, field
 
 from fitwatch.callback import Callback
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.helpers.options import check_name, instance
+from fitwatch.helpers.options import check_name, instance, local_path
 from fitwatch.records import Record
 from fitwatch.state import State
 from fitwatch.tensorboard import page, reports
@@ -57,7 +57,7 @@ class TensorBoard(Callback):
     The epoch is completed, so that a `Checkpoint` can save it; then the fit ends with `OSError`.
 
     Args:
-        dir: Folder of all runs, to be opened in TensorBoard.
+        dir: Folder of all runs, to be opened in TensorBoard. ``~`` is the home folder.
         name: Name of the run; no slashes, and not "." or "..".
         group: Runs of the same group share one row in the HParams table, with the mean of their metrics. Use it for
             trials that differ only in their seed. Default: one row per run.
@@ -66,7 +66,7 @@ class TensorBoard(Callback):
 
     main_only = True
 
-    dir: Path = field(default=Path("runs"), converter=Path)
+    dir: Path = field(default=Path("runs"), converter=local_path)
     name: str = field(default="run", kw_only=True, validator=_is_name)
     group: str | None = field(default=None, kw_only=True, validator=instance(str, or_none=True))
     show_link: bool = field(default=True, kw_only=True, validator=instance(bool))
