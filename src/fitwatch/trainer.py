@@ -15,7 +15,7 @@ from fitwatch.data import batches
 from fitwatch.engine.schedule import Schedule
 from fitwatch.helpers import rng
 from fitwatch.helpers.aliases import Batch, Loader
-from fitwatch.helpers.options import check_counts, instance, integer, number, one_of
+from fitwatch.helpers.options import count, instance, integer, number, one_of
 from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
 from fitwatch.result import Result
@@ -79,7 +79,7 @@ class Trainer:
     skip_checks: Collection[str] = field(default=(), kw_only=True)
     nonfinite: str = field(default="raise", kw_only=True, validator=one_of("raise", "skip", "ignore"))
     fast_loading: bool = field(default=True, kw_only=True, validator=instance(bool))
-    seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
+    seed: int | None = field(default=None, kw_only=True, validator=integer(or_none=True))
 
     def __attrs_post_init__(self) -> None:
         schedule = Schedule(self.scheduler, self.scheduler_interval, self.scheduler_monitor)
@@ -151,6 +151,7 @@ class Trainer:
         max_steps: int | None = None,
         validate_every: int | None = None,
         resume: str | Path | None = None,
+        options_from: str = "checkpoint",
     ) -> Result:
         """Train; called again, continue for ``epochs`` or ``max_steps`` more.
 
@@ -162,6 +163,8 @@ class Trainer:
             validate_every: Steps between validations. Default: at the end of each epoch.
             resume: A checkpoint, or ``"auto"`` for the newest one of the attached `Checkpoint` (none: a fresh start).
                 ``epochs`` and ``max_steps`` then count from where the interrupted fit began.
+            options_from: Whose options the optimizer and the scheduler have when training resumes, if they differ:
+                ``"checkpoint"`` or ``"script"``; see `Watch`.
 
         Raises:
             ValueError: An option is out of range, a loader is empty, a monitored metric will not exist, the optimizer
@@ -170,11 +173,16 @@ class Trainer:
         """
         if epochs is None and max_steps is None:
             raise ValueError("fit needs epochs= or max_steps=")
-        check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
+        epochs, max_steps = count("epochs", epochs), count("max_steps", max_steps)
+        validate_every = count("validate_every", validate_every)
         if validate_every is not None and val_loader is None:
             raise ValueError("validate_every needs a val_loader")
         watch = self._watch = self._new_watch(
-            train_loader=train_loader, val_loader=val_loader, max_steps=max_steps, resume=resume
+            train_loader=train_loader,
+            val_loader=val_loader,
+            max_steps=max_steps,
+            resume=resume,
+            options_from=options_from,
         )
         self.state = watch.state
         ranks.start(self.device)

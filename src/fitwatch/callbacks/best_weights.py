@@ -5,7 +5,7 @@ import copy
 from torch import Tensor, nn
 
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.saving import unwrap
+from fitwatch.helpers.modules import load_weights, weights
 
 
 class BestWeights:
@@ -21,13 +21,13 @@ class BestWeights:
     def keep(self, model: nn.Module) -> None:
         """Copy the current weights."""
         # Not copied into the old one: Ctrl-C halfway must not leave a mixture of two epochs.
-        weights = unwrap(model).state_dict()
         self.kept = {
-            name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w) for name, w in weights.items()
+            name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w)
+            for name, w in weights(model).items()
         }
 
     def restore(self, model: nn.Module) -> None:
         """Restore the copy, if there is one, and drop it: a later fit that fails early must not restore it again."""
         if self.kept is not None:
-            unwrap(model).load_state_dict(self.kept)
+            load_weights(model, self.kept)
         self.kept = None

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from fitwatch.data import batches
 from fitwatch.data.sharding import gives_part
 from fitwatch.engine.step import parameters
-from fitwatch.saving import unwrap
+from fitwatch.helpers.modules import unwrap
+from fitwatch.saving import Before
 from fitwatch.state import State
 from fitwatch.state.progress import Plan
 
@@ -44,17 +45,20 @@ def describe(
     return {name: "none" if value is None else value for name, value in settings.items()}
 
 
-def warn_of_changes(state: State, before: Mapping[str, str]) -> None:
+def warn_of_changes(state: State, before: Before) -> None:
     """Warn once about settings that differ from those of the checkpoint that training resumes from."""
     now = {name: str(value) for name, value in state.settings.items()}
     changes = [
-        f"{name} {now[name]} (was {was}{', which is kept' if name in _FROM_CHECKPOINT else ''})"
-        for name, was in before.items()
+        f"{name} {now[name]} (was {was}{', which is kept' * (before.kept and name in _FROM_CHECKPOINT)})"
+        for name, was in before.settings.items()
         if name not in _MAY_DIFFER and now.get(name, was) != was
     ]
+    changes += before.changes
     if changes:
         logger.warning(
-            "resumed with different settings: %s; losses before and after may not be comparable", ", ".join(changes)
+            "resumed with different settings: %s; losses before and after may not be comparable%s",
+            ", ".join(changes),
+            '; options_from="script" takes those of the script' * any("which is kept" in change for change in changes),
         )
 
 
