@@ -2,9 +2,10 @@
 
 A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (an integer),
 ``version`` (of fitwatch), ``model``, ``loss`` (its parameters), ``optimizer``, ``groups`` (names of its parameters),
-``frozen`` (parameters that are not trained), ``scheduler``, ``scaler``, ``generators`` (of the loaders),
-``callbacks`` (by class name), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since the last
-evaluation), ``rng`` (of rank 0), and ``other_ranks`` (``rng`` and ``generators`` of the others).
+``frozen`` (parameters that are not trained), ``scheduler``, ``scaler``, ``generators`` (of the loaders, their samplers
+and data sets), ``callbacks`` (by class name), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since
+the last evaluation), ``rng`` (of rank 0), ``position`` (within an epoch: random states at its start, and the loader's
+own state), and ``other_ranks`` (``rng``, ``generators`` and ``position`` of the others).
 """
 
 import errno
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fitwatch import ranks, resuming
-from fitwatch.data.batches import generators_of, is_stream
+from fitwatch.data.position import random_states, set_random_states
 from fitwatch.helpers import modules
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.primitives import plain_data, unreadable
@@ -48,8 +49,9 @@ def save(path: Path, state: State) -> None:
     state.train_loss.pull()
     since = state.train_loss.since_evaluation
     train_loss = ranks.sums([since.total, since.weight])
-    generators = [g.get_state() for g in generators_of(state.train_loader, state.val_loader)]
-    (rng, generators), *others = ranks.gather((rng_state(), generators))
+    generators = random_states(state.train_loader, state.val_loader)
+    position = state.position.saved(state.train_loader, state.val_loader) if state.progress.epoch_batch else None
+    (rng, generators, position), *others = ranks.gather((rng_state(), generators, position))
     if ranks.rank():
         return
     content = {
@@ -69,7 +71,8 @@ def save(path: Path, state: State) -> None:
         "history": state.history.entries,
         "train_loss": train_loss,
         "rng": rng,
-        "other_ranks": [{"rng": own, "generators": theirs} for own, theirs in others],
+        "position": position,
+        "other_ranks": [dict(zip(("rng", "generators", "position"), other, strict=True)) for other in others],
     }
     write(path, content)
 
@@ -215,12 +218,11 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It can't be read, was saved mid-epoch, or does not fit the model, optimizer or scheduler.
+        ValueError: It can't be read, or does not fit the model, optimizer, scheduler or loader.
     """
     content = read(path)
     _check_kinds(path, content)
-    generators = generators_of(state.train_loader, state.val_loader)
-    _check(path, content, state, len(generators))
+    _check(path, content, state, len(random_states(state.train_loader, state.val_loader)))
     try:
         modules.load_weights(state.model, content["model"])
         with torch.no_grad():
@@ -233,12 +235,6 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
             state.callbacks.load_state_dict(content["callbacks"])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this training: {error}") from error
-    if content["progress"]["epoch_batch"]:
-        logger.warning(
-            "%s was saved within a pass over a stream: weights, optimizer and counters are restored, and the stream "
-            "starts from its beginning, since it has no position to restore",
-            path,
-        )
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
     state.history.entries = content["history"]
@@ -246,9 +242,9 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
         since = state.train_loss.since_evaluation
         since.total, since.weight = content["train_loss"]
     own = [content, *content["other_ranks"]][ranks.rank()]
-    for generator, saved in zip(generators, own["generators"], strict=True):
-        generator.set_state(saved)
+    set_random_states(own["generators"], state.train_loader, state.val_loader)
     set_rng_state(own["rng"])
+    state.position.resumed = own["position"]
     state.resumed, state.resumed_from = True, path
     return Before(content["settings"], changes, kept)
 
@@ -306,6 +302,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "history": list,
     "train_loss": list,
     "rng": dict,
+    "position": (dict, NoneType),
     "other_ranks": list,
 }
 
@@ -332,10 +329,10 @@ def _check_kinds(path: Path, content: Content) -> None:
 def _check(path: Path, content: Content, state: State, generators: int) -> None:
     """Raise ValueError if ``content`` can't be resumed from, before ``state`` is changed."""
     epoch, batch = content["progress"]["epoch"], content["progress"]["epoch_batch"]
-    if batch and not is_stream(state.train_loader):
+    if batch and content["position"] is None:
         raise ValueError(
-            f"{path} was saved before the end of an epoch (epoch {epoch}, after {batch} batches); training resumes "
-            "only between epochs: use a checkpoint saved by every_epochs"
+            f"{path} was saved within an epoch (epoch {epoch}, after {batch} batches) by a loop over its own loader, "
+            "whose place is unknown: iterate over watch.train(), or use a checkpoint saved between epochs"
         )
     saved_by = 1 + len(content["other_ranks"])
     if saved_by != ranks.size():

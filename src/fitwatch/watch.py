@@ -19,6 +19,7 @@ from fitwatch.data.sharding import start_workers
 from fitwatch.engine.checks import Checks
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.settings import describe, shared_facts, warn_of_changes
+from fitwatch.engine.signals import Interrupts
 from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
@@ -155,7 +156,10 @@ class Watch:
         )
         self._hooks, self._recorder = hooks, Recorder(self.state, hooks)
         self._checks, self._first_batch = Checks(self.state, skip_checks), True
-        self._training = Training(self.state, hooks, self._recorder, fast_loading=fast_loading, nonfinite=nonfinite)
+        self._interrupts = Interrupts()
+        self._training = Training(
+            self.state, hooks, self._recorder, self._interrupts, fast_loading=fast_loading, nonfinite=nonfinite
+        )
         step = self._default_validation_step if validation_step is None else validation_step
         self._validator = Validator(
             self.state, hooks, self._recorder, step=step, metrics=metrics, place=self._place, fast_loading=fast_loading
@@ -184,6 +188,7 @@ class Watch:
         state, exits = self.state, ExitStack()
         self._exits = exits
         try:
+            exits.enter_context(self._interrupts)
             with ranks.failing_together():
                 self._hooks.on_fit_start(state)
             self._recorder.agree()
@@ -218,19 +223,20 @@ class Watch:
         progress.first_epoch, progress.first_step = progress.epoch, progress.step
         if not {id(p) for p in held} & {id(p) for p in state.model.parameters()}:
             raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
-        path = ranks.from_main(_newest(self._hooks, state.train_loader)) if self._resume == "auto" else self._resume
+        path = ranks.from_main(_newest(self._hooks)) if self._resume == "auto" else self._resume
         if path is not None:
             with ranks.failing_together():
                 self._before = saving.load(local_path(path), state, kept=self._keeps_options)
             loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader}
-            start_workers({name: loader for name, loader in loaders.items() if loader is not None})
+            live = loaders if state.position.resumed is None else state.position.resumed["live"]
+            start_workers({name: loader for name in live if (loader := loaders[name]) is not None})
         ranks.align([state.model, state.loss], parameters(state.optimizer))
         zero_grad(state.optimizer)
 
     def _leave(self, error: BaseException | None) -> None:
         assert self._exits is not None
-        self._exits.close()
-        self._exits, self._training.in_epoch = None, False
+        self._interrupts.shielded = True  # on_fit_end may put weights back
+        self._training.in_epoch = False
         self.state.error = error
         try:
             self._hooks.on_fit_end(self.state)
@@ -239,6 +245,11 @@ class Watch:
                 raise
             # It must not hide the error that ended the fit.
             error.add_note(f"then on_fit_end failed: {late!r} {getattr(late, '__notes__', '')}")
+        finally:
+            self._exits.close()
+            self._exits = None
+        if error is None and self._interrupts.received is not None:
+            raise self._interrupts.error()
 
     @property
     def result(self) -> Result:
@@ -551,11 +562,11 @@ class Watch:
         )
 
 
-def _newest(hooks: Callbacks, train_loader: Loader) -> Path | None:
+def _newest(hooks: Callbacks) -> Path | None:
     """Return the newest checkpoint of the attached `Checkpoint`; None if it has none yet."""
     for callback in hooks.callbacks:
         if isinstance(callback, Checkpoint):
-            return callback.latest(within_epochs=batches.is_stream(train_loader))
+            return callback.latest()
     raise ValueError('resume="auto" needs a Checkpoint among the callbacks, to know the folder')
 
 

@@ -1,6 +1,7 @@
 """Checkpoints, last and best."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from attrs import define, field
@@ -30,13 +31,14 @@ class Checkpoint(Callback):
     It runs after the other callbacks, wherever it stands in the list, since it saves their state. When training resumes
     from an older file, the newer ones are renamed to ``*.old``.
 
-    Training resumes from ``epoch-N.pt``. A file written mid-epoch has the weights, but resuming from it would not be
-    exact, and raises an error.
+    Training resumes from the newest file of both kinds, to the bit, also within an epoch: the sampler draws the order
+    again, and batches already seen are skipped. A loader with ``state_dict`` and ``load_state_dict``, as torchdata's,
+    goes on by itself. Any other iterable is read again up to its place, with a warning. Ctrl-C and SIGTERM end training
+    after the current step, with a ``step-N.pt``.
 
     A training loader without a length may be a stream without an end, which completes no epoch. So there, unless
     ``every_steps`` is given, ``step-N.pt`` is written too: one step after each evaluation, after 1,000 steps without
-    one, and when training ends. A stream has no position to restore: resumed from such a file it starts from its
-    beginning, with a warning, while weights, optimizer and counters go on.
+    one, and when training ends.
 
     A model with non-finite weights is not saved: the last good file stays. A ``best.pt`` of an earlier run, or from
     after the point of resumption, is renamed to ``best.pt.old``. A second ``fit`` of the same Trainer replaces
@@ -105,8 +107,7 @@ class Checkpoint(Callback):
         if self._stream:
             logger.warning(
                 "train_loader has no length, so it may be a stream without an end: Checkpoint also saves step-N.pt "
-                "after each evaluation, or after %d steps without one (other intervals: every_steps). Resumed from "
-                "such a file the stream starts from its beginning",
+                "after each evaluation, or after %d steps without one (other intervals: every_steps)",
                 _STREAM_STEPS,
             )
 
@@ -124,8 +125,9 @@ class Checkpoint(Callback):
         """Save every ``every_steps`` steps."""
         step = state.progress.step
         due = self._stream and (self._due or step - self._saved_step >= _STREAM_STEPS)
-        if due or (self.every_steps is not None and step % self.every_steps == 0):
-            self._save(state, "step", step)
+        if due or state.interrupted or (self.every_steps is not None and step % self.every_steps == 0):
+            self._due, self._saved_step = False, step
+            state.between_steps(partial(self._save, state, "step", step))
 
     def on_validation_end(self, state: State) -> None:
         """Save the best model."""
@@ -139,25 +141,15 @@ class Checkpoint(Callback):
         complete = state.progress.epoch_batch == 0
         self._due = False
         if self._stream and not complete and state.progress.step > self._saved_step:
+            self._saved_step = state.progress.step
             self._save(state, "step", state.progress.step)
         if self.every_epochs is not None and complete and state.progress.epoch % self.every_epochs == 0:
             self._save(state, "epoch", state.progress.epoch)
 
-    def latest(self, *, within_epochs: bool = False) -> Path | None:
-        """Return the newest checkpoint that training can resume from, or None.
-
-        Args:
-            within_epochs: Whether this includes ``step-N.pt``, as for a training loader without a length.
-
-        Raises:
-            ValueError: No file can be resumed from.
-        """
-        files, steps = self._files("epoch")[-1:], self._files("step")[-1:]
-        if within_epochs:
-            return max([*steps, *files], key=_step_of, default=None)
-        if steps and not files:
-            raise ValueError(f"{steps[-1]} was saved before the end of an epoch: no checkpoint can be resumed from")
-        return files[-1] if files else None
+    def latest(self) -> Path | None:
+        """Return the newest checkpoint, by its step, or None."""
+        # After the last step of an epoch, epoch-N.pt comes after step-M.pt.
+        return max([*self._files("step")[-1:], *self._files("epoch")[-1:]], key=_step_of, default=None)
 
     def state_dict(self) -> StateDict:
         """Return the monitored metric and its value in ``best.pt``."""
@@ -190,12 +182,15 @@ class Checkpoint(Callback):
 
     def _save(self, state: State, kind: str, count: int) -> None:
         path = self.dir / f"{kind}-{count}.pt"
-        self._due, self._saved_step = False, state.progress.step
         if self._refuses(state):
             return
         saving.save(path, state)
         if ranks.rank():
             return
+        if state.interrupted:
+            logger.warning(
+                'interrupted by %s: saved %s; run the script again with resume="auto" to go on', state.interrupted, path
+            )
         for old in self._files(kind)[: -self.keep]:
             old.unlink()
 

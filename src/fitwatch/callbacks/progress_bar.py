@@ -35,6 +35,7 @@ class ProgressBar(Callback):
         elif not self._bar.disable:
             self._bar.set_description(description, refresh=False)
             self._bar.reset(total)
+        self._bar.update(progress.epoch_step)  # if training resumes within the epoch
 
     def on_step_end(self, state: State) -> None:  # noqa: ARG002 - the hook's signature
         """Advance the bar by one step."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 
-def read(loader: Iterable[object], *, fast: bool = True) -> Iterator[object]:
+def read(loader: Iterable[object], *, fast: bool = True, skip: int = 0) -> Iterator[object]:
     """Iterate over the batches of ``loader``; with ``fast``, those of a plain one without reading single examples.
+
+    ``skip`` batches of a plain loader are drawn by its sampler and left out.
 
     Plain is a torch `DataLoader` with the default ``collate_fn`` and without workers over a `TensorDataset`, or a
     `Subset` of one, but not of a subclass. The batches are equal to the loader's to the bit, in the order of its own
@@ -22,7 +25,14 @@ def read(loader: Iterable[object], *, fast: bool = True) -> Iterator[object]:
     indices = iter(loader.batch_sampler)
     # What the loader's own iterator draws for its workers, even without any.
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+    for _ in islice(indices, skip):
+        pass
     return map(partial(_rows, loader.dataset, tensors, rows, loader.pin_memory), indices)
+
+
+def is_plain(loader: object) -> bool:
+    """Return whether `read` reads this loader fast."""
+    return _plain(loader)[0] is not None
 
 
 def _plain(loader: object) -> tuple[list[Tensor] | None, Tensor | None]:

@@ -13,7 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from fitwatch import ranks
 from fitwatch.data.batches import generators_of, length, sampler_of
 from fitwatch.data.loading import read
-from fitwatch.helpers.aliases import Batch
+from fitwatch.data.position import skipping
+from fitwatch.helpers.aliases import Batch, StateDict
 from fitwatch.helpers.rng import rng_state, set_rng_state
 
 logger = logging.getLogger("fitwatch")
@@ -60,11 +61,16 @@ class Rounds:
             self.total = None if None in lengths else max(n for n in lengths if n is not None)
 
     def __iter__(self) -> Iterator[object]:
-        batches = read(self._batches, fast=self._fast)
-        return batches if ranks.size() == 1 else self._together(batches)
+        return self._in_rounds(read(self._batches, fast=self._fast), 0)
 
-    def _together(self, batches: Iterator[object]) -> Iterator[object]:
-        done = 0
+    def after(self, done: int, own: StateDict | None) -> Iterator[object]:
+        """Iterate over the rounds after the first ``done``; see `skipping`, for ``own`` too."""
+        return self._in_rounds(skipping(self._batches, done, own, fast=self._fast), done)
+
+    def _in_rounds(self, batches: Iterator[object], done: int) -> Iterator[object]:
+        return batches if ranks.size() == 1 else self._together(batches, done)
+
+    def _together(self, batches: Iterator[object], done: int) -> Iterator[object]:
         while self.total is None or done < self.total:
             batch = next(batches, ABSENT)
             if self.total is None and not ranks.sums([float(batch is not ABSENT)])[0]:

@@ -8,11 +8,14 @@ from fitwatch import ranks
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
 from fitwatch.data.containers import holds_arrays
+from fitwatch.data.position import random_states, set_random_states
 from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
 from fitwatch.engine.guard import Guard
 from fitwatch.engine.recorder import Recorder
+from fitwatch.engine.signals import Interrupts
 from fitwatch.engine.step import StepGradient, clip_gradients, parameters
 from fitwatch.helpers.aliases import Batch
+from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.losses import LossSum, as_sums
 from fitwatch.state import State
 
@@ -26,6 +29,7 @@ class Training:
         state: The state of the fit.
         hooks: Its callbacks.
         recorder: Closes its log windows.
+        interrupts: Notes signals.
         fast_loading: Whether `iterate` reads plain loaders as `data.loading.read` does.
         nonfinite: What happens to a step with non-finite gradients, see `Watch`.
 
@@ -35,8 +39,16 @@ class Training:
     """
 
     def __init__(
-        self, state: State, hooks: Callbacks, recorder: Recorder, *, fast_loading: bool, nonfinite: str
+        self,
+        state: State,
+        hooks: Callbacks,
+        recorder: Recorder,
+        interrupts: Interrupts,
+        *,
+        fast_loading: bool,
+        nonfinite: str,
     ) -> None:
+        self._interrupts = interrupts
         self._state, self._hooks, self._recorder, self._fast_loading = state, hooks, recorder, fast_loading
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
         self._guard = Guard(state, nonfinite)
@@ -57,7 +69,8 @@ class Training:
         """Start an epoch in train mode."""
         state, progress = self._state, self._state.progress
         state.model.train()
-        progress.epoch_step = progress.epoch_batch = 0
+        if state.position.resumed is None:
+            progress.epoch_step = progress.epoch_batch = 0
         set_epoch(state.train_loader, progress.epoch)
         # A new one: the ranks are known by now, and the last step of an epoch may have been short.
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
@@ -73,6 +86,8 @@ class Training:
         """
         self.settle()
         state, progress = self._state, self._state.progress
+        if state.waiting:
+            self._run_waiting()
         if self._gradient.weights and not left:
             raise RuntimeError(
                 f"the epoch ended with {len(self._gradient.weights)} batches without a step: call optimizer.step() "
@@ -90,6 +105,7 @@ class Training:
         if self.complete or not stopped:  # a loop that goes on to the next epoch has seen what it wanted of this one
             progress.epoch += 1
             progress.epoch_step = progress.epoch_batch = 0
+            state.position.started = None
         self._hooks.on_epoch_end(state)
         self._recorder.close_window()
 
@@ -112,8 +128,9 @@ class Training:
         rounds = Rounds(state.train_loader, fast=self._fast_loading)
         rounds.agree(together=ranks.in_step(state.model))
         self._iterates, self._length = True, rounds.total if rounds.certain else None
+        batches_left = self._resumed(rounds) if state.position.resumed is not None else self._started(rounds)
         stays: bool | None = None if state.device.type == "cpu" else False  # whether batches can stay as they are
-        for batch in rounds:
+        for batch in batches_left:
             if batch is ABSENT and not ragged:
                 raise ValueError(
                     "this rank ran out of batches before others: give all ranks the same number of batches, for "
@@ -125,11 +142,38 @@ class Training:
             yield state.batch
             if self._ready or self._batch_open:
                 self.settle()
+            if state.waiting and not self._gradient.weights:
+                self._run_waiting()
             if self._recorder.stops and not self._gradient.weights:
                 # Only the length shows whether this was the last batch: testing for another would draw it.
                 self._complete = progress.epoch_batch == rounds.total
                 return
         self._complete = True
+
+    def _started(self, rounds: Rounds) -> Iterator[object]:
+        self._state.position.start(self._state.train_loader)
+        return iter(rounds)
+
+    def _resumed(self, rounds: Rounds) -> Iterator[object]:
+        """Go on within the epoch that a checkpoint was saved in."""
+        state, position = self._state, self._state.position
+        assert position.resumed is not None
+        saved, position.resumed = position.resumed, None
+        position.started = saved["started"]
+        now = rng_state(), random_states(state.train_loader)
+        set_rng_state(position.started["rng"])  # the order of the batches is drawn again
+        set_random_states(position.started["sources"], state.train_loader)
+        left = rounds.after(state.progress.epoch_batch, saved["loader"])
+        set_rng_state(now[0])
+        set_random_states(now[1], state.train_loader)
+        return left
+
+    def _run_waiting(self) -> None:
+        """Run what callbacks asked for between two steps."""
+        self._recorder.close_window()
+        waiting, self._state.waiting = self._state.waiting, []
+        for function in waiting:
+            function()
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
@@ -173,6 +217,10 @@ class Training:
 
     def expect_batch(self) -> None:
         """Check that a batch may come now."""
+        if self._state.position.resumed is not None:
+            raise RuntimeError(
+                "training resumes within an epoch, from a place in train_loader: iterate over watch.train()"
+            )
         if self._iterates and self._complete is not None:
             raise RuntimeError(
                 "watch.train() has ended for this epoch: validation batches belong inside `with watch.validating():`"
@@ -270,10 +318,22 @@ class Training:
         progress.step += 1
         progress.epoch_step += 1
         self._rates_due = True
+        if self._interrupts.received is not None and state.interrupted is None:
+            self._interrupt()
         self._hooks.on_step_end(state)
         if progress.epoch_step % state.plan.log_every == 0:
             self.log_rates()
             self._recorder.close_window()
+        if state.waiting and not self._iterates:
+            self._run_waiting()
+
+    def _interrupt(self) -> None:
+        """End training after this step, or with several ranks at the end of the log window, when all agree."""
+        state = self._state
+        state.interrupted = self._interrupts.received
+        state.request_stop(f"interrupted by {state.interrupted}")
+        if ranks.size() == 1:
+            self._recorder.agree()
 
     def settle(self) -> None:
         """Run the hooks of a batch or step that has ended since the last call."""

@@ -1,6 +1,6 @@
 """The state that hooks receive: progress, measurements, and the requests a callback may make."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -9,6 +9,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.data.position import Position
 from fitwatch.helpers.aliases import Batch, Loader, Scheduler, StateDict
 from fitwatch.losses.baseline import Baseline
 from fitwatch.measuring.metrics import Metric, RunningLoss
@@ -34,9 +35,9 @@ class Resumable(Protocol):
 class State:
     """The state of a fit, passed to every hook.
 
-    A callback may call `log`, `log.defer <Log.defer>`, `mark`, `watch`, `add_metric` and `request_stop`, replace
-    ``loss`` and ``eval_loss`` in ``on_fit_start`` and ``on_epoch_start``, and add lines to ``settings`` and ``report``.
-    Everything else is read-only.
+    A callback may call `log`, `log.defer <Log.defer>`, `mark`, `watch`, `add_metric`, `between_steps` and
+    `request_stop`, replace ``loss`` and ``eval_loss`` in ``on_fit_start`` and ``on_epoch_start``, and add lines to
+    ``settings`` and ``report``. Everything else is read-only.
 
     Attributes:
         model: The model being trained.
@@ -55,6 +56,8 @@ class State:
         log: Call it to log a value; ``log.records`` holds the records in ``on_log``.
         train_loss: The training loss since the last evaluation, and the examples seen.
         validation: What validation measures, and results of the newest one: losses of the examples, the baseline.
+        position: Where the pass over ``train_loader`` stands, for checkpoints.
+        waiting: What `between_steps` was given, until it runs.
         batch: In ``on_batch_end``: the micro-batch, on the device. Its memory may be reused. None if unknown.
         total_norm: The 2-norm of the gradients before the last clipping; None without clipping.
         settings: Options worth a line in a report, name -> value.
@@ -64,6 +67,7 @@ class State:
         verdict: The overfitting verdict, if a detector is attached.
         stop_request: This rank's reason to stop, from `request_stop`, or None.
         stop_reason: Why training stops early, agreed by all ranks; None until then.
+        interrupted: The name of the signal that ends the fit, such as ``"SIGTERM"``, or None.
         error: In ``on_fit_end``: the exception that ended the fit, or None.
     """
 
@@ -83,6 +87,8 @@ class State:
     log: Log = field(init=False)
     train_loss: RunningLoss = field(factory=RunningLoss, init=False)
     validation: Validation = field(factory=Validation)
+    position: Position = field(factory=Position, init=False)
+    waiting: list[Callable[[], object]] = field(factory=list, init=False)
     batch: Batch = None
     total_norm: Tensor | None = None
     settings: dict[str, object] = field(factory=dict)
@@ -92,6 +98,7 @@ class State:
     verdict: Verdict | None = None
     stop_request: str | None = None
     stop_reason: str | None = None
+    interrupted: str | None = None
     error: BaseException | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -114,6 +121,13 @@ class State:
     def baseline(self) -> Baseline | None:
         """The validation loss of the best constant prediction; None until it is known."""
         return self.validation.baseline
+
+    def between_steps(self, function: Callable[[], object]) -> None:
+        """Call ``function`` when all that follows the current step is done, before the next batch is read: to save.
+
+        The log window has been closed by then. All ranks must call it in the same step.
+        """
+        self.waiting.append(function)
 
     def mark(self, name: str, entry: Mapping[str, float]) -> None:
         """Draw a vertical bar called ``name`` on the loss chart, at the evaluation ``entry`` of the history.

@@ -98,9 +98,9 @@ class GradientNorm(Callback):
         self._layers, self._reading = None, None
         self.on_epoch_start(state)
 
-    def on_epoch_start(self, state: State) -> None:  # noqa: ARG002
+    def on_epoch_start(self, state: State) -> None:
         """Group the layers again at the next step: a callback may have frozen or added some."""
-        self._batches, self._grouped = 0, False
+        self._batches, self._grouped = state.progress.epoch_batch, False
 
     def on_gradients_ready(self, state: State) -> None:
         """Measure the gradients; the figures stay on the device."""

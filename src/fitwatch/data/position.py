@@ -1,0 +1,158 @@
+"""Where a pass over a loader stands: what it needs to go on in another process, to the bit."""
+
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from attrs import define
+from torch.utils.data import DataLoader, IterableDataset
+
+from fitwatch.data.batches import sampler_of
+from fitwatch.data.loading import is_plain, read
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.rng import numpy_state, python_state, rng_state, set_numpy_state, set_python_state
+
+logger = logging.getLogger("fitwatch")
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Has a state of its own, as the loader and the samplers of torchdata have."""
+
+    def state_dict(self) -> StateDict:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: StateDict, /) -> object:
+        """Restore the state."""
+
+
+@define
+class Position:
+    """Where the pass over the training loader stands.
+
+    Attributes:
+        started: Random states before the first batch of the running epoch, as for `random_states`; None between epochs,
+            and if the loop iterates over the loader itself.
+        resumed: What a checkpoint saved within an epoch, until that epoch goes on.
+    """
+
+    started: StateDict | None = None
+    resumed: StateDict | None = None
+
+    def start(self, loader: Iterable[object]) -> None:
+        """Note the random states before the first batch of an epoch."""
+        self.started = {"rng": rng_state(), "sources": random_states(loader), "live": _has_live_workers(loader)}
+
+    def saved(self, loader: Iterable[object], val_loader: Iterable[object] | None) -> StateDict | None:
+        """Return what a checkpoint within an epoch needs; None if the position is unknown."""
+        if self.started is None:
+            return None
+        own = loader.state_dict() if isinstance(loader, Stateful) else None
+        live = {"train_loader": self.started["live"], "val_loader": _has_live_workers(val_loader)}
+        return {"started": self.started, "loader": own, "live": [name for name, is_live in live.items() if is_live]}
+
+
+def random_states(*loaders: object) -> list[Any]:
+    """Return the states of the random generators that belong to loaders, and of parts with a state of their own."""
+    return [_state(source) for source in _sources(*loaders)]
+
+
+def set_random_states(states: list[Any], *loaders: object) -> None:
+    """Restore what `random_states` returned."""
+    for source, state in zip(_sources(*loaders), states, strict=True):
+        _restore(source, state)
+
+
+def skipping(loader: Iterable[object], batches: int, own: StateDict | None, *, fast: bool) -> Iterator[object]:
+    """Iterate over ``loader`` from batch ``batches`` on; random states are those of the start of the epoch.
+
+    Skipped batches are not loaded if a sampler decides what is read; with workers, which draw random numbers of their
+    own, and from any other loader they are loaded again.
+
+    Args:
+        loader: This rank's batches.
+        batches: How many to skip.
+        own: The loader's own state, if it has one: it then goes on by itself.
+        fast: As for `read`.
+    """
+    if own is not None and isinstance(loader, Stateful):
+        loader.load_state_dict(own)
+        return iter(loader)
+    if is_plain(loader) and fast:
+        return read(loader, fast=True, skip=batches)
+    if isinstance(loader, list):
+        return islice(loader, batches, None)
+    iterator = iter(loader)
+    indices = getattr(iterator, "_sampler_iter", None)
+    if _reads_itself(loader) and indices is not None:
+        for _ in islice(indices, batches):
+            pass
+        return iterator
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        logger.warning(
+            "train_loader (%s) has no state_dict: %d batches are read again and skipped, which is exact only if it "
+            "yields the same batches",
+            type(loader).__name__,
+            batches,
+        )
+    for _ in islice(iterator, batches):
+        pass
+    return iterator
+
+
+def _has_live_workers(loader: object) -> bool:
+    return getattr(loader, "_iterator", None) is not None  # of persistent workers only
+
+
+def _reads_itself(loader: object) -> bool:
+    """Return whether this is a `DataLoader` that reads examples in this process, as its sampler draws them."""
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return False
+    return loader.num_workers == 0 and not isinstance(loader.dataset, IterableDataset)
+
+
+def _sources(*loaders: object) -> list[object]:
+    """Return random generators of torch, Python and NumPy under any name, and samplers and data sets with a state."""
+    found: dict[int, object] = {}
+    for loader in loaders:
+        batch_sampler, sampler, dataset = (getattr(loader, "batch_sampler", None), sampler_of(loader), _dataset(loader))
+        for owner in (loader, batch_sampler, sampler, dataset):
+            if owner is None or isinstance(owner, (list, tuple, dict, range)):
+                continue
+            if owner is not loader and isinstance(owner, Stateful):
+                found[id(owner)] = owner
+            for value in vars(owner).values() if hasattr(owner, "__dict__") else ():
+                if isinstance(value, (torch.Generator, random.Random)) or _is_numpy(value):
+                    found[id(value)] = value
+    return list(found.values())
+
+
+def _dataset(loader: object) -> object:
+    dataset = getattr(loader, "dataset", None)
+    return None if isinstance(dataset, torch.nn.Module) else dataset
+
+
+def _is_numpy(value: object) -> bool:
+    return type(value).__module__.startswith("numpy.random") and type(value).__name__ in ("Generator", "RandomState")
+
+
+def _state(source: Any) -> Any:
+    if isinstance(source, torch.Generator):
+        return source.get_state()
+    if isinstance(source, random.Random):
+        return python_state(source)
+    return numpy_state(source) if _is_numpy(source) else source.state_dict()
+
+
+def _restore(source: Any, state: Any) -> None:
+    if isinstance(source, torch.Generator):
+        source.set_state(state)
+    elif isinstance(source, random.Random):
+        set_python_state(source, state)
+    elif _is_numpy(source):
+        set_numpy_state(source, state)
+    else:
+        source.load_state_dict(state)

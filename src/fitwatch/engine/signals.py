@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM end a fit between two steps, with everything saved."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+_Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+class Interrupts:
+    """Catches SIGINT and SIGTERM while it is entered, in the main thread.
+
+    The first one is only noted. The second ends the process's work at once, as without this class, but not while
+    `shielded`, when weights are being put back.
+
+    Attributes:
+        received: The name of the signal, such as ``"SIGTERM"``, or None.
+        shielded: Whether a second signal waits too.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.shielded = False
+        self._before: dict[signal.Signals, _Handler] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if before is None or before is signal.SIG_IGN:  # not set by Python; or the user wants none
+                    continue
+                self._before[number] = before
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is None or self.shielded:
+            self.received = self.received or signal.Signals(number).name
+        else:
+            raise self.error()
+
+    def error(self) -> BaseException:
+        """Return what ends the process: KeyboardInterrupt, or SystemExit with 128 + the signal's number."""
+        if self.received == "SIGINT":
+            return KeyboardInterrupt()
+        return SystemExit(128 + signal.Signals[self.received or "SIGTERM"])
