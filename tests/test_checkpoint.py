@@ -369,16 +369,16 @@ def test_what_a_loss_learns_is_resumed(tmp_path, data):
 
 @pytest.mark.parametrize("every_steps", [None, 1])
 def test_non_finite_weights_replace_no_good_file(tmp_path, every_steps):
-    """When the inputs turn NaN in the third epoch, the files of the second stay, and no NaN is best by a finite metric."""
+    """When weights turn NaN in the third epoch, the files before stay, and no NaN is best by a finite metric."""
     torch.manual_seed(0)
     x, y = torch.randn(40, 4), torch.cat([torch.zeros(36), torch.ones(4)]).long()
     x[36:] += 9
 
     class Spoilt(fw.Callback):
-        def on_epoch_start(self, state):
-            if state.progress.epoch == 2:
+        def on_step_end(self, state):
+            if state.progress.step == 6:
                 with torch.no_grad():
-                    state.train_loader[0][0][:] = math.nan
+                    state.model.weight[:] = math.nan
 
     model = nn.Linear(4, 2)
     with torch.no_grad():
@@ -399,7 +399,7 @@ def test_non_finite_weights_replace_no_good_file(tmp_path, every_steps):
     assert len(result.history) == 2
     assert health.not_finite(trainer.model) is None  # restored
     files = {file.name for file in tmp_path.iterdir()}
-    assert files == {"epoch-2.pt", "best.pt"} | ({"step-4.pt"} if every_steps else set())
+    assert files == {"epoch-2.pt", "best.pt"} | ({"step-5.pt"} if every_steps else set())
     for name in files:
         assert all(p.isfinite().all() for p in saving.read(tmp_path / name)["model"].values())
 
