@@ -114,15 +114,6 @@ def test_files_kept(tmp_path, data):
         assert torch.equal(value, best["model"][name])
 
 
-def test_a_checkpoint_of_mid_epoch_is_refused_with_the_reason(tmp_path, data):
-    """A file saved in mid-epoch cannot be resumed to the bit, and says so."""
-    trainer, train, val = make(tmp_path, data, every_steps=3)
-    trainer.fit(train, val, max_steps=3)
-    trainer, train, val = make(tmp_path, data)
-    with pytest.raises(ValueError, match=r"step-3.pt was saved before the end of an epoch .*after 3 batches"):
-        trainer.fit(train, val, epochs=2, resume=tmp_path / "step-3.pt")
-
-
 def test_what_does_not_fit_is_refused(tmp_path, data):
     """A missing file, another model, another format and a missing scheduler are errors that name the path."""
     trainer, train, val = make(tmp_path, data)
@@ -302,13 +293,17 @@ def test_resuming_from_an_older_file_puts_the_newer_ones_aside(tmp_path, data):
     assert trainer.callbacks[3].latest().name == "epoch-2.pt"
 
 
-def test_files_of_mid_epoch_alone_are_no_fresh_start(tmp_path, data):
-    """With step files only, resume="auto" raises an error."""
+def test_auto_takes_the_newest_file_of_both_kinds(tmp_path, data):
+    """resume="auto" goes on from step files alone, and from whichever of a step and an epoch file is newer."""
     trainer, train, val = make(tmp_path, data, every_epochs=None, every_steps=3)
     trainer.fit(train, val, max_steps=3)
-    again, train, val = make(tmp_path, data, every_epochs=None, every_steps=3)
-    with pytest.raises(ValueError, match="step-3.pt was saved before the end of an epoch"):
-        again.fit(train, val, epochs=2, resume="auto")
+    again, train, val = make(tmp_path, data, every_steps=3)
+    again.fit(train, val, epochs=2, resume="auto")
+    assert again.state.resumed_from.name == "step-3.pt"
+    assert {"step-6.pt", "epoch-2.pt"} <= {f.name for f in tmp_path.iterdir()}
+    third, train, val = make(tmp_path, data, every_steps=3)
+    third.fit(train, val, epochs=3, resume="auto")
+    assert third.state.resumed_from.name == "epoch-2.pt"
 
 
 def test_the_generator_of_a_batch_sampler_is_resumed(tmp_path, data):

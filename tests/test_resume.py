@@ -302,7 +302,7 @@ def test_a_loop_over_its_own_loader_cannot_resume_within_an_epoch(tmp_path):
         model = nn.Linear(4, 2)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         batches = list(Stream())
-        checkpoint = fw.Checkpoint(tmp_path, every_steps=1)
+        checkpoint = fw.Checkpoint(tmp_path, every_steps=1, keep=3)
         with fw.Watch(model, optimizer, checkpoint, train_loader=batches, max_steps=3, **options) as watch:
             for _ in watch.epochs():
                 for x, y in batches if own else watch.train():
@@ -366,15 +366,16 @@ def start(folder):
 
 def interrupted(folder, number, after, times=1):
     """Send a signal after some batches; return the exit code, the output and the errors."""
-    process = start(folder)
     seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if len(seen) == after:
-            for _ in range(times):
-                process.send_signal(number)
-                time.sleep(0.01)
-    return process.wait(), "".join(seen), process.stderr.read()
+    with start(folder) as process:
+        for line in process.stdout:
+            seen.append(line)
+            if len(seen) == after:
+                for _ in range(times):
+                    process.send_signal(number)
+                    time.sleep(0.01)
+        errors = process.stderr.read()
+    return process.returncode, "".join(seen), errors
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)])

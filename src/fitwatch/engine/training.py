@@ -170,6 +170,7 @@ class Training:
 
     def _run_waiting(self) -> None:
         """Run what callbacks asked for between two steps."""
+        self.log_rates()
         self._recorder.close_window()
         waiting, self._state.waiting = self._state.waiting, []
         for function in waiting:
