@@ -7,6 +7,7 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 ``generators`` of the others).
 """
 
+import copy
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -38,8 +39,19 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def save(path: Path, state: State) -> None:
+def copied_weights(model: nn.Module) -> StateDict:
+    """Return a copy of the parameters and buffers of a model, as a state dict without the names of wrappers."""
+    weights = unwrap(model).state_dict()
+    return {name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w) for name, w in weights.items()}
+
+
+def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
     """Write a checkpoint of ``state`` to ``path``, completely or not at all. All ranks call it; rank 0 writes.
+
+    Args:
+        path: The file.
+        state: What is saved.
+        weights: Saved as the model's weights. None: the current ones.
 
     Raises:
         OSError: It could not be written; the message names the path, and the file that was there is unchanged.
@@ -54,7 +66,7 @@ def save(path: Path, state: State) -> None:
     content = {
         "format": FORMAT,
         "version": __version__,
-        "model": unwrap(state.model).state_dict(),
+        "model": unwrap(state.model).state_dict() if weights is None else weights,
         "loss": _loss_parameters(state),
         "optimizer": state.optimizer.state_dict(),
         "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,

@@ -1,11 +1,8 @@
 """A copy of the best weights."""
 
-import copy
-
-from torch import Tensor, nn
-
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.saving import unwrap
+from fitwatch.saving import copied_weights, unwrap
+from fitwatch.state import State
 
 
 class BestWeights:
@@ -18,16 +15,14 @@ class BestWeights:
     def __init__(self) -> None:
         self.kept: StateDict | None = None
 
-    def keep(self, model: nn.Module) -> None:
-        """Copy the current weights."""
+    def keep(self, state: State) -> None:
+        """Keep the weights that the newest evaluation measured; without a validation set, the current ones."""
         # Not copied into the old one: Ctrl-C halfway must not leave a mixture of two epochs.
-        weights = unwrap(model).state_dict()
-        self.kept = {
-            name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w) for name, w in weights.items()
-        }
+        measured = state.validation.weights
+        self.kept = copied_weights(state.model) if measured is None else measured
 
-    def restore(self, model: nn.Module) -> None:
+    def restore(self, state: State) -> None:
         """Restore the copy, if there is one, and drop it: a later fit that fails early must not restore it again."""
         if self.kept is not None:
-            unwrap(model).load_state_dict(self.kept)
+            unwrap(state.model).load_state_dict(self.kept)
         self.kept = None

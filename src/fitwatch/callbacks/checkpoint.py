@@ -30,6 +30,8 @@ class Checkpoint(Callback):
     Training resumes from ``epoch-N.pt``. A file written mid-epoch has the weights, but resuming from it would not be
     exact, and raises an error.
 
+    ``best.pt`` has the weights that were measured, even if a callback swaps others back before it is written.
+
     A model with non-finite weights is not saved: the last good file stays. A ``best.pt`` of an earlier run, or from
     after the point of resumption, is renamed to ``best.pt.old``. A second ``fit`` of the same Trainer replaces
     ``best.pt`` only by a better model.
@@ -63,6 +65,8 @@ class Checkpoint(Callback):
         """
         if state.progress.step == 0:
             self._best = None
+        if self.best:
+            state.validation.keep_weights()
         if ranks.rank():
             return
         if state.progress.step == 0 and (old := [*self._files("epoch"), *self._files("step")]):
@@ -128,7 +132,7 @@ class Checkpoint(Callback):
         known = self._best
         if known is None or known[0] != history.monitor or sign * value < sign * known[1]:
             self._best = history.monitor, value
-            saving.save(self.dir / "best.pt", state)
+            saving.save(self.dir / "best.pt", state, weights=state.validation.weights)
 
     def _save(self, state: State, kind: str, count: int) -> None:
         path = self.dir / f"{kind}-{count}.pt"

@@ -39,8 +39,8 @@ class EarlyStopping(Callback):
             For other metrics it is read from the metric ``<monitor>_se``.
         start_epoch: Before this epoch (index from 0) training is not stopped and nothing counts against the patience.
             Improvements and the best weights count from the start.
-        restore_best: Whether to restore the best weights. Takes memory for one copy of the weights, and briefly for two
-            when a better one is taken.
+        restore_best: Whether to restore the best weights. Takes memory for one copy of the weights, and during
+            ``on_validation_end`` for two.
         rule: Another decision rule: `Patience` with more options (relative or non-cumulative gains, smoothing, a value
             to beat, thresholds, non-finite values), or Prechelt's `GL`, `PQ`, `UP`; all in `fitwatch.rules`. Not
             together with ``patience`` and ``min_delta``, which are options of the rule.
@@ -81,6 +81,8 @@ class EarlyStopping(Callback):
         """Declare the metric; start over, unless training resumes."""
         state.watch(self.monitor, self.mode, by="EarlyStopping")
         self._pairs = False
+        if self.restore_best:
+            state.validation.keep_weights()
         if self.rule.needs_standard_error:
             name, names = f"{self.monitor}_se", state.history.names
             measurable = self.monitor == "val/loss" and state.val_loader is not None and isinstance(state.loss, Loss)
@@ -112,7 +114,7 @@ class EarlyStopping(Callback):
 
     def on_fit_end(self, state: State) -> None:
         """Restore the best weights."""
-        self._best.restore(state.model)
+        self._best.restore(state)
 
     def _decide(self, state: State) -> None:
         metrics = state.history.newest
@@ -136,7 +138,7 @@ class EarlyStopping(Callback):
             warm_up=metrics["epoch"] < self.start_epoch,
         )
         if self.rule.best != before and self.restore_best:
-            self._best.keep(state.model)
+            self._best.keep(state)
         if stop:
             self._stop(state)
             state.mark("early stop", metrics)

@@ -14,6 +14,7 @@ from fitwatch.engine.recorder import Recorder
 from fitwatch.helpers.aliases import Batch, Loader
 from fitwatch.measuring.metrics import Metric
 from fitwatch.measuring.validation import NO_BASELINE, Pass
+from fitwatch.saving import copied_weights
 from fitwatch.state import State
 
 ValidationStep = Callable[[Batch], object]
@@ -104,8 +105,11 @@ class Validator:
         yield done
         values = ranks.from_main(done.values())
         state.validation.finish(done)
+        # Now, not when a callback finds them to be the best: another may have swapped weights back by then.
+        state.validation.weights = copied_weights(state.model) if state.validation.keeps_weights else None
         self._recorder.add_evaluation(values)
         self._hooks.on_validation_end(state)
+        state.validation.weights = None
         self._recorder.close_window()
 
     @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fitwatch import ranks
 from fitwatch.data import batches
-from fitwatch.helpers.aliases import Batch, Loader
+from fitwatch.helpers.aliases import Batch, Loader, StateDict
 from fitwatch.losses import LossSum, apply
 from fitwatch.losses.base import FAILURES
 from fitwatch.losses.baseline import Baseline, TargetSums
@@ -47,6 +47,9 @@ class Validation:
         losses: The losses of the examples of the newest validation; None unless `keep_losses` was called.
         baseline: The loss of the best constant prediction; estimated before the first validation.
         bad_batch: Index of the first batch with a non-finite loss, if any.
+        keeps_weights: Whether `keep_weights` was called.
+        weights: In ``on_validation_end``: a copy of the weights that were measured, as a state dict. None at other
+            times, and unless `keep_weights` was called.
         measures_standard_error: Whether ``val/loss_se``, the standard error of ``val/loss``, is measured.
     """
 
@@ -58,6 +61,8 @@ class Validation:
         self.baseline: Baseline | None = None
         self.bad_batch: int | None = None
         self.measures_standard_error = False
+        self.keeps_weights = False
+        self.weights: StateDict | None = None
         self._keeps_losses = self._measured = False
 
     def add_metric(self, name: str, metric: Metric) -> None:
@@ -69,6 +74,13 @@ class Validation:
     def keep_losses(self) -> None:
         """Keep the losses of the examples in ``losses``, computed once for all callers; call it in ``on_fit_start``."""
         self._keeps_losses = True
+
+    def keep_weights(self) -> None:
+        """Keep a copy of the measured weights in ``weights`` for ``on_validation_end``; call it in ``on_fit_start``.
+
+        A callback may have changed the model by then: one that swaps in averaged weights for the validation swaps back.
+        """
+        self.keeps_weights = True
 
     def measure_standard_error(self) -> None:
         """Measure ``val/loss_se``; call it in ``on_fit_start``."""

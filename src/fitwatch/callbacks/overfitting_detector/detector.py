@@ -78,6 +78,8 @@ class OverfittingDetector(Callback):
                 self.rule.update(math.nan, math.nan)
         state.verdict = self._verdict
         state.validation.keep_losses()
+        if self.action == "restore":
+            state.validation.keep_weights()
         self._warned = False
         self._probe = TrainProbe(self.probe_examples)
         self._probe.start(state)
@@ -113,7 +115,7 @@ class OverfittingDetector(Callback):
             if math.isfinite(value):  # the threshold is infinite while the rule warms up
                 state.log(f"val/overfit/{name}", value, reduce="last")
         if self.action == "restore" and verdict.best == len(state.history) - 1:
-            self._best.keep(state.model)
+            self._best.keep(state)
         self._report(state, verdict, new=not was_overfitting)
         if verdict.overfitting and not was_overfitting:
             state.mark("overfitting", state.history[verdict.onset or 0])
@@ -122,7 +124,7 @@ class OverfittingDetector(Callback):
     def on_fit_end(self, state: State) -> None:
         """Restore the best weights, if ``action`` asks for them and the model overfits."""
         if self._verdict is not None and self._verdict.overfitting:
-            self._best.restore(state.model)
+            self._best.restore(state)
         self._best.kept = None
 
     def _pairs(self, state: State) -> tuple[Tensor, Tensor] | None:
