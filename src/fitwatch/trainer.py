@@ -18,6 +18,7 @@ from fitwatch.helpers.aliases import Batch, Loader
 from fitwatch.helpers.options import check_counts, instance, integer, number, one_of
 from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
+from fitwatch.measuring.predictions import as_probabilities
 from fitwatch.result import Result
 from fitwatch.watch import Watch
 
@@ -115,6 +116,13 @@ class Trainer:
         self.update_metrics(output, target, *weight)
         return loss
 
+    def prediction_step(self, batch: Batch) -> Any:
+        """Return the outputs for a batch with or without targets, for `predict`; override it for other formats.
+
+        The input is the first part of a tuple or list, the value of ``"input"`` in a mapping, or the batch itself.
+        """
+        return self.model(batches.input_of(batch))
+
     def batch_size(self, batch: Batch) -> int:
         """Return the number of examples, for scalar losses and the speed; override it for custom batch formats.
 
@@ -152,7 +160,9 @@ class Trainer:
         validate_every: int | None = None,
         resume: str | Path | None = None,
     ) -> Result:
-        """Train; called again, continue for ``epochs`` or ``max_steps`` more.
+        """Train; called again, continue for ``epochs`` or ``max_steps`` more. The model ends in eval mode.
+
+        Modules that you have put into eval mode stay in it while the others train; see `Watch.epochs`.
 
         Args:
             train_loader: Any iterable of batches, with or without a length.
@@ -194,6 +204,43 @@ class Trainer:
         """
         return self._watch.evaluate(loader)
 
+    def test(self, loader: Loader) -> dict[str, float]:
+        """Return the same measurements as `validate`, named for a test set: ``test/loss``, ``test/<metric>``, ...
+
+        Raises:
+            ValueError: The loader yields no batch.
+        """
+        return {f"test/{name.removeprefix('val/')}": value for name, value in self.validate(loader).items()}
+
+    def predict(self, loader: Loader, *, proba: bool = False) -> Any:
+        """Return the model's outputs for all batches of a loader, joined along the first dimension, on the CPU.
+
+        In eval mode and without gradients; afterwards all modes are as before. The order is that of the loader.
+
+        Args:
+            loader: Batches with or without targets; see `prediction_step`.
+            proba: Whether to return probabilities instead of outputs: softmax over the classes for a loss of classes
+                (for one logit the probability of class 1), sigmoid for `BinaryCrossEntropy`.
+
+        Returns:
+            A tensor; or, like the outputs, a tuple, list, dict or dataclass of tensors.
+
+        Raises:
+            ValueError: There is no batch; the outputs can't be joined, for example because their lengths vary; or with
+                ``proba`` the loss does not say what the outputs are.
+            TypeError: ``proba`` is True and the outputs are no single tensor.
+        """
+        convert = as_probabilities(self.loss) if proba else None
+        outputs = self._watch.predict(loader, self._predict_batch)
+        if convert is None:
+            return outputs
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"proba=True needs outputs that are one tensor, got {type(outputs).__name__}: return the logits alone "
+                "from prediction_step"
+            )
+        return convert(outputs)
+
     # -- what the loop calls -------------------------------------------------------------------------------------
 
     def _train_batch(self, batch: Batch) -> tuple[LossSum | Tensor | None, int | None]:
@@ -215,6 +262,10 @@ class Trainer:
     def _validate_batch(self, batch: Batch) -> None:
         with self._autocast():
             self._watch.measured(self._sums(self.validation_step(batch), batch, "validation_step"))
+
+    def _predict_batch(self, batch: Batch) -> Any:
+        with self._autocast():
+            return self.prediction_step(batch)
 
     def _new_watch(self, **fit: Any) -> Watch:
         return Watch(

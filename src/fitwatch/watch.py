@@ -1,7 +1,7 @@
 """The Watch: everything that a training loop needs except the loop."""
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +50,8 @@ class Watch:
                         watch.loss(model(x), y)
         print(watch.result)
 
-    Entering it runs ``on_fit_start``, leaving it ``on_fit_end``, also after an exception. Hooks that follow a batch or
+    Entering it runs ``on_fit_start``, leaving it ``on_fit_end``, also after an exception. After training the model is
+    in eval mode, ready for predictions. Hooks that follow a batch or
     a step run at the next call on the watch, after your scheduler and ``zero_grad``.
 
     The watch detects a step by the optimizer's step hooks. Right before the step, the gradients become those of
@@ -222,6 +223,7 @@ class Watch:
         self._exits, self._training.in_epoch = None, False
         self.state.error = error
         try:
+            self._training.rest()
             self._hooks.on_fit_end(self.state)
         except Exception as late:
             if error is None:
@@ -252,6 +254,10 @@ class Watch:
 
     def epochs(self, epochs: int | None = None) -> Iterator[int]:
         """Iterate over the epochs' indices, from 0, until training stops. Each epoch starts in train mode.
+
+        Modules that you have put into eval mode stay in it, such as a frozen part of the model. If the whole model is
+        in eval mode, as an evaluation leaves it, all of it trains except for frozen parts, and for parts that stayed
+        in eval mode when it was last trained.
 
         Args:
             epochs: How many to train in all, including those before an interruption if training resumes, and those of
@@ -482,6 +488,27 @@ class Watch:
         """
         ranks.start(self.state.device)
         return self._validator.evaluate(loader)
+
+    def predict(self, loader: Loader, step: Callable[[Batch], Any] | None = None) -> Any:
+        """Return the model's outputs for all batches of a loader, joined along the first dimension, on the CPU.
+
+        In eval mode and without gradients; afterwards all modes are as before. Nothing is recorded.
+
+        Args:
+            loader: Batches with or without targets: the input is the first part of a tuple or list, the value of
+                ``"input"`` in a mapping, or the batch itself. Any number of ranks share them out as in a validation.
+            step: Returns the outputs of a batch on the device. Default: those of the model for the input.
+
+        Returns:
+            A tensor; or, like the outputs, a tuple, list, dict or dataclass of tensors.
+
+        Raises:
+            ValueError: There is no batch, or the outputs can't be joined, for example because their lengths vary.
+        """
+        batches.check_loader("loader", loader)
+        ranks.start(self.state.device)
+        model = self.state.model
+        return self._validator.predict(loader, (lambda batch: model(batches.input_of(batch))) if step is None else step)
 
     def _default_validation_step(self, batch: Batch) -> None:
         input, target, *weight = batches.parts(batch)

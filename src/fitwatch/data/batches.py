@@ -115,6 +115,16 @@ def _is_numbers(part: object) -> bool:
     return isinstance(part, (int, float))
 
 
+def input_of(batch: object) -> Any:
+    """Return the input of a batch with or without targets, for predictions.
+
+    The first part of a tuple or list, the value of the key ``"input"`` of a mapping, or the batch itself.
+    """
+    if isinstance(batch, (tuple, list)) and batch:
+        return batch[0]
+    return batch["input"] if isinstance(batch, Mapping) and "input" in batch else batch
+
+
 def batch_size(batch: object) -> int:
     """Return the number of examples: the first dimension of the batch's tensors, in which all of them agree.
 

@@ -8,11 +8,13 @@ from typing import Any
 from fitwatch import ranks
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
+from fitwatch.data.joining import mapped
 from fitwatch.data.loading import read
 from fitwatch.data.sharding import split
 from fitwatch.engine.recorder import Recorder
 from fitwatch.helpers.aliases import Batch, Loader
-from fitwatch.measuring.metrics import Metric
+from fitwatch.measuring.metrics import Metric, evaluating
+from fitwatch.measuring.predictions import predictions
 from fitwatch.measuring.validation import NO_BASELINE, Pass
 from fitwatch.saving import copied_weights
 from fitwatch.state import State
@@ -83,6 +85,22 @@ class Validator:
         values = self._measure_all(done, loader)
         state.validation.finish(done)
         return values
+
+    def predict(self, loader: Loader, step: Callable[[Batch], Any]) -> Any:
+        """Return what ``step`` returns for each batch, joined on the CPU, in eval mode and without gradients."""
+        self._align()
+        model, outputs = self._state.model, []
+        with evaluating(model), ranks.unsynchronised(model):
+            for number, batch in enumerate(split(loader)):
+                try:
+                    output = step(batches.move(batch, self._state.device))
+                except Exception as error:
+                    error.add_note(f"raised in predict(), batch {number}")
+                    raise
+                outputs.append(
+                    mapped(lambda t: t.detach().cpu(), output)
+                )  # at once: the device may be too small for all
+        return predictions(outputs)
 
     def measure(self, loader: Loader) -> dict[str, float]:
         """Return the loss and the user's metrics over other batches, without ``val/``."""
