@@ -74,7 +74,7 @@ def test_fit_again_goes_on(model, data):
     loader = DataLoader(data, 16)
     trainer.fit(loader, epochs=2)
     result = trainer.fit(loader, epochs=1)
-    assert [(entry["epoch"], entry["step"]) for entry in result.history] == [(2, 12)]
+    assert [(entry["epoch"], entry["step"]) for entry in result.history] == [(0, 4), (1, 8), (2, 12)]
 
     torch.manual_seed(0)
     once = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()

@@ -159,8 +159,12 @@ class Trainer:
         max_steps: int | None = None,
         validate_every: int | None = None,
         resume: str | Path | None = None,
+        reset: bool = False,
     ) -> Result:
         """Train; called again, continue for ``epochs`` or ``max_steps`` more. The model ends in eval mode.
+
+        The best evaluation is that of all fits of this Trainer, for the result, for the weights that early stopping
+        restores, for ``best.pt`` and for the verdict; only the patience starts over. ``reset`` starts a new best.
 
         Modules that you have put into eval mode stay in it while the others train; see `Watch.epochs`.
 
@@ -172,6 +176,8 @@ class Trainer:
             validate_every: Steps between validations. Default: at the end of each epoch.
             resume: A checkpoint, or ``"auto"`` for the newest one of the attached `Checkpoint` (none: a fresh start).
                 ``epochs`` and ``max_steps`` then count from where the interrupted fit began.
+            reset: Whether to forget the evaluations of earlier fits, and what was the best of them. Use it if they
+                don't compare with those of this fit: another validation set or loss. Counters and weights stay.
 
         Raises:
             ValueError: An option is out of range, a loader is empty, a monitored metric will not exist, the optimizer
@@ -180,11 +186,17 @@ class Trainer:
         """
         if epochs is None and max_steps is None:
             raise ValueError("fit needs epochs= or max_steps=")
+        if reset and resume is not None:
+            raise ValueError("reset=True forgets earlier evaluations, and resume continues them: give one of the two")
         check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
         if validate_every is not None and val_loader is None:
             raise ValueError("validate_every needs a val_loader")
         watch = self._watch = self._new_watch(
-            train_loader=train_loader, val_loader=val_loader, max_steps=max_steps, resume=resume
+            train_loader=train_loader,
+            val_loader=val_loader,
+            max_steps=max_steps,
+            resume=resume,
+            history=None if reset else self._watch.state.history,
         )
         self.state = watch.state
         ranks.start(self.device)

@@ -17,7 +17,7 @@ from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.data import batches
 from fitwatch.engine.checks import Checks
 from fitwatch.engine.recorder import Recorder
-from fitwatch.engine.settings import describe, shared_facts, warn_of_changes
+from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_changes
 from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
@@ -29,6 +29,7 @@ from fitwatch.measuring.metrics import Metric, Metrics
 from fitwatch.measuring.validation import Validation
 from fitwatch.result import Result
 from fitwatch.state import State
+from fitwatch.state.history import History
 from fitwatch.state.progress import Plan, Progress
 
 logger = logging.getLogger("fitwatch")
@@ -89,6 +90,8 @@ class Watch:
             batches, their order and the random numbers drawn are the same.
         settings: More lines for the reports, name -> value.
         progress: Counters of an earlier watch on this model, to continue from.
+        history: The evaluations of an earlier watch on this model, to continue: the best one is then that of both, for
+            early stopping, checkpoints, the verdict and the result. Pass the same callbacks. Default: none.
 
     Attributes:
         state: The state passed to hooks.
@@ -123,6 +126,7 @@ class Watch:
         nonfinite: str = "raise",
         settings: Mapping[str, object] | None = None,
         progress: Progress | None = None,
+        history: History | None = None,
     ) -> None:
         _check_parts(model, optimizer, train_loader, val_loader, resume)
         plan = Plan(max_steps=max_steps, accumulate=accumulate, clip_norm=clip_norm, log_every=log_every)
@@ -141,6 +145,7 @@ class Watch:
             callbacks=hooks,
             plan=plan,
             progress=Progress() if progress is None else progress,
+            history=continued(history, model, val_loader),
             validation=Validation(metrics),
             settings=describe(
                 model, optimizer, loss, scheduler, plan=plan, more={"device": str(place), **(settings or {})}
@@ -159,6 +164,7 @@ class Watch:
         self._exits: ExitStack | None = None  # while the watch is open
         self._used = self._checked = False
         self._has_weights = False  # whether examples have had weights
+        self._evaluations = 0  # of earlier fits
 
     def __repr__(self) -> str:
         progress = self.state.progress
@@ -169,7 +175,8 @@ class Watch:
     def __enter__(self) -> Self:
         if self._used:
             raise RuntimeError(
-                "a Watch can be entered only once: create another, with progress=watch.state.progress to keep counting"
+                "a Watch can be entered only once: create another, with progress=watch.state.progress, and "
+                "history=watch.state.history, to continue this one"
             )
         self._used = True
         self._prepare()
@@ -214,6 +221,7 @@ class Watch:
         if path is not None:
             with ranks.failing_together():
                 self._settings_before = saving.load(Path(path), state)
+        self._evaluations = len(state.history)
         ranks.align([state.model, state.loss], held)
         zero_grad(state.optimizer)
 
@@ -543,7 +551,12 @@ class Watch:
     def _warn_without_validation(self) -> None:
         state = self.state
         trained = state.progress.step > state.progress.first_step
-        if trained and state.val_loader is not None and not len(state.history) and state.stop_reason is None:
+        if (
+            trained
+            and state.val_loader is not None
+            and len(state.history) == self._evaluations
+            and state.stop_reason is None
+        ):
             logger.warning("the watch has a val_loader, but no validation was run: call watch.validate() in each epoch")
 
     def _place(self) -> None:

@@ -22,7 +22,6 @@ class BestWeights:
         self.kept = copied_weights(state.model) if measured is None else measured
 
     def restore(self, state: State) -> None:
-        """Restore the copy, if there is one, and drop it: a later fit that fails early must not restore it again."""
-        if self.kept is not None:
+        """Restore the copy, if there is one; not over the user's weights, if the fit took no step."""
+        if self.kept is not None and state.progress.step > state.progress.first_step:
             unwrap(state.model).load_state_dict(self.kept)
-        self.kept = None

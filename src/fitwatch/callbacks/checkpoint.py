@@ -34,7 +34,7 @@ class Checkpoint(Callback):
 
     A model with non-finite weights is not saved: the last good file stays. A ``best.pt`` of an earlier run, or from
     after the point of resumption, is renamed to ``best.pt.old``. A second ``fit`` of the same Trainer replaces
-    ``best.pt`` only by a better model.
+    ``best.pt`` only by a better model; with ``reset=True`` it is renamed too.
 
     Args:
         dir: Folder for the files; created if it does not exist.
@@ -63,7 +63,7 @@ class Checkpoint(Callback):
             OSError: The folder can't be created.
             FileExistsError: It holds checkpoints of another run.
         """
-        if state.progress.step == 0:
+        if not len(state.history):
             self._best = None
         if self.best:
             state.validation.keep_weights()
@@ -84,7 +84,7 @@ class Checkpoint(Callback):
         for file in later + [f for f in self._files("step") if _count(f) > state.progress.step]:
             file.replace(file.with_name(f"{file.name}.old"))  # abandoned: "auto" must not find it
         best = self.dir / "best.pt"
-        if best.exists() and not 0 < _step_of(best) <= state.progress.step:
+        if best.exists() and not (len(state.history) and 0 < _step_of(best) <= state.progress.step):
             best.replace(best.with_name("best.pt.old"))
 
     def on_step_end(self, state: State) -> None:

@@ -50,7 +50,7 @@ class State:
         callbacks: All callbacks as one, whose state a checkpoint keeps.
         plan: Limits and options of this fit: epochs, max_steps, accumulate, clip_norm, log_every.
         progress: Completed epochs, steps and batches.
-        history: The evaluations of this fit: ``newest``, ``best``, ``is_best``, the monitored metric.
+        history: The evaluations of all fits so far: ``newest``, ``best``, ``is_best``, the monitored metric.
         log: Call it to log a value; ``log.records`` holds the records in ``on_log``.
         train_loss: The training loss since the last evaluation, and the examples seen.
         validation: What validation measures, and results of the newest one: losses of the examples, the baseline.
@@ -77,7 +77,7 @@ class State:
     callbacks: Resumable | None = None
     plan: Plan = field(factory=Plan)
     progress: Progress = field(factory=Progress)
-    history: History = field(init=False)
+    history: History = field(factory=History)
     log: Log = field(init=False)
     train_loss: RunningLoss = field(factory=RunningLoss, init=False)
     validation: Validation = field(factory=Validation)
@@ -92,7 +92,7 @@ class State:
     error: BaseException | None = None
 
     def __attrs_post_init__(self) -> None:
-        self.history = History(validates=self.val_loader is not None)
+        self.history.start(validates=self.val_loader is not None)
         if self.val_loader is not None:
             self.history.names |= {f"val/{name}" for name in self.validation.metrics}
         self.log = Log(self.progress)

@@ -89,7 +89,7 @@ class TensorBoard(Callback):
             self.run_dir, self._curves = folders.new_folder(self.dir, self.name), Thinner()
         elif state.resumed:
             folders.rewind(self.run_dir, first_step)
-        if not state.resumed:
+        if not len(state.history):
             self._best_counts = None
         self._curves.start(resumed=state.resumed)
         self._writer = writer.RunWriter(self.run_dir, first_step, self._curves)
