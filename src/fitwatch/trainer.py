@@ -50,7 +50,8 @@ class Trainer:
         clip_norm: Largest total 2-norm of the gradients; they are scaled down to it. None: no clipping.
         precision: ``"fp32"`` (no autocast), or autocast to ``"bf16"`` or ``"fp16"``; the latter with a GradScaler.
         metrics: Name -> function of (outputs, targets) over the whole validation set, or an object with ``update``,
-            ``compute`` and ``reset``. Reported as ``val/<name>``.
+            ``compute`` and ``reset``. Reported as ``val/<name>``; a vector with a number for each class as
+            ``val/<name>/<class>`` (the names in ``dataset.classes``, or the indices), a dict as ``val/<name>/<key>``.
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
         log_every: Steps per log window. Values are copied to the host once per log window.
         skip_checks: As for `Watch`.
@@ -146,7 +147,7 @@ class Trainer:
         """
         return self._watch.sums(output, target, sample_weight)
 
-    def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+    def update_metrics(self, outputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
         """Pass a validation batch to the metrics and other observers of outputs; for ``validation_step``."""
         self._watch.update_metrics(outputs, targets, sample_weight)
 

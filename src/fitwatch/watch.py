@@ -478,7 +478,7 @@ class Watch:
         self._validator.running.add(*sums)
         return sums
 
-    def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+    def update_metrics(self, outputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
         """Pass a validation batch to the metrics and other observers of outputs; `loss` does this itself.
 
         Raises:

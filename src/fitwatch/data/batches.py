@@ -188,6 +188,17 @@ def _rows(batch: object, place: str = "", *, items: bool) -> Iterator[tuple[str,
             yield from _rows(part, f"{place}[{key!r}]", items=items)
 
 
+def class_names(loader: object) -> Sequence[str] | None:
+    """Return the names in ``classes`` of the data set, as torchvision's have them, also within subsets; else None."""
+    data = getattr(loader, "dataset", None)
+    while data is not None:
+        names = getattr(data, "classes", None)
+        if isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names):
+            return names
+        data = getattr(data, "dataset", None)
+    return None
+
+
 def sampler_of(loader: object) -> object:
     """Return the sampler of a `DataLoader`'s examples, even if inside a custom batch sampler; else None."""
     return getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))

@@ -105,7 +105,9 @@ class Validator:
     def measure(self, loader: Loader) -> dict[str, float]:
         """Return the loss and the user's metrics over other batches, without ``val/``."""
         metrics = copy.deepcopy(self._metrics)  # the originals hold the validation's results
-        values = self._measure_all(Pass(self.loss, metrics, NO_BASELINE), loader)
+        values = self._measure_all(
+            Pass(self.loss, metrics, NO_BASELINE, classes=self._state.validation.classes), loader
+        )
         return {name.removeprefix("val/"): value for name, value in values.items()}
 
     @property

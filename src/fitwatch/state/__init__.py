@@ -8,6 +8,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.data.batches import class_names
 from fitwatch.helpers.aliases import Batch, Loader, Scheduler, StateDict
 from fitwatch.losses.baseline import Baseline
 from fitwatch.measuring.metrics import Metric, RunningLoss
@@ -95,6 +96,8 @@ class State:
         self.history.start(validates=self.val_loader is not None)
         if self.val_loader is not None:
             self.history.names |= {f"val/{name}" for name in self.validation.metrics}
+            if self.validation.classes is None:
+                self.validation.classes = class_names(self.val_loader)
         self.log = Log(self.progress)
 
     @property
@@ -131,8 +134,7 @@ class State:
 
         Args:
             name: Without ``val/``.
-            metric: A function of (outputs, targets) over the whole validation set, or an object with ``update``,
-                ``compute`` and ``reset``.
+            metric: As for `Trainer`.
 
         Raises:
             ValueError: A metric of this name exists, or there is no validation set.

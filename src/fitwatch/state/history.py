@@ -77,7 +77,9 @@ class History(Sequence[Entry]):
                 and the name does not imply one.
         """
         for by, monitor, mode in self._watched:
-            if monitor not in self.names:
+            parent = monitor.rpartition("/")[0]
+            # A metric may be a vector or a dict; which names it has, the first validation shows.
+            if monitor not in self.names and (parent not in self.names or parent in ("val/loss", "train/loss")):
                 raise ValueError(
                     f"{by} monitors {monitor!r}, which this fit will not measure; "
                     f"it will measure {', '.join(sorted(self.names))}"
