@@ -218,7 +218,7 @@ def test_a_metric_is_computed_once_per_validation(model, data):
         calls.append("function")
         return 0.0
 
-    trainer = trainer_of(model, metrics={"object": Counted(), "function": function})
+    trainer = trainer_of(model, metrics={"object": Counted(), "function": function}, sanity_steps=0)
     trainer.fit(DataLoader(data, 16), DataLoader(data, 64), epochs=3)
     trainer.validate(DataLoader(data, 64))
     assert [calls.count(name) for name in ("update", "compute", "function")] == [4, 4, 4]

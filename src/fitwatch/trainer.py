@@ -1,12 +1,13 @@
 """The Trainer: options, and steps that a subclass may override."""
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, field, fields
 from torch import Tensor, nn
 
 from fitwatch import ranks
@@ -57,6 +58,8 @@ class Trainer:
         skip_checks: As for `Watch`.
         nonfinite: As for `Watch`: ``"raise"``, ``"skip"`` or ``"ignore"``.
         fast_loading: As for `Watch`.
+        sanity_steps: Batches of ``val_loader`` that are validated before step 1, so that a mistake in metrics or in
+            `validation_step` shows at once; see `Watch`. 0: none.
         seed: Seed for torch, Python and NumPy, set when the first fit starts: too late for the initial weights of
             ``model``. None: no seeding.
 
@@ -81,6 +84,7 @@ class Trainer:
     skip_checks: Collection[str] = field(default=(), kw_only=True)
     nonfinite: str = field(default="raise", kw_only=True, validator=one_of("raise", "skip", "ignore"))
     fast_loading: bool = field(default=True, kw_only=True, validator=instance(bool))
+    sanity_steps: int = field(default=2, kw_only=True, validator=integer(0))
     seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
 
     def __attrs_post_init__(self) -> None:
@@ -204,7 +208,7 @@ class Trainer:
         ranks.refuse_differences({"epochs": epochs, "validate_every": validate_every, "resume": resume})
         if self.seed is not None and self.state.progress.step == 0:
             rng.seed_all(self.seed + ranks.rank())  # rank 0 alone draws the order of the batches
-        Loop(watch, self._train_batch, self._schedule, validate_every).run(epochs)
+        Loop(watch, self._train_batch, self._schedule, validate_every, self._trial_step()).run(epochs)
         return watch.result
 
     def validate(self, loader: Loader) -> dict[str, float]:
@@ -280,6 +284,16 @@ class Trainer:
         with self._autocast():
             return self.prediction_step(batch)
 
+    def _trial_step(self) -> Callable[[Batch], None]:
+        """Return `_validate_batch` of a copy: what a subclass keeps in attributes of its own must not change."""
+        twin = copy.copy(self)
+        own = {a.name for a in fields(Trainer)} | {"_schedule", "_scaler", "_watch", "state"}
+        for name, value in vars(self).items():
+            if name not in own:
+                with suppress(Exception):  # a generator or a file can't be copied
+                    setattr(twin, name, copy.deepcopy(value, {id(self): twin, id(self.model): self.model}))
+        return twin._validate_batch  # noqa: SLF001 - of the same class
+
     def _new_watch(self, **fit: Any) -> Watch:
         return Watch(
             self.model,
@@ -292,6 +306,7 @@ class Trainer:
             accumulate=self.accumulate,
             clip_norm=self.clip_norm,
             log_every=self.log_every,
+            sanity_steps=self.sanity_steps,
             device=self.device,
             validation_step=self._validate_batch,
             skip_checks=self.skip_checks,

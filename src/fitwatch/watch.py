@@ -88,6 +88,10 @@ class Watch:
         fast_loading: Whether `train`, `validate` and `evaluate` read a plain `DataLoader` by one ``index_select`` per
             tensor. Plain is: the default ``collate_fn``, no workers, over a `TensorDataset` or a `Subset` of one. The
             batches, their order and the random numbers drawn are the same.
+        sanity_steps: With a ``validation_step``: batches of ``val_loader`` that are validated before step 1, so that a
+            mistake in it shows at once and not after an epoch. Nothing is recorded or changed: random generators,
+            buffers and modes are as before, and no hook runs. Left out for loaders that may not give the same batches
+            again (streams, iterators, your own samplers), and on several ranks. 0: none.
         settings: More lines for the reports, name -> value.
         progress: Counters of an earlier watch on this model, to continue from.
         history: The evaluations of an earlier watch on this model, to continue: the best one is then that of both, for
@@ -127,9 +131,16 @@ class Watch:
         settings: Mapping[str, object] | None = None,
         progress: Progress | None = None,
         history: History | None = None,
+        sanity_steps: int = 2,
     ) -> None:
         _check_parts(model, optimizer, train_loader, val_loader, resume)
-        plan = Plan(max_steps=max_steps, accumulate=accumulate, clip_norm=clip_norm, log_every=log_every)
+        plan = Plan(
+            max_steps=max_steps,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            log_every=log_every,
+            sanity_steps=sanity_steps,
+        )
         place = _device_of(model) if device is None else batches.as_device(device)
         loss, metrics, hooks = as_loss(loss), dict(metrics or {}), Callbacks(callbacks)
         Metrics(metrics)  # checks them
@@ -165,6 +176,8 @@ class Watch:
         self._used = self._checked = False
         self._has_weights = False  # whether examples have had weights
         self._evaluations = 0  # of earlier fits
+        # Without a step of its own a loop may validate in a way that the default step does not know.
+        self._trial_step = validation_step
 
     def __repr__(self) -> str:
         progress = self.state.progress
@@ -277,6 +290,9 @@ class Watch:
         self._require_open("epochs()")
         check_counts(epochs=epochs)
         self.state.plan = evolve(self.state.plan, epochs=epochs)
+        trial, self._trial_step = self._trial_step, None
+        if trial is not None and not self._checked:
+            self.rehearse(trial)
         self._check()
         return self._epochs()
 
@@ -458,6 +474,21 @@ class Watch:
         """
         self._start_validation("validate()")
         self._validator.validate()
+
+    def rehearse(self, step: ValidationStep) -> None:
+        """Validate ``sanity_steps`` batches before step 1, so that what fails in a validation fails at once.
+
+        Runs by itself in `epochs` if the Watch has a ``validation_step``. Nothing is recorded or changed.
+
+        Args:
+            step: Called with a batch on the device, as ``validation_step``.
+        """
+        self._require_open("rehearse()")
+        self._trial_step = None
+        self._check()  # first, since it costs nothing
+        if self.state.plan.sanity_steps:
+            self._validator.rehearse(step)
+            self.state.history.check()  # the names of vectors are known now
 
     def measured(
         self, loss: LossSum | Tensor, examples: int | None = None, *, source: str = "the validation loss"

@@ -12,6 +12,7 @@ from fitwatch.data.joining import mapped
 from fitwatch.data.loading import read
 from fitwatch.data.sharding import split
 from fitwatch.engine.recorder import Recorder
+from fitwatch.engine.rehearsal import rehearse
 from fitwatch.helpers.aliases import Batch, Loader
 from fitwatch.measuring.metrics import Metric, evaluating
 from fitwatch.measuring.predictions import predictions
@@ -85,6 +86,15 @@ class Validator:
         values = self._measure_all(done, loader)
         state.validation.finish(done)
         return values
+
+    def rehearse(self, step: ValidationStep) -> None:
+        """Validate a few batches without a trace, and learn the names of what metrics measure."""
+        found = rehearse(self._state, self.loss, step, self._measuring)
+        for metric in self._state.validation.metrics if found is not None else ():
+            name, names = f"val/{metric}", self._state.history.names
+            if name not in (found or {}):  # a vector or a dict
+                names.discard(name)
+                names |= {part for part in found or {} if part.startswith(f"{name}/")}
 
     def predict(self, loader: Loader, step: Callable[[Batch], Any]) -> Any:
         """Return what ``step`` returns for each batch, joined on the CPU, in eval mode and without gradients."""
