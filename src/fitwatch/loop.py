@@ -47,13 +47,15 @@ class Loop:
         self._stepped = False  # whether the optimizer has stepped: until then no schedule starts
         self._validate_every, self._trial_step = validate_every, trial_step
 
-    def run(self, epochs: int | None) -> None:
+    def run(self, epochs: int | None, *, validates_first: bool = False) -> None:
         """Train for ``epochs`` epochs, or until the watch stops."""
         watch = self._watch
         with watch:  # on_fit_start
             self._schedule.watch(watch.state.history)
             self._check_schedule(epochs)
             watch.rehearse(self._trial_step)
+            if validates_first and not watch.state.resumed:
+                watch.validate()  # on_validation_start, on_validation_end, on_log
             for _ in watch.epochs(epochs):  # on_epoch_start
                 for batch in watch.train(ragged=True):
                     if batch is ABSENT:  # other ranks still have one

@@ -59,7 +59,9 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
     state.train_loss.pull()
     since = state.train_loss.since_evaluation
     train_loss = ranks.sums([since.total, since.weight])
-    generators = [g.get_state() for g in generators_of(state.train_loader, state.val_loader)]
+    generators = [
+        g.get_state() for g in generators_of(state.train_loader, state.val_loader, *state.val_loaders.values())
+    ]
     (rng, generators), *others = ranks.gather((rng_state(), generators))
     if ranks.rank():
         return
@@ -153,7 +155,7 @@ def load(path: Path, state: State) -> dict[str, str]:
         ValueError: It can't be read, was saved mid-epoch, or does not fit the model, optimizer or scheduler.
     """
     content = read(path)
-    generators = generators_of(state.train_loader, state.val_loader)
+    generators = generators_of(state.train_loader, state.val_loader, *state.val_loaders.values())
     _check(path, content, state, len(generators))
     try:
         unwrap(state.model).load_state_dict(content["model"])

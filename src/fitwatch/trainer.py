@@ -15,7 +15,7 @@ from fitwatch.callback import Callback
 from fitwatch.data import batches
 from fitwatch.engine.schedule import Schedule
 from fitwatch.helpers import rng
-from fitwatch.helpers.aliases import Batch, Loader
+from fitwatch.helpers.aliases import Batch, Loader, Loaders
 from fitwatch.helpers.options import check_counts, instance, integer, number, one_of
 from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
@@ -158,13 +158,14 @@ class Trainer:
     def fit(
         self,
         train_loader: Loader,
-        val_loader: Loader | None = None,
+        val_loader: Loaders | None = None,
         *,
         epochs: int | None = None,
         max_steps: int | None = None,
         validate_every: int | None = None,
         resume: str | Path | None = None,
         reset: bool = False,
+        validate_first: bool = False,
     ) -> Result:
         """Train; called again, continue for ``epochs`` or ``max_steps`` more. The model ends in eval mode.
 
@@ -175,7 +176,8 @@ class Trainer:
 
         Args:
             train_loader: Any iterable of batches, with or without a length.
-            val_loader: The same for validation. None: no validation.
+            val_loader: The same for validation. None: no validation. Several by name, as a dict: all are measured, and
+                the first one decides; see `Watch`.
             epochs: Passes over ``train_loader``.
             max_steps: Optimizer steps; with both given, whichever comes first.
             validate_every: Steps between validations. Default: at the end of each epoch.
@@ -183,6 +185,8 @@ class Trainer:
                 ``epochs`` and ``max_steps`` then count from where the interrupted fit began.
             reset: Whether to forget the evaluations of earlier fits, and what was the best of them. Use it if they
                 don't compare with those of this fit: another validation set or loss. Counters and weights stay.
+            validate_first: Whether to validate before the first step too (not after a resume). This evaluation has no
+                ``train/loss`` (NaN).
 
         Raises:
             ValueError: An option is out of range, a loader is empty, a monitored metric will not exist, the optimizer
@@ -196,6 +200,8 @@ class Trainer:
         check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
         if validate_every is not None and val_loader is None:
             raise ValueError("validate_every needs a val_loader")
+        if validate_first and val_loader is None:
+            raise ValueError("validate_first needs a val_loader")
         watch = self._watch = self._new_watch(
             train_loader=train_loader,
             val_loader=val_loader,
@@ -208,7 +214,9 @@ class Trainer:
         ranks.refuse_differences({"epochs": epochs, "validate_every": validate_every, "resume": resume})
         if self.seed is not None and self.state.progress.step == 0:
             rng.seed_all(self.seed + ranks.rank())  # rank 0 alone draws the order of the batches
-        Loop(watch, self._train_batch, self._schedule, validate_every, self._trial_step()).run(epochs)
+        Loop(watch, self._train_batch, self._schedule, validate_every, self._trial_step()).run(
+            epochs, validates_first=validate_first
+        )
         return watch.result
 
     def validate(self, loader: Loader) -> dict[str, float]:

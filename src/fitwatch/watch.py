@@ -21,7 +21,7 @@ from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_
 from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
-from fitwatch.helpers.aliases import Batch, Loader, Scheduler
+from fitwatch.helpers.aliases import Batch, Loader, Loaders, Scheduler
 from fitwatch.helpers.options import check_counts
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.measuring.expected_baseline import expected_baseline
@@ -65,7 +65,9 @@ class Watch:
         loss: As for `Trainer`. Default: `CrossEntropy`.
         train_loader: The training batches. Callbacks read it (class counts, the probe of the overfitting detector), and
             `train` iterates over it.
-        val_loader: The validation batches, or None.
+        val_loader: The validation batches, or None; or several loaders by name. The first one decides: ``val/loss``,
+            the baseline and the verdict are about it. All are measured, as ``val/<loader>/loss``,
+            ``val/<loader>/<metric>``.
         metrics: As for `Trainer`.
         scheduler: A scheduler that your loop steps; its state goes into checkpoints.
         scaler: A GradScaler. Call `before_step` before ``scaler.step(optimizer)``.
@@ -114,7 +116,7 @@ class Watch:
         *,
         loss: Any = None,
         train_loader: Loader | None = None,
-        val_loader: Loader | None = None,
+        val_loader: Loaders | None = None,
         metrics: Mapping[str, Metric] | None = None,
         scheduler: Scheduler | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -133,7 +135,10 @@ class Watch:
         history: History | None = None,
         sanity_steps: int = 2,
     ) -> None:
-        _check_parts(model, optimizer, train_loader, val_loader, resume)
+        several = batches.named(val_loader, metrics or {})
+        if several:
+            val_loader = next(iter(several.values()))
+        _check_parts(model, optimizer, resume, {"train_loader": train_loader, "val_loader": val_loader, **several})
         plan = Plan(
             max_steps=max_steps,
             accumulate=accumulate,
@@ -152,6 +157,7 @@ class Watch:
             scaler=scaler,
             train_loader=() if train_loader is None else train_loader,
             val_loader=val_loader,
+            val_loaders=several,
             device=place,
             callbacks=hooks,
             plan=plan,
@@ -464,6 +470,11 @@ class Watch:
         self._start_validation("validating()")
         if self.state.val_loader is None:
             raise ValueError("watch.validating() needs the val_loader of the Watch, and none was given")
+        if self.state.val_loaders:
+            raise ValueError(
+                "watch.validating() measures the batches of one loader, and the Watch has several: call "
+                "watch.validate(), which measures all of them"
+            )
         return self._validator.validating()
 
     def validate(self) -> None:
@@ -525,6 +536,8 @@ class Watch:
         Raises:
             ValueError: The loader yielded no batch.
         """
+        if isinstance(loader, Mapping):
+            raise TypeError("one loader is measured at a time, got a dict: call it for each of its loaders")
         ranks.start(self.state.device)
         return self._validator.evaluate(loader)
 
@@ -571,7 +584,7 @@ class Watch:
         self._checked = True
         state, loss = self.state, self._validator.loss
         if state.val_loader is not None and getattr(loss, "has_weights", False):
-            state.history.names.add("val/loss_unweighted")
+            state.history.names |= {f"{under}/loss_unweighted" for under in state.places}
         state.validation.baseline = expected_baseline(loss, state.train_loader, state.val_loader)
         if state.validation.baseline is not None:
             state.history.names.add("val/loss_left")
@@ -643,7 +656,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _check_parts(model: object, optimizer: object, train_loader: object, val_loader: object, resume: object) -> None:
+def _check_parts(model: object, optimizer: object, resume: object, loaders: Mapping[str, object]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
     if isinstance(optimizer, (list, tuple)):
@@ -659,7 +672,7 @@ def _check_parts(model: object, optimizer: object, train_loader: object, val_loa
             "neither the loss nor the gradient of the step is one value: train with it in a plain loop, and measure "
             "with Watch.evaluate or Trainer.validate under another optimizer"
         )
-    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+    for name, loader in loaders.items():
         if loader is not None:
             batches.check_loader(name, loader)
     if not (resume is None or isinstance(resume, (str, Path))):

@@ -84,7 +84,7 @@ class Checkpoint(Callback):
         for file in later + [f for f in self._files("step") if _count(f) > state.progress.step]:
             file.replace(file.with_name(f"{file.name}.old"))  # abandoned: "auto" must not find it
         best = self.dir / "best.pt"
-        if best.exists() and not (len(state.history) and 0 < _step_of(best) <= state.progress.step):
+        if best.exists() and not (len(state.history) and 0 <= _step_of(best) <= state.progress.step):
             best.replace(best.with_name("best.pt.old"))
 
     def on_step_end(self, state: State) -> None:
@@ -161,11 +161,11 @@ class Checkpoint(Callback):
 
 
 def _step_of(file: Path) -> int:
-    """Return the step at which a checkpoint was saved; 0 if it can't be read."""
+    """Return the step at which a checkpoint was saved; -1 if it can't be read."""
     try:
         return int(saving.read(file)["progress"]["step"])
     except ValueError:
-        return 0
+        return -1
 
 
 def _count(file: Path) -> int:

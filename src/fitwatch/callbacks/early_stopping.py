@@ -10,7 +10,7 @@ from fitwatch.callbacks.best_weights import BestWeights
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.options import instance, integer, one_of
 from fitwatch.losses import Loss
-from fitwatch.rules.stopping import Patience, StoppingRule, StopReason
+from fitwatch.rules.stopping import PQ, Patience, StoppingRule, StopReason
 from fitwatch.state import State
 from fitwatch.state.history import History
 
@@ -132,6 +132,9 @@ class EarlyStopping(Callback):
         if self.monitor not in metrics:
             names = ", ".join(name for name in metrics if name not in ("epoch", "step"))
             raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; available are {names}")
+        untrained = state.progress.step == state.progress.first_step  # a validation before the first step
+        if untrained and isinstance(self.rule, PQ):  # which needs a training loss
+            return
         before, examples = self.rule.best, state.validation.losses
         if self._pairs and examples is not None and examples.unknown is not None:
             raise ValueError(
@@ -142,7 +145,7 @@ class EarlyStopping(Callback):
         losses, weights = (examples.on_host() if self._pairs and examples is not None else None) or (None, None)
         stop = self.rule.update(
             metrics[self.monitor],
-            train_loss=metrics.get("train/loss"),
+            train_loss=None if untrained else metrics.get("train/loss"),
             standard_error=metrics.get(f"{self.monitor}_se"),
             losses=losses,
             weights=weights,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fitwatch.data.containers import children, convert, holds_arrays
-from fitwatch.helpers.aliases import Batch
+from fitwatch.helpers.aliases import Batch, Loader, Loaders
 from fitwatch.ranks import local_device
 
 _INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
@@ -209,6 +209,31 @@ def generators_of(*loaders: object) -> list[torch.Generator]:
     owners = [o for loader in loaders for o in (loader, getattr(loader, "batch_sampler", None), sampler_of(loader))]
     found = [getattr(owner, "generator", None) for owner in owners]
     return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
+
+
+def named(loaders: Loaders | None, metrics: Iterable[str]) -> dict[str, Loader]:
+    """Return several validation loaders by name; ``{}`` for a single one.
+
+    Raises:
+        ValueError: There is none in the mapping, or a name can't be part of the name of a metric.
+        TypeError: A name is no string.
+    """
+    if not isinstance(loaders, Mapping):
+        return {}
+    if not loaders:
+        raise ValueError("val_loader is an empty dict: give a loader, several by name, or None")
+    for name in loaders:
+        if not isinstance(name, str):
+            raise TypeError(f"val_loader is a dict of loaders, whose names must be strings, got {name!r}")
+        if not name or "/" in name or name in _TAKEN or name in metrics:
+            raise ValueError(
+                f"val_loader has a loader named {name!r}: a name must not be empty, contain a slash, be that of a "
+                f"metric, or be one of {', '.join(_TAKEN)}"
+            )
+    return dict(loaders)
+
+
+_TAKEN = ("loss", "overfit", "report", "decisions")  # parts of other names below val/
 
 
 def check_loader(name: str, loader: object) -> None:

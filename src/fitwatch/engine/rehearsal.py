@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from fitwatch import ranks
 from fitwatch.data import batches
 from fitwatch.data.first_batches import first_batches
-from fitwatch.helpers.aliases import Batch
+from fitwatch.helpers.aliases import Batch, Loader
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.measuring.metrics import Metric
 from fitwatch.measuring.validation import NO_BASELINE, Pass
@@ -19,7 +19,7 @@ from fitwatch.state import State
 
 
 def rehearse(
-    state: State, loss: Any, step: Callable[[Batch], object], running: Callable[[Pass], Any]
+    state: State, loader: Loader, loss: Any, step: Callable[[Batch], object], running: Callable[[Pass], Any]
 ) -> dict[str, float] | None:
     """Validate up to ``plan.sanity_steps`` batches, and return what was measured; None if that could leave a trace.
 
@@ -27,12 +27,13 @@ def rehearse(
 
     Args:
         state: The state of the fit.
+        loader: A loader of validation batches.
         loss: The loss that validation measures.
         step: Measures a batch on the device.
         running: Enters a pass, in which ``step`` can measure.
     """
-    loader, count = state.val_loader, state.plan.sanity_steps
-    if loader is None or ranks.size() > 1 or any(is_lazy(p) for p in state.model.parameters()):
+    count = state.plan.sanity_steps
+    if ranks.size() > 1 or any(is_lazy(p) for p in state.model.parameters()):
         return None
     saved = rng_state()
     try:

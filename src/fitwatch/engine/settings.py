@@ -97,6 +97,7 @@ def shared_facts(state: State, callbacks: Iterable[object]) -> dict[str, Any]:
         "callbacks": [type(c).__name__ for c in callbacks],
         "train_loader": _shape(state.train_loader),
         "val_loader": _shape(state.val_loader),
+        "val_loaders": {name: _shape(loader) for name, loader in state.val_loaders.items()},
         "metrics": sorted(state.validation.metrics),
         "accumulate": state.plan.accumulate,
         "clip_norm": state.plan.clip_norm,

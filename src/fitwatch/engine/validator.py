@@ -89,12 +89,22 @@ class Validator:
 
     def rehearse(self, step: ValidationStep) -> None:
         """Validate a few batches without a trace, and learn the names of what metrics measure."""
-        found = rehearse(self._state, self.loss, step, self._measuring)
-        for metric in self._state.validation.metrics if found is not None else ():
-            name, names = f"val/{metric}", self._state.history.names
-            if name not in (found or {}):  # a vector or a dict
-                names.discard(name)
-                names |= {part for part in found or {} if part.startswith(f"{name}/")}
+        state = self._state
+        for under, loader in [
+            ("val", state.val_loader),
+            *zip(state.places[1:], state.val_loaders.values(), strict=True),
+        ]:
+            if loader is None:
+                continue
+            found = rehearse(state, loader, self.loss, step, self._measuring)
+            if found is None:
+                continue
+            parts = {f"{under}/{name.removeprefix('val/')}" for name in found}
+            for metric in state.validation.metrics:
+                name = f"{under}/{metric}"
+                if name not in parts:  # a vector or a dict
+                    state.history.names.discard(name)
+                    state.history.names |= {part for part in parts if part.startswith(f"{name}/")}
 
     def predict(self, loader: Loader, step: Callable[[Batch], Any]) -> Any:
         """Return what ``step`` returns for each batch, joined on the CPU, in eval mode and without gradients."""
@@ -135,12 +145,27 @@ class Validator:
         yield done
         values = ranks.from_main(done.values())
         state.validation.finish(done)
+        values |= self._others(values)
         # Now, not when a callback finds them to be the best: another may have swapped weights back by then.
         state.validation.weights = copied_weights(state.model) if state.validation.keeps_weights else None
         self._recorder.add_evaluation(values)
         self._hooks.on_validation_end(state)
         state.validation.weights = None
         self._recorder.close_window()
+
+    def _others(self, first: Mapping[str, float]) -> dict[str, float]:
+        """Return the values for each of several loaders under its name; those of the first are known."""
+        state = self._state
+        found: dict[str, float] = {}
+        for number, (name, loader) in enumerate(state.val_loaders.items()):
+            values = first
+            if number:
+                metrics = copy.deepcopy(state.validation.metrics)  # the originals hold the results of the first
+                values = self._measure_all(
+                    Pass(self.loss, metrics, NO_BASELINE, classes=batches.class_names(loader)), loader
+                )
+            found |= {f"val/{name}/{key.removeprefix('val/')}": value for key, value in values.items()}
+        return found
 
     @contextmanager
     def _measuring(self, done: Pass) -> Iterator[None]:

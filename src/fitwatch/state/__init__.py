@@ -46,7 +46,8 @@ class State:
         scheduler: The learning-rate scheduler, or None.
         scaler: The GradScaler under fp16, or None.
         train_loader: The loader of training batches.
-        val_loader: The loader of validation batches, or None.
+        val_loader: The loader of validation batches, or None; of several, the first.
+        val_loaders: Several validation loaders by name; ``{}`` with one or none.
         device: The device that batches are moved to.
         callbacks: All callbacks as one, whose state a checkpoint keeps.
         plan: Limits and options of this fit: epochs, max_steps, accumulate, clip_norm, log_every.
@@ -74,6 +75,7 @@ class State:
     scaler: torch.amp.GradScaler | None = None
     train_loader: Loader = ()
     val_loader: Loader | None = None
+    val_loaders: dict[str, Loader] = field(factory=dict)
     device: torch.device = field(factory=lambda: torch.device("cpu"))
     callbacks: Resumable | None = None
     plan: Plan = field(factory=Plan)
@@ -95,10 +97,16 @@ class State:
     def __attrs_post_init__(self) -> None:
         self.history.start(validates=self.val_loader is not None)
         if self.val_loader is not None:
-            self.history.names |= {f"val/{name}" for name in self.validation.metrics}
+            measured = ["loss", *self.validation.metrics]
+            self.history.names |= {f"{under}/{name}" for under in self.places for name in measured}
             if self.validation.classes is None:
                 self.validation.classes = class_names(self.val_loader)
         self.log = Log(self.progress)
+
+    @property
+    def places(self) -> list[str]:
+        """Where the names of validation metrics begin: ``val``, and ``val/<name>`` for each of several loaders."""
+        return ["val", *(f"val/{name}" for name in self.val_loaders)]
 
     @property
     def metrics(self) -> Entry:
@@ -142,7 +150,7 @@ class State:
         if self.val_loader is None:
             raise ValueError(f"val/{name} can't be measured: there is no val_loader")
         self.validation.add_metric(name, metric)
-        self.history.names.add(f"val/{name}")
+        self.history.names |= {f"{under}/{name}" for under in self.places}
 
     def request_stop(self, reason: str) -> None:
         """Ask to stop training. All callbacks finish their hook first; the first reason is kept.

@@ -97,14 +97,17 @@ class OverfittingDetector(Callback):
 
     def on_validation_end(self, state: State) -> None:
         """Update the verdict."""
-        probe, val_loss = self._probe.measure(state), state.history.newest["val/loss"]
+        val_loss = state.history.newest["val/loss"]
+        # Before the first step a stream has not shown the batches yet that the probe consists of.
+        unseen = self._probe.collects and state.progress.step == state.progress.first_step
+        probe = None if unseen else self._probe.measure(state)
         train_loss = state.history.newest["train/loss"] if probe is None else probe["loss"]
         for name, value in (probe or {}).items():
             if name not in ("loss", "loss_unweighted"):
                 state.log(f"train/{name}", value, reduce="last")
         losses, weights = self._pairs(state) or (None, None)
         verdict = self.rule.update(train_loss, val_loss, losses=losses, weights=weights)
-        cautions = self._cautions(state, has_probe=probe is not None)
+        cautions = self._cautions(state, has_probe=probe is not None or unseen)
         verdict = evolve(verdict, evidence=" ".join([verdict.evidence, *cautions]))
         was_overfitting = self._verdict is not None and self._verdict.overfitting
         state.verdict = self._verdict = verdict
