@@ -609,5 +609,6 @@ def test_the_probe_is_no_larger_than_a_validation_that_shows_no_examples():
     model = nn.Linear(4, 2)
     train, val = (DataLoader(TensorDataset(torch.randn(n, 4), torch.arange(n) % 2), batch_size=8) for n in (200, 24))
     trainer = Own(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=fw.OverfittingDetector(), device="cpu")
+    trainer.sanity_steps = 0  # a trial would be seen too
     trainer.fit(train, val, epochs=1)
     assert sum(seen) == 2 * 24

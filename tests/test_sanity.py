@@ -24,6 +24,7 @@ class Restless(nn.Module):
         self.inner = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
         self.register_buffer("last", torch.zeros(()))
+        self.register_buffer("wide", torch.zeros(1).expand(3))
 
     def forward(self, x):
         self.seen += 1

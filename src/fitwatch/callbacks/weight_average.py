@@ -8,6 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from fitwatch import ranks
 from fitwatch.callback import Callback
 from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.expanded import compact
 from fitwatch.helpers.options import integer, number
 from fitwatch.saving import unwrap
 from fitwatch.state import State
@@ -126,7 +127,7 @@ class WeightAverage(Callback):
 def _tensors(model: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers, outside the gradient graph."""
     inner = unwrap(model)
-    return [t.detach() for t in (*inner.parameters(), *inner.buffers())]
+    return [compact(t) for t in (*inner.parameters(), *inner.buffers())]
 
 
 def _statistics(model: nn.Module) -> list[Tensor]:

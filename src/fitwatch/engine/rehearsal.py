@@ -12,6 +12,7 @@ from fitwatch import ranks
 from fitwatch.data import batches
 from fitwatch.data.first_batches import first_batches
 from fitwatch.helpers.aliases import Batch, Loader
+from fitwatch.helpers.expanded import compact
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.measuring.metrics import Metric
 from fitwatch.measuring.validation import NO_BASELINE, Pass
@@ -65,14 +66,14 @@ def _copied(metrics: Mapping[str, Metric]) -> Mapping[str, Metric] | None:
 def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
     """Restore the buffers at the end, also those that were replaced."""
     known = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]  # noqa: SLF001
-    before = [None if buffer is None else buffer.detach().clone() for _, _, buffer in known]
+    before = [None if buffer is None else compact(buffer).clone() for _, _, buffer in known]
     try:
         yield
     finally:
         for (module, name, buffer), values in zip(known, before, strict=True):
             module._buffers[name] = buffer  # noqa: SLF001 - setattr would refuse what the module itself may do
             if buffer is not None and values is not None:
-                buffer.detach().copy_(values)
+                compact(buffer).copy_(values)
 
 
 def _explain(error: Exception, count: int) -> None:
