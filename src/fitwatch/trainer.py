@@ -59,8 +59,8 @@ class Trainer:
         nonfinite: As for `Watch`: ``"raise"``, ``"skip"`` or ``"ignore"``.
         fast_loading: As for `Watch`.
         sanity_steps: Batches of ``val_loader`` that are validated before step 1, so that a mistake in metrics or in
-            `validation_step` shows at once; see `Watch`. It sees a copy of the attributes that a subclass adds, but what a
-            step or a metric changes elsewhere is changed by the trial too. 0: none.
+            `validation_step` shows at once; see `Watch`. It sees a copy of the attributes that a subclass adds, but
+            what a step or a metric changes elsewhere is changed by the trial too. 0: none.
         seed: Seed for torch, Python and NumPy, set when the first fit starts: too late for the initial weights of
             ``model``. None: no seeding.
 
