@@ -110,7 +110,10 @@ class Callback:
         """Called when training ends for any reason: see ``state.stop_reason`` and ``state.error``."""
 
     def state_dict(self) -> StateDict:
-        """Return what a checkpoint keeps: tensors, numbers, strings, and lists and dicts of them."""
+        """Return what a checkpoint keeps: tensors, numbers, strings, and lists and dicts of them.
+
+        Scalars of NumPy are saved as plain numbers, and its arrays as tensors.
+        """
         return {}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -200,10 +203,18 @@ class Callbacks(Callback):
         return {name: c.state_dict() for name, c in self._named()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore each callback; one that was not saved keeps its fresh state."""
+        """Restore each callback; one that was not saved keeps its fresh state.
+
+        Raises:
+            ValueError: A state does not fit its callback; the message names the callback.
+        """
         for name, callback in self._named():
             if name in state_dict:
-                callback.load_state_dict(state_dict[name])
+                try:
+                    callback.load_state_dict(state_dict[name])
+                except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                    why = str(error) if isinstance(error, ValueError) else repr(error)
+                    raise ValueError(f"the state of {name} can't be restored: {why}") from error
 
     def _named(self) -> list[tuple[str, Callback]]:
         names: list[str] = []

@@ -1,48 +1,41 @@
 """Checkpoint files: written atomically, and read without running code.
 
 A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (an integer),
-``version`` (of fitwatch), ``model``, ``loss`` (its parameters), ``optimizer``, ``scheduler``, ``scaler``,
-``generators`` (of the loaders), ``callbacks`` (by class name), ``settings``, ``progress``, ``history``,
-``train_loss`` (the sums since the last evaluation), ``rng`` (of rank 0), and ``other_ranks`` (``rng`` and
-``generators`` of the others).
+``version`` (of fitwatch), ``model``, ``loss`` (its parameters), ``optimizer``, ``groups`` (names of its parameters),
+``frozen`` (parameters that are not trained), ``scheduler``, ``scaler``, ``generators`` (of the loaders),
+``callbacks`` (by class name), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since the last
+evaluation), ``rng`` (of rank 0), and ``other_ranks`` (``rng`` and ``generators`` of the others).
 """
 
-import copy
+import errno
+import logging
 import os
+import pickle
 from contextlib import suppress
 from pathlib import Path
+from types import NoneType
 
 import torch
-from attrs import asdict
+from attrs import asdict, fields_dict, frozen
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fitwatch import ranks
-from fitwatch.data.batches import generators_of
+from fitwatch import ranks, resuming
+from fitwatch.data.batches import generators_of, is_stream
+from fitwatch.helpers import modules
 from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.primitives import plain_data, unreadable
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.state import State
+from fitwatch.state.progress import Progress
 from fitwatch.version import __version__
+
+logger = logging.getLogger("fitwatch")
 
 FORMAT = 2
 _VERSIONS = {1: "0.1"}  # of fitwatch, by the format that it wrote, before files named it
 
 Content = StateDict
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile` or `DistributedDataParallel` wrapped, so that names do not change."""
-    while True:
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
-        if inner is model:
-            return model
-        model = inner
-
-
-def copied_weights(model: nn.Module) -> StateDict:
-    """Return a copy of the parameters and buffers of a model, as a state dict without the names of wrappers."""
-    weights = unwrap(model).state_dict()
-    return {name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w) for name, w in weights.items()}
 
 
 def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
@@ -55,6 +48,7 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
 
     Raises:
         OSError: It could not be written; the message names the path, and the file that was there is unchanged.
+        ValueError: It could not be read again; the message names the key.
     """
     state.train_loss.pull()
     since = state.train_loss.since_evaluation
@@ -68,9 +62,11 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
     content = {
         "format": FORMAT,
         "version": __version__,
-        "model": unwrap(state.model).state_dict() if weights is None else weights,
+        "model": modules.weights(state.model) if weights is None else weights,
         "loss": _loss_parameters(state),
         "optimizer": state.optimizer.state_dict(),
+        "groups": resuming.group_names(state.optimizer, _named(state)),
+        "frozen": [name for name, p in modules.named_parameters(state.model) if not p.requires_grad],
         "scheduler": state.scheduler.state_dict() if state.scheduler is not None else None,
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "generators": generators,
@@ -86,25 +82,27 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
 
 
 def write(path: Path, content: Content) -> None:
-    """Write ``content`` to ``path``, atomically and durably.
+    """Write ``content`` to ``path``, atomically and durably; it is read again before it gets its name.
 
     Raises:
         OSError: It could not be written; the message names the path.
+        ValueError: It can't be read again; the message names the key.
     """
     # In the same folder: a rename across file systems is a copy, which can be cut off halfway.
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    content = plain_data(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # By its name, so that torch writes it without Python: Ctrl-C inside a Python file would end the process.
-        torch.save(content, str(part))
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
+            # By its name, so that torch writes it without Python: Ctrl-C inside a Python file would end the process.
+            torch.save(content, str(part))
+            _load(part, data=False)
+        except (AttributeError, TypeError, ValueError, pickle.PickleError) as error:
+            raise ValueError(f"the checkpoint {path} was not written: {_reason(content, error)}") from error
+        with part.open("r+b") as file:  # Windows flushes only what may be written
+            _flush(file.fileno())
+        part.replace(path)
+        _flush_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -116,17 +114,72 @@ def write(path: Path, content: Content) -> None:
         raise
 
 
-def read(path: Path) -> Content:
+def _flush(descriptor: int) -> None:
+    """Have the file system write a file or a folder to the disk, if it can.
+
+    Raises:
+        OSError: The disk is full or broken.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+
+
+_NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM}
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the rename itself survive a power cut, where folders can be opened: not on Windows and some mounts."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # the file has its name by now
+    try:
+        _flush(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(content: Content, error: Exception) -> str:
+    found = unreadable(content)
+    if found is None:
+        return str(error)
+    place, value = found
+    return (
+        f"{place} is {' '.join(repr(value).split()):.80}, of type {type(value).__name__}, and a file holds only "
+        "tensors, numbers, strings, None, and lists, tuples and dicts of them"
+    )
+
+
+def _load(path: Path, *, data: bool = True) -> object:
+    """Read a file as data only; with ``data=False`` in a millisecond, since the values of tensors stay on the disk."""
+    if data:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError):  # a file system without mmap
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read(path: Path, *, data: bool = True) -> Content:
     """Read a checkpoint, as data only.
+
+    Args:
+        path: The file.
+        data: False: the values of tensors stay on the disk, until they are used.
 
     Raises:
         FileNotFoundError: There is no file at ``path``.
         ValueError: It is not a checkpoint of this format, or holds more than tensors and primitives.
     """
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: name a file in it, such as {path / 'epoch-1.pt'}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path, data=data)
     except Exception as error:
         raise ValueError(f"{path} can't be read as a checkpoint: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
@@ -144,33 +197,55 @@ def read(path: Path) -> Content:
     return content
 
 
-def load(path: Path, state: State) -> dict[str, str]:
+@frozen
+class Before:
+    """What a checkpoint says about the fit that saved it.
+
+    Attributes:
+        settings: Its settings.
+        changes: Options of optimizer and scheduler that differ from those of the script, in words.
+        kept: Whether they hold.
+    """
+
+    settings: dict[str, str]
+    changes: list[str]
+    kept: bool
+
+
+def load(path: Path, state: State, *, kept: bool = True) -> Before:
     """Restore ``state`` from the checkpoint at ``path``.
 
-    Returns:
-        The settings of the fit that saved it.
+    Args:
+        path: The file.
+        state: The state of a fit that has not started.
+        kept: Whether the options of optimizer and scheduler in the file hold; else those of the script.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It can't be read, was saved mid-epoch, or does not fit the model, optimizer or scheduler.
     """
     content = read(path)
+    _check_kinds(path, content)
     generators = generators_of(state.train_loader, state.val_loader, *state.val_loaders.values())
     _check(path, content, state, len(generators))
     try:
-        unwrap(state.model).load_state_dict(content["model"])
+        modules.load_weights(state.model, content["model"])
         with torch.no_grad():
             for name, parameter in _loss_parameters(state).items():
                 parameter.copy_(content["loss"][name])
-        state.optimizer.load_state_dict(content["optimizer"])
-        if state.scheduler is not None:
-            state.scheduler.load_state_dict(content["scheduler"])
+        changes = _load_optimizer(content, state, kept=kept)
         if state.scaler is not None:
             state.scaler.load_state_dict(content["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        if state.callbacks is not None:
+            state.callbacks.load_state_dict(content["callbacks"])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this training: {error}") from error
-    if state.callbacks is not None:
-        state.callbacks.load_state_dict(content["callbacks"])
+    if content["progress"]["epoch_batch"]:
+        logger.warning(
+            "%s was saved within a pass over a stream: weights, optimizer and counters are restored, and the stream "
+            "starts from its beginning, since it has no position to restore",
+            path,
+        )
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
     state.history.entries = content["history"]
@@ -181,15 +256,90 @@ def load(path: Path, state: State) -> dict[str, str]:
     for generator, saved in zip(generators, own["generators"], strict=True):
         generator.set_state(saved)
     set_rng_state(own["rng"])
-    state.resumed = True
-    settings: dict[str, str] = content["settings"]
-    return settings
+    state.resumed, state.resumed_from = True, path
+    return Before(content["settings"], changes, kept)
+
+
+def _load_optimizer(content: Content, state: State, *, kept: bool) -> list[str]:
+    """Restore the optimizer and the scheduler; describe the options that differ."""
+    optimizer, scheduler, saved = state.optimizer, state.scheduler, content["optimizer"]
+    now = resuming.options(optimizer.param_groups)
+    groups = resuming.options(saved["param_groups"])
+    lr_moved = scheduler is not None or str(float(groups[0]["lr"])) != content["settings"].get("lr")
+    changes = resuming.worded(resuming.optimizer_changes(groups, now, lr_moved=lr_moved), kept=kept)
+    if scheduler is not None:
+        differing = resuming.scheduler_changes(scheduler, content["scheduler"], scheduler.state_dict())
+        changes += resuming.worded(differing, kept=kept)
+    if kept:
+        resuming.restore_trainable(state.model, content.get("frozen", []))
+    elif scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+        resuming.replay(scheduler, content["scheduler"])
+        now = resuming.options(optimizer.param_groups)
+    if "groups" in content:
+        resuming.restore_groups(optimizer, content["groups"], saved, _named(state))
+    optimizer.load_state_dict(saved)
+    if kept:
+        if scheduler is not None:
+            scheduler.load_state_dict(content["scheduler"])
+        return changes
+    for group, own in zip(optimizer.param_groups, now, strict=False):
+        lr = group["lr"]
+        group.update(own)
+        if isinstance(scheduler, ReduceLROnPlateau):  # what it has reduced stays reduced
+            group["lr"] = lr
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.load_state_dict(resuming.with_own_options(scheduler, content["scheduler"]))
+    return changes
+
+
+def _named(state: State) -> dict[str, Tensor]:
+    """Return the parameters of the model and of the loss by name."""
+    named: dict[str, Tensor] = dict(modules.named_parameters(state.model))
+    if isinstance(state.loss, nn.Module):
+        named |= {f"loss.{name}": p for name, p in modules.named_parameters(state.loss)}
+    return named
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "loss": dict,
+    "optimizer": dict,
+    "scheduler": (dict, NoneType),
+    "scaler": (dict, NoneType),
+    "generators": list,
+    "callbacks": dict,
+    "settings": dict,
+    "progress": dict,
+    "history": list,
+    "train_loss": list,
+    "rng": dict,
+    "other_ranks": list,
+}
+
+
+def _check_kinds(path: Path, content: Content) -> None:
+    """Raise ValueError if a value has another type than `save` gives it: counters become names of files."""
+    for key, kind in _KINDS.items():
+        if key not in content or not isinstance(content[key], kind):
+            raise ValueError(
+                f"{path} is no valid checkpoint: {key} must be a {'list' if kind is list else 'dict'}, got "
+                f"{content.get(key)!r:.80}"
+            )
+    counters = [("progress", name, value) for name, value in content["progress"].items()]
+    for number, entry in enumerate(content["history"]):
+        known = entry if isinstance(entry, dict) else {}
+        counters += [(f"history[{number}]", name, known.get(name)) for name in ("epoch", "step")]
+    for key, name, value in counters:
+        if name not in fields_dict(Progress) or type(value) is not int or value < 0:
+            raise ValueError(
+                f"{path} is no valid checkpoint: {key}[{name!r}] must be a counter of 0 or more, got {value!r:.80}"
+            )
 
 
 def _check(path: Path, content: Content, state: State, generators: int) -> None:
     """Raise ValueError if ``content`` can't be resumed from, before ``state`` is changed."""
     epoch, batch = content["progress"]["epoch"], content["progress"]["epoch_batch"]
-    if batch:
+    if batch and not is_stream(state.train_loader):
         raise ValueError(
             f"{path} was saved before the end of an epoch (epoch {epoch}, after {batch} batches); training resumes "
             "only between epochs: use a checkpoint saved by every_epochs"
@@ -200,12 +350,17 @@ def _check(path: Path, content: Content, state: State, generators: int) -> None:
             f"{path} was saved by {saved_by} rank{'s' * (saved_by > 1)}, and this fit has {ranks.size()}: the steps "
             "would see different examples"
         )
-    before, now = content["settings"].get("optimizer"), type(state.optimizer).__name__
-    if before not in (None, now):
-        raise ValueError(f"{path} was saved with the optimizer {before}, and this fit has {now}")
     for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
         if (part is None) != (content[name] is None):
             raise ValueError(f"{path} was saved {'without' if content[name] is None else 'with'} a {name}")
+    for name, part in (("optimizer", state.optimizer), ("scheduler", state.scheduler)):
+        before, now = content["settings"].get(name), type(part).__name__
+        if part is not None and before not in (None, now):
+            raise ValueError(
+                f"{path} was saved with the {name} {before}, and this fit has {now}, for which its state means "
+                f"nothing: resume with {before}, or start a new fit from the weights alone: "
+                "model.load_state_dict(torch.load(path)['model'])"
+            )
     if generators != len(content["generators"]):
         raise ValueError(
             f"{path} was saved with {len(content['generators'])} random generators in the loaders and their "
@@ -216,4 +371,4 @@ def _check(path: Path, content: Content, state: State, generators: int) -> None:
 def _loss_parameters(state: State) -> dict[str, Tensor]:
     """Return the learned parameters of the loss. Class weights are not saved: their source supplies them again."""
     loss = state.loss
-    return {name: p.detach() for name, p in loss.named_parameters()} if isinstance(loss, nn.Module) else {}
+    return {name: p.detach() for name, p in modules.named_parameters(loss)} if isinstance(loss, nn.Module) else {}

@@ -16,7 +16,7 @@ from fitwatch.data import batches
 from fitwatch.engine.schedule import Schedule
 from fitwatch.helpers import rng
 from fitwatch.helpers.aliases import Batch, Loader, Loaders
-from fitwatch.helpers.options import check_counts, instance, integer, number, one_of
+from fitwatch.helpers.options import count, instance, integer, number, one_of
 from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
 from fitwatch.measuring.predictions import as_probabilities
@@ -86,7 +86,7 @@ class Trainer:
     nonfinite: str = field(default="raise", kw_only=True, validator=one_of("raise", "skip", "ignore"))
     fast_loading: bool = field(default=True, kw_only=True, validator=instance(bool))
     sanity_steps: int = field(default=2, kw_only=True, validator=integer(0))
-    seed: int | None = field(default=None, kw_only=True, validator=instance(int, or_none=True))
+    seed: int | None = field(default=None, kw_only=True, validator=integer(or_none=True))
 
     def __attrs_post_init__(self) -> None:
         schedule = Schedule(self.scheduler, self.scheduler_interval, self.scheduler_monitor)
@@ -156,7 +156,7 @@ class Trainer:
         """Pass a validation batch to the metrics and other observers of outputs; for ``validation_step``."""
         self._watch.update_metrics(outputs, targets, sample_weight)
 
-    def fit(
+    def fit(  # noqa: PLR0913 - all but two by keyword
         self,
         train_loader: Loader,
         val_loader: Loaders | None = None,
@@ -165,6 +165,7 @@ class Trainer:
         max_steps: int | None = None,
         validate_every: int | None = None,
         resume: str | Path | None = None,
+        options_from: str = "checkpoint",
         reset: bool = False,
         validate_first: bool = False,
     ) -> Result:
@@ -184,6 +185,8 @@ class Trainer:
             validate_every: Steps between validations. Default: at the end of each epoch.
             resume: A checkpoint, or ``"auto"`` for the newest one of the attached `Checkpoint` (none: a fresh start).
                 ``epochs`` and ``max_steps`` then count from where the interrupted fit began.
+            options_from: Whose options the optimizer and the scheduler have when training resumes, if they differ:
+                ``"checkpoint"`` or ``"script"``; see `Watch`.
             reset: Whether to forget the evaluations of earlier fits, and what was the best of them. Use it if they
                 don't compare with those of this fit: another validation set or loss. Counters and weights stay.
             validate_first: Whether to validate before the first step too (not after a resume). This evaluation has no
@@ -198,7 +201,8 @@ class Trainer:
             raise ValueError("fit needs epochs= or max_steps=")
         if reset and resume is not None:
             raise ValueError("reset=True forgets earlier evaluations, and resume continues them: give one of the two")
-        check_counts(epochs=epochs, max_steps=max_steps, validate_every=validate_every)
+        epochs, max_steps = count("epochs", epochs), count("max_steps", max_steps)
+        validate_every = count("validate_every", validate_every)
         if validate_every is not None and val_loader is None:
             raise ValueError("validate_every needs a val_loader")
         if validate_first and val_loader is None:
@@ -208,6 +212,7 @@ class Trainer:
             val_loader=val_loader,
             max_steps=max_steps,
             resume=resume,
+            options_from=options_from,
             history=None if reset else self._watch.state.history,
         )
         self.state = watch.state

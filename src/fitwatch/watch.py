@@ -15,6 +15,7 @@ from fitwatch import ranks, saving
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.data import batches
+from fitwatch.data.sharding import start_workers
 from fitwatch.engine.checks import Checks
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_changes
@@ -22,7 +23,7 @@ from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
 from fitwatch.helpers.aliases import Batch, Loader, Loaders, Scheduler
-from fitwatch.helpers.options import check_counts
+from fitwatch.helpers.options import count, local_path
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.measuring.expected_baseline import expected_baseline
 from fitwatch.measuring.metrics import Metric, Metrics
@@ -77,6 +78,10 @@ class Watch:
         max_steps: Optimizer steps after which training ends. None: no limit.
         device: The device that the model, the loss and the batches of `train` are moved to. Default: the model's.
         resume: A checkpoint, or ``"auto"`` for the newest one of the attached `Checkpoint` (none: a fresh start).
+        options_from: Whose options the optimizer and the scheduler have when training resumes, if they differ: those of
+            the ``"checkpoint"``, or of the ``"script"``. A warning names them. With ``"script"`` the scheduler is
+            stepped to the point of resumption, so that the learning rate is that of its new options; what a
+            `ReduceLROnPlateau` has reduced stays reduced.
         validation_step: Called with a batch on the device; measures it with `loss` or `measured`. Used by `validate`
             and by the probe of the overfitting detector. Default: ``watch.loss(model(input), target)``, for batches
             ``(input, target)``, ``(input, target, sample_weight)`` or mappings with these keys.
@@ -126,6 +131,7 @@ class Watch:
         max_steps: int | None = None,
         device: str | torch.device | None = None,
         resume: str | Path | None = None,
+        options_from: str = "checkpoint",
         validation_step: ValidationStep | None = None,
         skip_checks: Collection[str] = (),
         fast_loading: bool = True,
@@ -139,6 +145,8 @@ class Watch:
         if several:
             val_loader = next(iter(several.values()))
         _check_parts(model, optimizer, resume, {"train_loader": train_loader, "val_loader": val_loader, **several})
+        if options_from not in ("checkpoint", "script"):
+            raise ValueError(f"options_from must be 'checkpoint' or 'script', got {options_from!r}")
         plan = Plan(
             max_steps=max_steps,
             accumulate=accumulate,
@@ -177,7 +185,8 @@ class Watch:
         )
         self.state.validation.measure = self._validator.measure
         self._moves_model, self._resume = device is not None, resume
-        self._settings_before: dict[str, str] = {}
+        self._keeps_options = options_from == "checkpoint"
+        self._before: saving.Before | None = None  # what the checkpoint says
         self._exits: ExitStack | None = None  # while the watch is open
         self._used = self._checked = False
         self._has_weights = False  # whether examples have had weights
@@ -236,12 +245,14 @@ class Watch:
         progress.first_epoch, progress.first_step = progress.epoch, progress.step
         if not {id(p) for p in held} & {id(p) for p in state.model.parameters()}:
             raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
-        path = ranks.from_main(_newest(self._hooks)) if self._resume == "auto" else self._resume
+        path = ranks.from_main(_newest(self._hooks, state.train_loader)) if self._resume == "auto" else self._resume
         if path is not None:
             with ranks.failing_together():
-                self._settings_before = saving.load(Path(path), state)
+                self._before = saving.load(local_path(path), state, kept=self._keeps_options)
+            loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader, **state.val_loaders}
+            start_workers({name: loader for name, loader in loaders.items() if loader is not None})
         self._evaluations = len(state.history)
-        ranks.align([state.model, state.loss], held)
+        ranks.align([state.model, state.loss], parameters(state.optimizer))
         zero_grad(state.optimizer)
 
     def _leave(self, error: BaseException | None) -> None:
@@ -294,8 +305,7 @@ class Watch:
             ValueError: ``epochs`` is out of range, or a monitored metric will not be measured.
         """
         self._require_open("epochs()")
-        check_counts(epochs=epochs)
-        self.state.plan = evolve(self.state.plan, epochs=epochs)
+        self.state.plan = evolve(self.state.plan, epochs=count("epochs", epochs))
         trial, self._trial_step = self._trial_step, None
         if trial is not None and not self._checked:
             self.rehearse(trial)
@@ -589,7 +599,8 @@ class Watch:
         if state.validation.baseline is not None:
             state.history.names.add("val/loss_left")
         state.history.check()
-        warn_of_changes(state, self._settings_before)
+        if self._before is not None:
+            warn_of_changes(state, self._before)
         self._checks.before_training()
 
     def _warn_without_validation(self) -> None:
@@ -624,11 +635,11 @@ class Watch:
         )
 
 
-def _newest(hooks: Callbacks) -> Path | None:
+def _newest(hooks: Callbacks, train_loader: Loader) -> Path | None:
     """Return the newest checkpoint of the attached `Checkpoint`; None if it has none yet."""
     for callback in hooks.callbacks:
         if isinstance(callback, Checkpoint):
-            return callback.latest()
+            return callback.latest(within_epochs=batches.is_stream(train_loader))
     raise ValueError('resume="auto" needs a Checkpoint among the callbacks, to know the folder')
 
 
@@ -677,3 +688,5 @@ def _check_parts(model: object, optimizer: object, resume: object, loaders: Mapp
             batches.check_loader(name, loader)
     if not (resume is None or isinstance(resume, (str, Path))):
         raise TypeError(f'resume must be a path or "auto", got {resume!r}')
+    if resume is not None:
+        local_path(resume)

@@ -1,7 +1,7 @@
 """A copy of the best weights."""
 
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.saving import copied_weights, unwrap
+from fitwatch.helpers.modules import copied_weights, load_weights
 from fitwatch.state import State
 
 
@@ -24,4 +24,4 @@ class BestWeights:
     def restore(self, state: State) -> None:
         """Restore the copy, if there is one; not over the user's weights, if the fit took no step."""
         if self.kept is not None and state.progress.step > state.progress.first_step:
-            unwrap(state.model).load_state_dict(self.kept)
+            load_weights(state.model, self.kept)

@@ -7,12 +7,15 @@ from attrs import define, field
 
 from fitwatch import ranks, saving
 from fitwatch.callback import Callback
+from fitwatch.data.batches import is_stream
 from fitwatch.helpers import health
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.helpers.options import instance, integer
+from fitwatch.helpers.options import instance, integer, local_path
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
+
+_STREAM_STEPS = 1000  # between two saves of a stream, if it is not evaluated more often
 
 
 @define(eq=False, slots=False)
@@ -30,21 +33,29 @@ class Checkpoint(Callback):
     Training resumes from ``epoch-N.pt``. A file written mid-epoch has the weights, but resuming from it would not be
     exact, and raises an error.
 
+    A training loader without a length may be a stream without an end, which completes no epoch. So there, unless
+    ``every_steps`` is given, ``step-N.pt`` is written too: one step after each evaluation, after 1,000 steps without
+    one, and when training ends. A stream has no position to restore: resumed from such a file it starts from its
+    beginning, with a warning, while weights, optimizer and counters go on.
+
     ``best.pt`` has the weights that were measured, even if a callback swaps others back before it is written.
 
     A model with non-finite weights is not saved: the last good file stays. A ``best.pt`` of an earlier run, or from
     after the point of resumption, is renamed to ``best.pt.old``. A second ``fit`` of the same Trainer replaces
     ``best.pt`` only by a better model; with ``reset=True`` it is renamed too.
 
+    A fit that resumes from a file in another folder is a fork: it starts a new folder, and the old one stays as it is.
+    The best evaluation so far counts, so the fork has a ``best.pt`` only once it is better.
+
     Args:
-        dir: Folder for the files; created if it does not exist.
+        dir: Folder for the files; created if it does not exist. ``~`` is the home folder.
         every_epochs: Epochs between two saves; None: no such saves.
         every_steps: Steps between two saves; None: no such saves.
         keep: Number of newest files to keep of each kind.
         best: Whether to keep ``best.pt``.
     """
 
-    dir: Path = field(converter=Path)
+    dir: Path = field(converter=local_path)
     every_epochs: int | None = field(default=1, kw_only=True, validator=integer(1, or_none=True))
     every_steps: int | None = field(default=None, kw_only=True, validator=integer(1, or_none=True))
     keep: int = field(default=1, kw_only=True, validator=integer(1))
@@ -53,7 +64,9 @@ class Checkpoint(Callback):
     runs_last = True
 
     def __attrs_post_init__(self) -> None:
-        self._readable = self._warned = False
+        self._warned = False
+        self._stream = False  # whether the training loader has no length, and the steps between saves are not given
+        self._due, self._saved_step = False, 0  # of step-N.pt for a stream
         self._best: tuple[str, float] | None = None  # the monitored metric, and its value in best.pt
 
     def on_fit_start(self, state: State) -> None:
@@ -67,9 +80,13 @@ class Checkpoint(Callback):
             self._best = None
         if self.best:
             state.validation.keep_weights()
+        self._stream = self.every_epochs is not None and self.every_steps is None and is_stream(state.train_loader)
+        self._due, self._saved_step = False, state.progress.step
         if ranks.rank():
             return
-        if state.progress.step == 0 and (old := [*self._files("epoch"), *self._files("step")]):
+        fork = state.resumed_from is not None and state.resumed_from.resolve().parent != self.dir.resolve()
+        fresh = state.progress.step == 0 or fork
+        if fresh and (old := [*self._files("epoch"), *self._files("step")]):
             raise FileExistsError(
                 f"{self.dir} holds the checkpoint {old[-1].name} of an earlier run: continue it with "
                 'resume="auto", or choose another folder'
@@ -80,38 +97,72 @@ class Checkpoint(Callback):
             raise OSError(f"can't create the checkpoint folder {self.dir}: {error}") from error
         for part in self.dir.glob("*.pt.part-*"):  # of a save that was killed
             part.unlink()
+        if fork:
+            self._warn_of_fork(state)
         later = [f for f in self._files("epoch") if _count(f) > state.progress.epoch]
         for file in later + [f for f in self._files("step") if _count(f) > state.progress.step]:
             file.replace(file.with_name(f"{file.name}.old"))  # abandoned: "auto" must not find it
+        self._put_aside(state, fork=fork)
+        if self._stream:
+            logger.warning(
+                "train_loader has no length, so it may be a stream without an end: Checkpoint also saves step-N.pt "
+                "after each evaluation, or after %d steps without one (other intervals: every_steps). Resumed from "
+                "such a file the stream starts from its beginning",
+                _STREAM_STEPS,
+            )
+
+    def _put_aside(self, state: State, *, fork: bool) -> None:
+        """Rename a ``best.pt`` that is not the best of this history."""
         best = self.dir / "best.pt"
-        if best.exists() and not (len(state.history) and 0 <= _step_of(best) <= state.progress.step):
+        if best.exists() and (fork or not (len(state.history) and 0 <= _step_of(best) <= state.progress.step)):
             best.replace(best.with_name("best.pt.old"))
+
+    def _warn_of_fork(self, state: State) -> None:
+        best, name = state.history.best, state.history.monitor
+        so_far = "" if best is None else f" than {name} {best[name]:.6g} of step {best['step']:g}, the best so far"
+        logger.warning(
+            "this fit starts from %s and saves to %s: best.pt is written there once an evaluation is better%s",
+            state.resumed_from,
+            self.dir,
+            so_far,
+        )
 
     def on_step_end(self, state: State) -> None:
         """Save every ``every_steps`` steps."""
-        if self.every_steps is not None and state.progress.step % self.every_steps == 0:
-            self._save(state, "step", state.progress.step)
+        step = state.progress.step
+        due = self._stream and (self._due or step - self._saved_step >= _STREAM_STEPS)
+        if due or (self.every_steps is not None and step % self.every_steps == 0):
+            self._save(state, "step", step)
 
     def on_validation_end(self, state: State) -> None:
         """Save the best model."""
         self._save_best(state)
+        self._due = self._stream
 
     def on_epoch_end(self, state: State) -> None:
         """Save every ``every_epochs`` epochs; without a validation set, the best model too."""
         if state.val_loader is None:
             self._save_best(state)
         complete = state.progress.epoch_batch == 0
+        self._due = False
+        if self._stream and not complete and state.progress.step > self._saved_step:
+            self._save(state, "step", state.progress.step)
         if self.every_epochs is not None and complete and state.progress.epoch % self.every_epochs == 0:
             self._save(state, "epoch", state.progress.epoch)
 
-    def latest(self) -> Path | None:
+    def latest(self, *, within_epochs: bool = False) -> Path | None:
         """Return the newest checkpoint that training can resume from, or None.
+
+        Args:
+            within_epochs: Whether this includes ``step-N.pt``, as for a training loader without a length.
 
         Raises:
             ValueError: No file can be resumed from.
         """
-        files = self._files("epoch")
-        if not files and (steps := self._files("step")):
+        files, steps = self._files("epoch")[-1:], self._files("step")[-1:]
+        if within_epochs:
+            return max([*steps, *files], key=_step_of, default=None)
+        if steps and not files:
             raise ValueError(f"{steps[-1]} was saved before the end of an epoch: no checkpoint can be resumed from")
         return files[-1] if files else None
 
@@ -120,9 +171,19 @@ class Checkpoint(Callback):
         return {"best": self._best}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: It is not a metric and its value.
+        """
         best = state_dict.get("best")
-        self._best = None if best is None else (best[0], best[1])
+        match best:
+            case None:
+                self._best = None
+            case [str(name), int() | float() as value]:
+                self._best = name, value
+            case _:
+                raise ValueError(f"best must be the name of a metric and its value, got {best!r}")
 
     def _save_best(self, state: State) -> None:
         history = state.history
@@ -136,14 +197,12 @@ class Checkpoint(Callback):
 
     def _save(self, state: State, kind: str, count: int) -> None:
         path = self.dir / f"{kind}-{count}.pt"
+        self._due, self._saved_step = False, state.progress.step
         if self._refuses(state):
             return
         saving.save(path, state)
         if ranks.rank():
             return
-        if not self._readable:  # fail now, not on resume, if a state_dict holds more than data
-            saving.read(path)
-            self._readable = True
         for old in self._files(kind)[: -self.keep]:
             old.unlink()
 
@@ -163,7 +222,7 @@ class Checkpoint(Callback):
 def _step_of(file: Path) -> int:
     """Return the step at which a checkpoint was saved; -1 if it can't be read."""
     try:
-        return int(saving.read(file)["progress"]["step"])
+        return int(saving.read(file, data=False)["progress"]["step"])
     except ValueError:
         return -1
 

@@ -9,8 +9,8 @@ from fitwatch import ranks
 from fitwatch.callback import Callback
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.expanded import compact
+from fitwatch.helpers.modules import unwrap
 from fitwatch.helpers.options import integer, number
-from fitwatch.saving import unwrap
 from fitwatch.state import State
 
 

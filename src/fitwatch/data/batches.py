@@ -252,6 +252,11 @@ def length(loader: object) -> int | None:
         return None
 
 
+def is_stream(loader: object) -> bool:
+    """Return whether a loader does not know its length, and so may have no end."""
+    return length(loader) is None
+
+
 def as_device(device: str | torch.device) -> torch.device:
     """Return a torch device; ``"auto"`` is CUDA (under ``torchrun`` the process's own GPU), else MPS, else the CPU."""
     if device != "auto":

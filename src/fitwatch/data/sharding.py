@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -10,9 +11,12 @@ from weakref import WeakKeyDictionary
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from fitwatch import ranks
-from fitwatch.data.batches import length, sampler_of
+from fitwatch.data.batches import generators_of, length, sampler_of
 from fitwatch.data.loading import read
 from fitwatch.helpers.aliases import Batch
+from fitwatch.helpers.rng import rng_state, set_rng_state
+
+logger = logging.getLogger("fitwatch")
 
 ABSENT: Final = object()
 """Stands for a batch on a rank that has none left while others have."""
@@ -107,6 +111,31 @@ def gives_part(loader: object) -> bool:
     if ranks.size() == 1 or isinstance(loader, Sequence):
         return False
     return not is_indexed(loader) or _deals_out(loader)
+
+
+def start_workers(loaders: Mapping[str, Iterable[object]]) -> None:
+    """Start the persistent workers of loaders when training resumes, and say what can't be resumed in them.
+
+    In the first epoch a `DataLoader` draws a seed for them, and in later ones none. A resumed training that drew it
+    again would see another order of the examples, and other dropout, than an uninterrupted one.
+    """
+    parts = {name: split(loader) for name, loader in loaders.items()}
+    found = {name: p for name, p in parts.items() if isinstance(p, DataLoader) and p.persistent_workers}
+    if not found:
+        return
+    logger.warning(
+        "persistent_workers=True in %s: the random generators in the workers can't be resumed. If the data set draws "
+        "random numbers (augmentation), train with persistent_workers=False from the start to resume to the bit",
+        " and ".join(found),
+    )
+    generators = [(g, g.get_state()) for g in generators_of(*loaders.values(), *found.values())]
+    before = rng_state()
+    for loader in found.values():
+        if is_indexed(loader):  # a stream would lose what is read now
+            iter(loader)  # the batches that it fetches are dropped when the epoch starts
+    set_rng_state(before)
+    for generator, state in generators:
+        generator.set_state(state)
 
 
 def set_epoch(loader: object, epoch: int) -> None:

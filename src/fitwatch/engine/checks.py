@@ -26,6 +26,7 @@ from fitwatch import ranks
 from fitwatch.data import batches
 from fitwatch.data.counting import exposed_targets
 from fitwatch.helpers.aliases import Loader
+from fitwatch.helpers.modules import named_parameters
 from fitwatch.losses import BinaryCrossEntropy, NegativeLogLikelihood
 from fitwatch.losses.base import ClassLoss
 from fitwatch.state import State
@@ -90,7 +91,7 @@ class Checks:
 def untrained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
     """Look for trainable parameters that the optimizer does not hold."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    missing = [name for name, p in named_parameters(model) if p.requires_grad and id(p) not in held]
     if not missing:
         return None
     shown = ", ".join(f"`{name}`" for name in missing[:3]) + (", ..." if len(missing) > 3 else "")

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fitwatch.saving import unwrap
+from fitwatch.helpers.modules import unwrap
 
 logger = logging.getLogger("fitwatch")
 

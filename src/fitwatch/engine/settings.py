@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from fitwatch.data import batches
 from fitwatch.data.sharding import gives_part
 from fitwatch.engine.step import parameters
-from fitwatch.saving import unwrap
+from fitwatch.helpers.modules import unwrap, weights
+from fitwatch.saving import Before
 from fitwatch.state import State
 from fitwatch.state.history import History
 from fitwatch.state.progress import Plan
@@ -46,29 +47,30 @@ def describe(
     return {name: "none" if value is None else value for name, value in settings.items()}
 
 
-def warn_of_changes(state: State, before: Mapping[str, str]) -> None:
+def warn_of_changes(state: State, before: Before) -> None:
     """Warn once about settings that differ from those of the checkpoint that training resumes from."""
     now = {name: str(value) for name, value in state.settings.items()}
     changes = [
-        f"{name} {now[name]} (was {was}{', which is kept' if name in _FROM_CHECKPOINT else ''})"
-        for name, was in before.items()
+        f"{name} {now[name]} (was {was}{', which is kept' * (before.kept and name in _FROM_CHECKPOINT)})"
+        for name, was in before.settings.items()
         if name not in _MAY_DIFFER and now.get(name, was) != was
     ]
+    changes += before.changes
     if changes:
         logger.warning(
-            "resumed with different settings: %s; losses before and after may not be comparable", ", ".join(changes)
+            "resumed with different settings: %s; losses before and after may not be comparable%s",
+            ", ".join(changes),
+            '; options_from="script" takes those of the script' * any("which is kept" in change for change in changes),
         )
 
 
 def continued(history: History | None, model: nn.Module, val_loader: object) -> History:
     """Return the history to continue; an empty one, with a warning, if the model has other weights by now."""
-    weights = {
-        n: tuple(w.shape) for n, w in unwrap(model).state_dict().items() if isinstance(w, Tensor) and not is_lazy(w)
-    }
-    facts: dict[str, object] = {"weights": weights, "examples": _examples(val_loader)}
+    shapes = {n: tuple(w.shape) for n, w in weights(model).items() if isinstance(w, Tensor) and not is_lazy(w)}
+    facts: dict[str, object] = {"weights": shapes, "examples": _examples(val_loader)}
     history = History() if history is None else history
     before = history.facts if history else facts
-    if before["weights"] != weights:
+    if before["weights"] != shapes:
         logger.warning(
             "the model has other weights (by name or shape) than in the last fit, so its best ones can't be restored: "
             "a new history begins, as with reset=True"

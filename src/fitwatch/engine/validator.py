@@ -14,10 +14,10 @@ from fitwatch.data.sharding import split
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.rehearsal import rehearse
 from fitwatch.helpers.aliases import Batch, Loader
+from fitwatch.helpers.modules import copied_weights
 from fitwatch.measuring.metrics import Metric, evaluating
 from fitwatch.measuring.predictions import predictions
 from fitwatch.measuring.validation import NO_BASELINE, Pass
-from fitwatch.saving import copied_weights
 from fitwatch.state import State
 
 ValidationStep = Callable[[Batch], object]

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from fitwatch.helpers.modules import plain_names
+
 _CHECKED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128})
 
 
@@ -18,7 +20,8 @@ def not_finite(model: nn.Module) -> str | None:
     for place, module in model.named_modules():
         if isinstance(module, _NormBase):
             named += [(f"{place}.{name}".lstrip("."), b) for name, b in module.named_buffers(recurse=False)]
-    return next((name for name, values in named if _is_bad(values)), None)
+    bad = next((name for name, values in named if _is_bad(values)), None)
+    return None if bad is None else plain_names(model, [bad])[0]
 
 
 def _is_bad(values: Tensor) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from fitwatch.helpers.options import local_path
 from fitwatch.logs.curves import LogError, Logged, Pair, Points, Series, find, guess, listed
 from fitwatch.rules.overfitting import Verdict, diagnose
 
@@ -92,7 +93,10 @@ def read(folder: str | os.PathLike[str]) -> Logged:
     Raises:
         LogError: If it is not a folder, or has no event files or no scalars.
     """
-    top = Path(folder)
+    try:
+        top = local_path(folder)
+    except ValueError as error:
+        raise LogError(str(error)) from error
     if not top.is_dir():
         raise LogError(f"{top} is a file, not a folder" if top.exists() else f"there is no folder {top}")
     logged, found = {}, 0

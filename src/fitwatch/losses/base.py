@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fitwatch.helpers.options import plain
 from fitwatch.losses.errors import check_classes, check_types, check_values
 from fitwatch.losses.weighting import as_class_weights
 
@@ -200,10 +201,11 @@ class ClassLoss(Loss):
         super().__init__()
         self._searched: Tensor | None = None  # the weights in which zeros were looked for
         self._has_zeros = False
-        if not isinstance(ignore_index, int):
+        index = plain(ignore_index)
+        if not isinstance(index, int):
             raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")  # noqa: TRY004
         self.register_buffer("weight", None if weight is None else as_class_weights(weight))
-        self.ignore_index = ignore_index
+        self.ignore_index = index
 
     def weighted(self, weights: Tensor) -> Self:
         loss = self._twin()

@@ -1,6 +1,7 @@
 """The state that hooks receive: progress, measurements, and the requests a callback may make."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -61,6 +62,7 @@ class State:
         settings: Options worth a line in a report, name -> value.
         report: Lines for the end report, name -> text, kept up to date by callbacks.
         resumed: Whether a checkpoint was loaded.
+        resumed_from: Its path, or None.
         verdict: The overfitting verdict, if a detector is attached.
         stop_request: This rank's reason to stop, from `request_stop`, or None.
         stop_reason: Why training stops early, agreed by all ranks; None until then.
@@ -89,6 +91,7 @@ class State:
     settings: dict[str, object] = field(factory=dict)
     report: dict[str, str] = field(factory=dict)
     resumed: bool = False
+    resumed_from: Path | None = None
     verdict: Verdict | None = None
     stop_request: str | None = None
     stop_reason: str | None = None
@@ -124,7 +127,11 @@ class State:
         return self.validation.baseline
 
     def mark(self, name: str, entry: Mapping[str, float]) -> None:
-        """Draw a vertical bar called ``name`` on the loss chart, at the evaluation ``entry`` of the history."""
+        """Draw a vertical bar called ``name`` on the loss chart, at the evaluation ``entry`` of the history.
+
+        Raises:
+            ValueError: ``name`` can't name a folder: it is empty, "." or "..", or contains a slash.
+        """
         self.log.mark(name, entry)
 
     def watch(self, monitor: str, mode: Literal["min", "max"] | None, *, by: str) -> None:

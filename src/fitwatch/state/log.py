@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fitwatch.helpers.options import check_name
 from fitwatch.measuring.metrics import to_host
 from fitwatch.records import Histogram, Image, Marker, Record, Value
 from fitwatch.state.progress import Progress
@@ -48,8 +49,11 @@ class Log:
                 of the stacked values, shape (values, ...), that returns one number per name.
 
         Raises:
-            ValueError: ``reduce`` is unknown, or differs from earlier values of this log window.
+            ValueError: ``reduce`` is unknown, or differs from earlier values of this log window; or the name of a
+                `Marker` can't name a folder.
         """
+        if isinstance(value, Marker):
+            check_name("the name of a marker", names)
         if isinstance(value, (str, Marker, Image, Histogram)):
             self._ready.append(Record(str(names), self._progress.step, value))
         else:
@@ -69,7 +73,12 @@ class Log:
         self._add(receive, value, reduce)
 
     def mark(self, name: str, entry: Mapping[str, float]) -> None:
-        """Draw a vertical bar called ``name`` on the loss chart, at an evaluation of the history."""
+        """Draw a vertical bar called ``name`` on the loss chart, at an evaluation of the history.
+
+        Raises:
+            ValueError: ``name`` can't name a folder: it is empty, "." or "..", or contains a slash.
+        """
+        check_name("the name of a marker", name)
         low = entry["train/loss"]
         self._ready.append(Record(name, int(entry["step"]), Marker(low, entry.get("val/loss", low))))
 
@@ -110,7 +119,10 @@ class Log:
             if isinstance(key, tuple):
                 records += [Record(name, self._progress.step, v, kind) for name, v in zip(key, numbers, strict=True)]
             else:
-                records += [Record(name, self._progress.step, v) for name, v in key(numbers).items()]
+                for name, value in key(numbers).items():
+                    if isinstance(value, Marker):
+                        check_name("the name of a marker", name)
+                    records.append(Record(name, self._progress.step, value))
         return records
 
 

@@ -1,5 +1,6 @@
 """The callback `TensorBoard`."""
 
+import logging
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,7 +11,7 @@ from attrs import Attribute, asdict, define, field
 
 from fitwatch.callback import Callback
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.helpers.options import instance
+from fitwatch.helpers.options import check_name, instance, local_path
 from fitwatch.records import Record
 from fitwatch.state import State
 from fitwatch.tensorboard import page, reports
@@ -21,10 +22,11 @@ from fitwatch.tensorboard.thinning import Thinner, horizon
 if TYPE_CHECKING:  # importing tensorboard takes a third of a second
     from fitwatch.tensorboard.writer import RunWriter
 
+logger = logging.getLogger("fitwatch")
+
 
 def _is_name(_: object, option: "Attribute[Any]", value: object) -> None:
-    if not isinstance(value, str) or not value or set(value) & {"/", "\\"}:
-        raise ValueError(f"{option.name} must be a non-empty string without slashes, got {value!r}")
+    check_name(option.name, value)
 
 
 @define(eq=False, slots=False)
@@ -33,8 +35,13 @@ class TensorBoard(Callback):
 
     ``train`` and ``val`` hold the curves, ``best`` a dot at the best evaluation and the settings, and ``baseline`` the
     loss of the best constant prediction while the validation loss is at least half of it. Each event, such as
-    overfitting, is a vertical bar in its own sub-run. A name in use gets a number: ``run``, ``run-2``, ... A resumed
-    fit continues in its folder, after everything beyond the point of resumption was removed.
+    overfitting, is a vertical bar in its own sub-run. A name in use gets a number: ``run``, ``run-2``, ...
+
+    A resumed fit continues in its folder, after everything beyond the point of resumption was removed. It finds the
+    folder by ``dir`` and ``name``, as the script gives them. If these lead to no run of the checkpoint, the fit is a
+    new run, which starts at the point of resumption, and the earlier run stays as it is: so one can go back to an old
+    epoch, try other settings under another ``name``, and compare both. Only event files that fitwatch wrote are ever
+    deleted.
 
     A value logged as ``train/x`` has the tag ``x`` in the sub-run ``train``; ``val/accuracy`` becomes
     ``metrics/accuracy``. Each log window is one event per sub-run; texts and pictures appear at the step at which they
@@ -50,8 +57,8 @@ class TensorBoard(Callback):
     The epoch is completed, so that a `Checkpoint` can save it; then the fit ends with `OSError`.
 
     Args:
-        dir: Folder of all runs, to be opened in TensorBoard.
-        name: Name of the run, without slashes.
+        dir: Folder of all runs, to be opened in TensorBoard. ``~`` is the home folder.
+        name: Name of the run; no slashes, and not "." or "..".
         group: Runs of the same group share one row in the HParams table, with the mean of their metrics. Use it for
             trials that differ only in their seed. Default: one row per run.
         show_link: Whether to print the command and the link.
@@ -59,13 +66,15 @@ class TensorBoard(Callback):
 
     main_only = True
 
-    dir: Path = field(default=Path("runs"), converter=Path)
+    dir: Path = field(default=Path("runs"), converter=local_path)
     name: str = field(default="run", kw_only=True, validator=_is_name)
     group: str | None = field(default=None, kw_only=True, validator=instance(str, or_none=True))
     show_link: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def __attrs_post_init__(self) -> None:
         self.run_dir: Path | None = None  # set when fitting starts
+        self._new = False  # whether this fit created it
+        self._origin: StateDict | None = None  # the run of the checkpoint that training resumes from
         self._writer: RunWriter | None = None  # during a fit
         self._curves = Thinner()
         self._metrics: list[str] = []  # tags to pin
@@ -85,10 +94,21 @@ class TensorBoard(Callback):
         from fitwatch.tensorboard import folders, writer  # noqa: PLC0415 - imports tensorboard
 
         first_step = state.progress.step
-        if self.run_dir is None or first_step == 0:
+        if state.resumed:
+            self.run_dir = self._resumed_folder()
+        self._new = self.run_dir is None or first_step == 0
+        if self.run_dir is None or self._new:
             self.run_dir, self._curves = folders.new_folder(self.dir, self.name), Thinner()
         elif state.resumed:
             folders.rewind(self.run_dir, first_step)
+        if state.resumed and self._new and self._origin is not None:
+            logger.warning(
+                "TensorBoard: %s is a new run, from step %d on; the run %r of the checkpoint stays as it is, since "
+                "dir and name do not lead to it",
+                self.run_dir,
+                first_step,
+                self._origin["folder"],
+            )
         if not len(state.history):
             self._best_counts = None
         self._curves.start(resumed=state.resumed)
@@ -149,7 +169,7 @@ class TensorBoard(Callback):
         writer, self._writer = self._writer, None
         if writer is None or self.run_dir is None:
             return
-        if writer.empty and writer.first_step == 0:  # the fit failed before its first step
+        if writer.empty and self._new:  # the fit failed before its first step
             with suppress(OSError):  # not empty: the user keeps files there
                 self.run_dir.rmdir()
             self.run_dir = None
@@ -171,19 +191,41 @@ class TensorBoard(Callback):
         return page.link(port, None if compare else name, self._metrics)
 
     def state_dict(self) -> StateDict:
-        """Return the run's folder, the state of its curves, and the counts of the best evaluation."""
+        """Return which run this is, the state of its curves, and the counts of the best evaluation."""
+        from fitwatch.tensorboard import folders  # noqa: PLC0415 - imports tensorboard
+
+        origin = None if self.run_dir is None else folders.origin(self.run_dir, self.name)
         return {
-            "run_dir": None if self.run_dir is None else str(self.run_dir),
+            "run": None if origin is None else asdict(origin),
             "curves": self._curves.state_dict(),
             "best_counts": None if self._best_counts is None else asdict(self._best_counts),
         }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore what `state_dict` returned; a folder that no longer exists is ignored."""
-        folder, counts = state_dict["run_dir"], state_dict["best_counts"]
-        self.run_dir = Path(folder) if folder is not None and Path(folder).is_dir() else None
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: A name in it leads out of the run's folder.
+        """
+        origin, counts = state_dict.get("run"), state_dict["best_counts"]
+        if origin is not None:
+            for key in ("name", "folder", "file"):
+                check_name(f"run.{key}", origin.get(key) if isinstance(origin, dict) else origin)
+        for curve in state_dict["curves"]:
+            if curve.partition("/")[0] not in ("train", "val"):
+                raise ValueError(f"curves must belong to train or val, got {curve!r}")
+        self._origin = origin
         self._curves.load_state_dict(state_dict["curves"])
         self._best_counts = None if counts is None else Counts(**counts)
+
+    def _resumed_folder(self) -> Path | None:
+        """Return the folder of the checkpoint's run; None if ``dir`` and ``name`` lead elsewhere."""
+        from fitwatch.tensorboard import folders  # noqa: PLC0415 - as above
+
+        if self._origin is None:
+            return None
+        names = (self._origin[key] for key in ("name", "folder", "file"))
+        return folders.find(self.dir, self.name, folders.Origin(*names))
 
     def _ready_writer(self, state: State) -> "RunWriter":
         """Return the writer; write the start report first if it is missing."""

@@ -65,7 +65,8 @@ def cut(file: Path, step: int) -> None:
     """Remove all events beyond ``step``, and an incomplete last one, by replacing the file atomically."""
     kept = [raw for raw in RawEventFileLoader(str(file)).Load() if Event.FromString(raw).step <= step]
     new = file.with_name("cut.tmp")  # a name that no server reads
-    with new.open("wb") as opened:
+    new.unlink(missing_ok=True)  # of a process that was killed
+    with new.open("xb") as opened:
         records = RecordWriter(opened)
         for raw in kept:
             records.write(raw)

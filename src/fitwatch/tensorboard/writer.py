@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from fitwatch.records import Histogram, Image, Marker, Record
 from fitwatch.state import State
-from fitwatch.tensorboard import events, page, reports
+from fitwatch.tensorboard import events, folders, page, reports
 from fitwatch.tensorboard.classifier import Counts, curve
 from fitwatch.tensorboard.confusion import confusion_image
 from fitwatch.tensorboard.thinning import Thinner
@@ -114,7 +113,8 @@ class RunWriter:
         self._write_all(waiting)
         self._end_baseline()
         if self._writes:
-            shutil.rmtree(self.run_dir / "best", ignore_errors=True)  # of an earlier fit
+            with suppress(OSError):
+                folders.remove(self.run_dir / "best")  # of an earlier fit
         settings = {name: value for name, value in state.settings.items() if name != "device"}
         if group is not None:
             settings["seed"] = "any"  # a row has one value per setting, but the trials differ in their seed
@@ -162,7 +162,7 @@ class RunWriter:
     def _draw_bar(self, name: str, step: int, marker: Marker, now: int) -> None:
         # Two bars in one sub-run would be joined by a line.
         names = (name if number == 1 else f"{name} {number}" for number in count(1))
-        run = next(free for free in names if not (self.run_dir / free).exists())
+        run = next(free for free in names if free not in folders.RUNS and not (self.run_dir / free).exists())
         # A line needs two points, and the server keeps only one point per step.
         self._write(run, step, [events.scalar("loss", marker.low)], drawn=now)
         self._write(run, step + 1, [events.scalar("loss", marker.high)], drawn=now)

@@ -7,7 +7,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitwatch.saving import unwrap
+from fitwatch.helpers.modules import named_parameters
 
 NO_GRAD = "requires_grad is False"
 
@@ -34,7 +34,7 @@ def group(model: nn.Module, optimizer: Optimizer, pattern: str | None) -> Layers
     regular expression (or its first group) matches.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    named = [(name, p) for name, p in unwrap(model).named_parameters() if p.numel()]
+    named = [(name, p) for name, p in named_parameters(model) if p.numel()]
     # Nothing clears the gradients of parameters outside the optimizer.
     trained = [(name, p) for name, p in named if p.requires_grad and id(p) in groups]
     layers = {name: _layer(name, pattern) for name, _ in named}

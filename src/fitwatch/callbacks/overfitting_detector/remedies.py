@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from fitwatch.helpers.modules import unwrap
 from fitwatch.rules.overfitting import Verdict
-from fitwatch.saving import unwrap
 from fitwatch.state import State
 
 
