@@ -54,7 +54,12 @@ def weights(model: nn.Module) -> dict[str, Any]:
 def copied_weights(model: nn.Module) -> dict[str, Any]:
     """Return a copy of what `weights` returns."""
     own = weights(model)
-    return {name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w) for name, w in own.items()}
+    copied = OrderedDict(
+        (name, w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w)) for name, w in own.items()
+    )
+    if hasattr(own, "_metadata"):  # the versions of the modules, which loading needs
+        copied._metadata = copy.deepcopy(own._metadata)  # type: ignore[attr-defined] # noqa: SLF001 - as torch keeps it
+    return copied
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
