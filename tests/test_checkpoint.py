@@ -412,12 +412,16 @@ def planned(folder, values, **options):
             return torch.tensor(next(losses))
 
     return Planned(
-        model, torch.optim.SGD(model.parameters(), 1e-3), callbacks=[fw.Checkpoint(folder, **options)], device="cpu"
+        model,
+        torch.optim.SGD(model.parameters(), 1e-3),
+        callbacks=[fw.Checkpoint(folder, **options)],
+        device="cpu",
+        sanity_steps=0,
     )
 
 
 def test_a_second_fit_replaces_the_best_by_a_better_one_only(tmp_path, data):
-    """History begins anew in each fit of a Trainer, and best.pt stays that of all of them."""
+    """The history goes on in each fit of a Trainer, and best.pt is the best of all of them."""
     loader = [data.tensors]
     trainer = planned(tmp_path, [0.9, 0.5, 0.7, 0.8, 0.6, 0.4])
     trainer.fit(loader, loader, epochs=3)

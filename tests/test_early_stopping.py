@@ -127,11 +127,12 @@ def test_a_metric_that_will_not_exist_is_refused_before_step_1(monitor):
 
 
 def test_a_second_fit_begins_with_fresh_patience():
-    """Each fit is judged by itself: the waiting of the first does not count in the second."""
+    """The waiting of the first fit does not count in the second; the value to improve on is still that of the first."""
     stop = fw.EarlyStopping(patience=2)
     trainer = Scripted([1, 2, 3] + [4] * 10, stop)
     assert len(trainer.fit([torch.zeros(1, 1)], [torch.zeros(1, 1)], epochs=10).history) == 3
-    assert len(trainer.fit([torch.zeros(1, 1)], [torch.zeros(1, 1)], epochs=10).history) == 3
+    assert len(trainer.fit([torch.zeros(1, 1)], [torch.zeros(1, 1)], epochs=10).history) == 3 + 2
+    assert len(trainer.fit([torch.zeros(1, 1)], [torch.zeros(1, 1)], epochs=10, reset=True).history) == 3
 
 
 @pytest.mark.parametrize(

@@ -515,12 +515,12 @@ def test_options_are_checked(options, error, message):
         fw.OverfittingDetector(**options)
 
 
-def test_a_second_fit_is_judged_anew():
-    """The rule of a second fit has its options and none of the first one's evaluations."""
+def test_a_second_fit_is_judged_anew_on_request():
+    """With reset=True the rule of a second fit has its options and none of the first one's evaluations."""
     detector = fw.OverfittingDetector(rule=fw.rules.OverfittingRule(hold=3))
     trainer = make(detector, dropout=0.0)
     assert trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=40).verdict.overfitting
-    again = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=2)
+    again = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=2, reset=True)
     assert (again.verdict.status, detector.rule.hold) == ("warming up", 3)
 
 
@@ -609,5 +609,6 @@ def test_the_probe_is_no_larger_than_a_validation_that_shows_no_examples():
     model = nn.Linear(4, 2)
     train, val = (DataLoader(TensorDataset(torch.randn(n, 4), torch.arange(n) % 2), batch_size=8) for n in (200, 24))
     trainer = Own(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=fw.OverfittingDetector(), device="cpu")
+    trainer.sanity_steps = 0  # a trial would be seen too
     trainer.fit(train, val, epochs=1)
     assert sum(seen) == 2 * 24

@@ -74,7 +74,7 @@ def test_fit_again_goes_on(model, data):
     loader = DataLoader(data, 16)
     trainer.fit(loader, epochs=2)
     result = trainer.fit(loader, epochs=1)
-    assert [(entry["epoch"], entry["step"]) for entry in result.history] == [(2, 12)]
+    assert [(entry["epoch"], entry["step"]) for entry in result.history] == [(0, 4), (1, 8), (2, 12)]
 
     torch.manual_seed(0)
     once = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -218,7 +218,7 @@ def test_a_metric_is_computed_once_per_validation(model, data):
         calls.append("function")
         return 0.0
 
-    trainer = trainer_of(model, metrics={"object": Counted(), "function": function})
+    trainer = trainer_of(model, metrics={"object": Counted(), "function": function}, sanity_steps=0)
     trainer.fit(DataLoader(data, 16), DataLoader(data, 64), epochs=3)
     trainer.validate(DataLoader(data, 64))
     assert [calls.count(name) for name in ("update", "compute", "function")] == [4, 4, 4]

@@ -8,6 +8,7 @@ from fitwatch.callbacks.gradient_norm import GradientNorm
 from fitwatch.callbacks.overfitting_detector import OverfittingDetector
 from fitwatch.callbacks.progress_bar import ProgressBar
 from fitwatch.callbacks.real_world_cost import RealWorldCost
+from fitwatch.callbacks.weight_average import WeightAverage
 from fitwatch.callbacks.weighted_loss import WeightedLoss
 from fitwatch.losses import (
     LDAM,
@@ -55,6 +56,7 @@ __all__ = [  # noqa: RUF022 - sorted() order, not isort's
     "Trainer",
     "Verdict",
     "Watch",
+    "WeightAverage",
     "WeightedLoss",
     "__version__",
     "class_weights",

@@ -31,22 +31,31 @@ class Loop:
             examples, or None if unknown.
         schedule: When the learning-rate scheduler steps.
         validate_every: Steps between validations; None: at the end of each epoch.
+        trial_step: Validates a batch before step 1, to see whether validation works.
     """
 
     def __init__(
-        self, watch: Watch, training_step: TrainingStep, schedule: Schedule, validate_every: int | None
+        self,
+        watch: Watch,
+        training_step: TrainingStep,
+        schedule: Schedule,
+        validate_every: int | None,
+        trial_step: Callable[[Batch], object],
     ) -> None:
         self._watch, self._training_step, self._schedule = watch, training_step, schedule
-        self._validate_every = validate_every
         self._skipped = 0  # batches that the training step left out
         self._stepped = False  # whether the optimizer has stepped: until then no schedule starts
+        self._validate_every, self._trial_step = validate_every, trial_step
 
-    def run(self, epochs: int | None) -> None:
+    def run(self, epochs: int | None, *, validates_first: bool = False) -> None:
         """Train for ``epochs`` epochs, or until the watch stops."""
         watch = self._watch
         with watch:  # on_fit_start
             self._schedule.watch(watch.state.history)
             self._check_schedule(epochs)
+            watch.rehearse(self._trial_step)
+            if validates_first and not watch.state.resumed:
+                watch.validate()  # on_validation_start, on_validation_end, on_log
             for _ in watch.epochs(epochs):  # on_epoch_start
                 for batch in watch.train(ragged=True):
                     if batch is ABSENT:  # other ranks still have one

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fitwatch.helpers.expanded import compact
+
 T = TypeVar("T")
 
 logger = logging.getLogger("fitwatch")
@@ -258,9 +260,7 @@ def _broadcast(tensors: Iterable[Tensor]) -> None:
     if size() == 1:
         return
     for tensor in tensors:
-        own = tensor.detach()
-        for dim, stride in enumerate(own.stride()):
-            own = own.narrow(dim, 0, 1) if stride == 0 and own.shape[dim] > 1 else own  # expanded
+        own = compact(tensor)
         if own.numel():
             copy = torch.empty(own.shape, dtype=own.dtype, device=own.device).copy_(own)
             dist.broadcast(copy.view(-1).view(torch.uint8), src=0)  # as bytes, since some dtypes can't be sent

@@ -21,7 +21,8 @@ class Result:
     """The result of a fit.
 
     Attributes:
-        history: One dict per evaluation: ``epoch`` (from 0), ``step``, ``train/loss``, ``val/loss``, ...
+        history: One dict per evaluation, of this fit and of those before it that it continues: ``epoch`` (from 0),
+            ``step``, ``train/loss``, ``val/loss``, ...
         best: The best evaluation: by the metric that early stopping monitors, else by ``val/loss`` (``train/loss``
             without a validation set); None if no value was finite.
         stop_reason: Why training stopped early; None if it did not.

@@ -39,8 +39,13 @@ _VERSIONS = {1: "0.1"}  # of fitwatch, by the format that it wrote, before files
 Content = StateDict
 
 
-def save(path: Path, state: State) -> None:
+def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
     """Write a checkpoint of ``state`` to ``path``, completely or not at all. All ranks call it; rank 0 writes.
+
+    Args:
+        path: The file.
+        state: What is saved.
+        weights: Saved as the model's weights. None: the current ones.
 
     Raises:
         OSError: It could not be written; the message names the path, and the file that was there is unchanged.
@@ -49,15 +54,18 @@ def save(path: Path, state: State) -> None:
     state.train_loss.pull()
     since = state.train_loss.since_evaluation
     train_loss = ranks.sums([since.total, since.weight])
-    generators = random_states(state.train_loader, state.val_loader)
-    position = state.position.saved(state.train_loader, state.val_loader) if state.progress.epoch_batch else None
+    loaders = (state.train_loader, state.val_loader, *state.val_loaders.values())
+    generators = random_states(*loaders)
+    position = None
+    if state.progress.epoch_batch:
+        position = state.position.saved(state.train_loader, {"val_loader": state.val_loader, **state.val_loaders})
     (rng, generators, position), *others = ranks.gather((rng_state(), generators, position))
     if ranks.rank():
         return
     content = {
         "format": FORMAT,
         "version": __version__,
-        "model": modules.weights(state.model),
+        "model": modules.weights(state.model) if weights is None else weights,
         "loss": _loss_parameters(state),
         "optimizer": state.optimizer.state_dict(),
         "groups": resuming.group_names(state.optimizer, _named(state)),
@@ -222,7 +230,8 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
     """
     content = read(path)
     _check_kinds(path, content)
-    _check(path, content, state, len(random_states(state.train_loader, state.val_loader)))
+    loaders = (state.train_loader, state.val_loader, *state.val_loaders.values())
+    _check(path, content, state, len(random_states(*loaders)))
     try:
         modules.load_weights(state.model, content["model"])
         with torch.no_grad():
@@ -242,7 +251,7 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
         since = state.train_loss.since_evaluation
         since.total, since.weight = content["train_loss"]
     own = [content, *content["other_ranks"]][ranks.rank()]
-    set_random_states(own["generators"], state.train_loader, state.val_loader)
+    set_random_states(own["generators"], *loaders)
     set_rng_state(own["rng"])
     state.position.resumed = own["position"]
     state.resumed, state.resumed_from = True, path

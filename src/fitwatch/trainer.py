@@ -1,12 +1,13 @@
 """The Trainer: options, and steps that a subclass may override."""
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, field, fields
 from torch import Tensor, nn
 
 from fitwatch import ranks
@@ -14,10 +15,11 @@ from fitwatch.callback import Callback
 from fitwatch.data import batches
 from fitwatch.engine.schedule import Schedule
 from fitwatch.helpers import rng
-from fitwatch.helpers.aliases import Batch, Loader
+from fitwatch.helpers.aliases import Batch, Loader, Loaders
 from fitwatch.helpers.options import count, instance, integer, number, one_of
 from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
+from fitwatch.measuring.predictions import as_probabilities
 from fitwatch.result import Result
 from fitwatch.watch import Watch
 
@@ -49,12 +51,16 @@ class Trainer:
         clip_norm: Largest total 2-norm of the gradients; they are scaled down to it. None: no clipping.
         precision: ``"fp32"`` (no autocast), or autocast to ``"bf16"`` or ``"fp16"``; the latter with a GradScaler.
         metrics: Name -> function of (outputs, targets) over the whole validation set, or an object with ``update``,
-            ``compute`` and ``reset``. Reported as ``val/<name>``.
+            ``compute`` and ``reset``. Reported as ``val/<name>``; a vector with a number for each class as
+            ``val/<name>/<class>`` (the names in ``dataset.classes``, or the indices), a dict as ``val/<name>/<key>``.
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
         log_every: Steps per log window. Values are copied to the host once per log window.
         skip_checks: As for `Watch`.
         nonfinite: As for `Watch`: ``"raise"``, ``"skip"`` or ``"ignore"``.
         fast_loading: As for `Watch`.
+        sanity_steps: Batches of ``val_loader`` that are validated before step 1, so that a mistake in metrics or in
+            `validation_step` shows at once; see `Watch`. It sees a copy of the attributes that a subclass adds, but
+            what a step or a metric changes elsewhere is changed by the trial too. 0: none.
         seed: Seed for torch, Python and NumPy, set when the first fit starts: too late for the initial weights of
             ``model``. None: no seeding.
 
@@ -79,6 +85,7 @@ class Trainer:
     skip_checks: Collection[str] = field(default=(), kw_only=True)
     nonfinite: str = field(default="raise", kw_only=True, validator=one_of("raise", "skip", "ignore"))
     fast_loading: bool = field(default=True, kw_only=True, validator=instance(bool))
+    sanity_steps: int = field(default=2, kw_only=True, validator=integer(0))
     seed: int | None = field(default=None, kw_only=True, validator=integer(or_none=True))
 
     def __attrs_post_init__(self) -> None:
@@ -115,6 +122,13 @@ class Trainer:
         self.update_metrics(output, target, *weight)
         return loss
 
+    def prediction_step(self, batch: Batch) -> Any:
+        """Return the outputs for a batch with or without targets, for `predict`; override it for other formats.
+
+        The input is the first part of a tuple or list, the value of ``"input"`` in a mapping, or the batch itself.
+        """
+        return self.model(batches.input_of(batch))
+
     def batch_size(self, batch: Batch) -> int:
         """Return the number of examples, for scalar losses and the speed; override it for custom batch formats.
 
@@ -138,26 +152,34 @@ class Trainer:
         """
         return self._watch.sums(output, target, sample_weight)
 
-    def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+    def update_metrics(self, outputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
         """Pass a validation batch to the metrics and other observers of outputs; for ``validation_step``."""
         self._watch.update_metrics(outputs, targets, sample_weight)
 
-    def fit(
+    def fit(  # noqa: PLR0913 - all but two by keyword
         self,
         train_loader: Loader,
-        val_loader: Loader | None = None,
+        val_loader: Loaders | None = None,
         *,
         epochs: int | None = None,
         max_steps: int | None = None,
         validate_every: int | None = None,
         resume: str | Path | None = None,
         options_from: str = "checkpoint",
+        reset: bool = False,
+        validate_first: bool = False,
     ) -> Result:
-        """Train; called again, continue for ``epochs`` or ``max_steps`` more.
+        """Train; called again, continue for ``epochs`` or ``max_steps`` more. The model ends in eval mode.
+
+        The best evaluation is that of all fits of this Trainer, for the result, for the weights that early stopping
+        restores, for ``best.pt`` and for the verdict; only the patience starts over. ``reset`` starts a new best.
+
+        Modules that you have put into eval mode stay in it while the others train; see `Watch.epochs`.
 
         Args:
             train_loader: Any iterable of batches, with or without a length.
-            val_loader: The same for validation. None: no validation.
+            val_loader: The same for validation. None: no validation. Several by name, as a dict: all are measured, and
+                the first one decides; see `Watch`.
             epochs: Passes over ``train_loader``.
             max_steps: Optimizer steps; with both given, whichever comes first.
             validate_every: Steps between validations. Default: at the end of each epoch.
@@ -165,6 +187,10 @@ class Trainer:
                 ``epochs`` and ``max_steps`` then count from where the interrupted fit began.
             options_from: Whose options the optimizer and the scheduler have when training resumes, if they differ:
                 ``"checkpoint"`` or ``"script"``; see `Watch`.
+            reset: Whether to forget the evaluations of earlier fits, and what was the best of them. Use it if they
+                don't compare with those of this fit: another validation set or loss. Counters and weights stay.
+            validate_first: Whether to validate before the first step too (not after a resume). This evaluation has no
+                ``train/loss`` (NaN).
 
         Raises:
             ValueError: An option is out of range, a loader is empty, a monitored metric will not exist, the optimizer
@@ -173,23 +199,30 @@ class Trainer:
         """
         if epochs is None and max_steps is None:
             raise ValueError("fit needs epochs= or max_steps=")
+        if reset and resume is not None:
+            raise ValueError("reset=True forgets earlier evaluations, and resume continues them: give one of the two")
         epochs, max_steps = count("epochs", epochs), count("max_steps", max_steps)
         validate_every = count("validate_every", validate_every)
         if validate_every is not None and val_loader is None:
             raise ValueError("validate_every needs a val_loader")
+        if validate_first and val_loader is None:
+            raise ValueError("validate_first needs a val_loader")
         watch = self._watch = self._new_watch(
             train_loader=train_loader,
             val_loader=val_loader,
             max_steps=max_steps,
             resume=resume,
             options_from=options_from,
+            history=None if reset else self._watch.state.history,
         )
         self.state = watch.state
         ranks.start(self.device)
         ranks.refuse_differences({"epochs": epochs, "validate_every": validate_every, "resume": resume})
         if self.seed is not None and self.state.progress.step == 0:
             rng.seed_all(self.seed + ranks.rank())  # rank 0 alone draws the order of the batches
-        Loop(watch, self._train_batch, self._schedule, validate_every).run(epochs)
+        Loop(watch, self._train_batch, self._schedule, validate_every, self._trial_step()).run(
+            epochs, validates_first=validate_first
+        )
         return watch.result
 
     def validate(self, loader: Loader) -> dict[str, float]:
@@ -201,6 +234,43 @@ class Trainer:
             ValueError: The loader yields no batch.
         """
         return self._watch.evaluate(loader)
+
+    def test(self, loader: Loader) -> dict[str, float]:
+        """Return the same measurements as `validate`, named for a test set: ``test/loss``, ``test/<metric>``, ...
+
+        Raises:
+            ValueError: The loader yields no batch.
+        """
+        return {f"test/{name.removeprefix('val/')}": value for name, value in self.validate(loader).items()}
+
+    def predict(self, loader: Loader, *, proba: bool = False) -> Any:
+        """Return the model's outputs for all batches of a loader, joined along the first dimension, on the CPU.
+
+        In eval mode and without gradients; afterwards all modes are as before. The order is that of the loader.
+
+        Args:
+            loader: Batches with or without targets; see `prediction_step`.
+            proba: Whether to return probabilities instead of outputs: softmax over the classes for a loss of classes
+                (for one logit the probability of class 1), sigmoid for `BinaryCrossEntropy`.
+
+        Returns:
+            A tensor; or, like the outputs, a tuple, list, dict or dataclass of tensors.
+
+        Raises:
+            ValueError: There is no batch; the outputs can't be joined, for example because their lengths vary; or with
+                ``proba`` the loss does not say what the outputs are.
+            TypeError: ``proba`` is True and the outputs are no single tensor.
+        """
+        convert = as_probabilities(self.loss) if proba else None
+        outputs = self._watch.predict(loader, self._predict_batch)
+        if convert is None:
+            return outputs
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"proba=True needs outputs that are one tensor, got {type(outputs).__name__}: return the logits alone "
+                "from prediction_step"
+            )
+        return convert(outputs)
 
     # -- what the loop calls -------------------------------------------------------------------------------------
 
@@ -224,6 +294,20 @@ class Trainer:
         with self._autocast():
             self._watch.measured(self._sums(self.validation_step(batch), batch, "validation_step"))
 
+    def _predict_batch(self, batch: Batch) -> Any:
+        with self._autocast():
+            return self.prediction_step(batch)
+
+    def _trial_step(self) -> Callable[[Batch], None]:
+        """Return `_validate_batch` of a copy: what a subclass keeps in attributes of its own must not change."""
+        twin = copy.copy(self)
+        own = {a.name for a in fields(Trainer)} | {"_schedule", "_scaler", "_watch", "state"}
+        for name, value in vars(self).items():
+            if name not in own:
+                with suppress(Exception):  # a generator or a file can't be copied
+                    setattr(twin, name, copy.deepcopy(value, {id(self): twin, id(self.model): self.model}))
+        return twin._validate_batch  # noqa: SLF001 - of the same class
+
     def _new_watch(self, **fit: Any) -> Watch:
         return Watch(
             self.model,
@@ -236,6 +320,7 @@ class Trainer:
             accumulate=self.accumulate,
             clip_norm=self.clip_norm,
             log_every=self.log_every,
+            sanity_steps=self.sanity_steps,
             device=self.device,
             validation_step=self._validate_batch,
             skip_checks=self.skip_checks,

@@ -1,7 +1,7 @@
 """The Watch: everything that a training loop needs except the loop."""
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,12 +18,12 @@ from fitwatch.data import batches
 from fitwatch.data.sharding import start_workers
 from fitwatch.engine.checks import Checks
 from fitwatch.engine.recorder import Recorder
-from fitwatch.engine.settings import describe, shared_facts, warn_of_changes
+from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_changes
 from fitwatch.engine.signals import Interrupts
 from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
-from fitwatch.helpers.aliases import Batch, Loader, Scheduler
+from fitwatch.helpers.aliases import Batch, Loader, Loaders, Scheduler
 from fitwatch.helpers.options import count, local_path
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.measuring.expected_baseline import expected_baseline
@@ -31,6 +31,7 @@ from fitwatch.measuring.metrics import Metric, Metrics
 from fitwatch.measuring.validation import Validation
 from fitwatch.result import Result
 from fitwatch.state import State
+from fitwatch.state.history import History
 from fitwatch.state.progress import Plan, Progress
 
 logger = logging.getLogger("fitwatch")
@@ -52,7 +53,8 @@ class Watch:
                         watch.loss(model(x), y)
         print(watch.result)
 
-    Entering it runs ``on_fit_start``, leaving it ``on_fit_end``, also after an exception. Hooks that follow a batch or
+    Entering it runs ``on_fit_start``, leaving it ``on_fit_end``, also after an exception. After training the model is
+    in eval mode, ready for predictions. Hooks that follow a batch or
     a step run at the next call on the watch, after your scheduler and ``zero_grad``.
 
     The watch detects a step by the optimizer's step hooks. Right before the step, the gradients become those of
@@ -65,7 +67,9 @@ class Watch:
         loss: As for `Trainer`. Default: `CrossEntropy`.
         train_loader: The training batches. Callbacks read it (class counts, the probe of the overfitting detector), and
             `train` iterates over it.
-        val_loader: The validation batches, or None.
+        val_loader: The validation batches, or None; or several loaders by name. The first one decides: ``val/loss``,
+            the baseline and the verdict are about it. All are measured, as ``val/<loader>/loss``,
+            ``val/<loader>/<metric>``.
         metrics: As for `Trainer`.
         scheduler: A scheduler that your loop steps; its state goes into checkpoints.
         scaler: A GradScaler. Call `before_step` before ``scaler.step(optimizer)``.
@@ -92,8 +96,14 @@ class Watch:
         fast_loading: Whether `train`, `validate` and `evaluate` read a plain `DataLoader` by one ``index_select`` per
             tensor. Plain is: the default ``collate_fn``, no workers, over a `TensorDataset` or a `Subset` of one. The
             batches, their order and the random numbers drawn are the same.
+        sanity_steps: With a ``validation_step``: batches of ``val_loader`` that are validated before step 1, so that a
+            mistake in it shows at once and not after an epoch. Nothing is recorded or changed: random generators,
+            buffers and modes are as before, and no hook runs. Left out for loaders that may not give the same batches
+            again (streams, iterators, your own samplers), and on several ranks. 0: none.
         settings: More lines for the reports, name -> value.
         progress: Counters of an earlier watch on this model, to continue from.
+        history: The evaluations of an earlier watch on this model, to continue: the best one is then that of both, for
+            early stopping, checkpoints, the verdict and the result. Pass the same callbacks. Default: none.
 
     Attributes:
         state: The state passed to hooks.
@@ -112,7 +122,7 @@ class Watch:
         *,
         loss: Any = None,
         train_loader: Loader | None = None,
-        val_loader: Loader | None = None,
+        val_loader: Loaders | None = None,
         metrics: Mapping[str, Metric] | None = None,
         scheduler: Scheduler | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -129,11 +139,22 @@ class Watch:
         nonfinite: str = "raise",
         settings: Mapping[str, object] | None = None,
         progress: Progress | None = None,
+        history: History | None = None,
+        sanity_steps: int = 2,
     ) -> None:
-        _check_parts(model, optimizer, train_loader, val_loader, resume)
+        several = batches.named(val_loader, metrics or {})
+        if several:
+            val_loader = next(iter(several.values()))
+        _check_parts(model, optimizer, resume, {"train_loader": train_loader, "val_loader": val_loader, **several})
         if options_from not in ("checkpoint", "script"):
             raise ValueError(f"options_from must be 'checkpoint' or 'script', got {options_from!r}")
-        plan = Plan(max_steps=max_steps, accumulate=accumulate, clip_norm=clip_norm, log_every=log_every)
+        plan = Plan(
+            max_steps=max_steps,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            log_every=log_every,
+            sanity_steps=sanity_steps,
+        )
         place = _device_of(model) if device is None else batches.as_device(device)
         loss, metrics, hooks = as_loss(loss), dict(metrics or {}), Callbacks(callbacks)
         Metrics(metrics)  # checks them
@@ -145,10 +166,12 @@ class Watch:
             scaler=scaler,
             train_loader=() if train_loader is None else train_loader,
             val_loader=val_loader,
+            val_loaders=several,
             device=place,
             callbacks=hooks,
             plan=plan,
             progress=Progress() if progress is None else progress,
+            history=continued(history, model, val_loader),
             validation=Validation(metrics),
             settings=describe(
                 model, optimizer, loss, scheduler, plan=plan, more={"device": str(place), **(settings or {})}
@@ -171,6 +194,9 @@ class Watch:
         self._exits: ExitStack | None = None  # while the watch is open
         self._used = self._checked = False
         self._has_weights = False  # whether examples have had weights
+        self._evaluations = 0  # of earlier fits
+        # Without a step of its own a loop may validate in a way that the default step does not know.
+        self._trial_step = validation_step
 
     def __repr__(self) -> str:
         progress = self.state.progress
@@ -181,7 +207,8 @@ class Watch:
     def __enter__(self) -> Self:
         if self._used:
             raise RuntimeError(
-                "a Watch can be entered only once: create another, with progress=watch.state.progress to keep counting"
+                "a Watch can be entered only once: create another, with progress=watch.state.progress, and "
+                "history=watch.state.history, to continue this one"
             )
         self._used = True
         self._prepare()
@@ -227,9 +254,10 @@ class Watch:
         if path is not None:
             with ranks.failing_together():
                 self._before = saving.load(local_path(path), state, kept=self._keeps_options)
-            loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader}
+            loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader, **state.val_loaders}
             live = loaders if state.position.resumed is None else state.position.resumed["live"]
             start_workers({name: loader for name in live if (loader := loaders[name]) is not None})
+        self._evaluations = len(state.history)
         ranks.align([state.model, state.loss], parameters(state.optimizer))
         zero_grad(state.optimizer)
 
@@ -239,6 +267,7 @@ class Watch:
         self._training.in_epoch = False
         self.state.error = error
         try:
+            self._training.rest()
             self._hooks.on_fit_end(self.state)
         except Exception as late:
             if error is None:
@@ -275,6 +304,10 @@ class Watch:
     def epochs(self, epochs: int | None = None) -> Iterator[int]:
         """Iterate over the epochs' indices, from 0, until training stops. Each epoch starts in train mode.
 
+        Modules that you have put into eval mode stay in it, such as a frozen part of the model. If the whole model is
+        in eval mode, as an evaluation leaves it, all of it trains except for frozen parts, and for parts that stayed
+        in eval mode when it was last trained.
+
         Args:
             epochs: How many to train in all, including those before an interruption if training resumes, and those of
                 an earlier call. None: until ``max_steps``, or until a callback asks for the end.
@@ -284,6 +317,9 @@ class Watch:
         """
         self._require_open("epochs()")
         self.state.plan = evolve(self.state.plan, epochs=count("epochs", epochs))
+        trial, self._trial_step = self._trial_step, None
+        if trial is not None and not self._checked:
+            self.rehearse(trial)
         self._check()
         return self._epochs()
 
@@ -455,6 +491,11 @@ class Watch:
         self._start_validation("validating()")
         if self.state.val_loader is None:
             raise ValueError("watch.validating() needs the val_loader of the Watch, and none was given")
+        if self.state.val_loaders:
+            raise ValueError(
+                "watch.validating() measures the batches of one loader, and the Watch has several: call "
+                "watch.validate(), which measures all of them"
+            )
         return self._validator.validating()
 
     def validate(self) -> None:
@@ -465,6 +506,21 @@ class Watch:
         """
         self._start_validation("validate()")
         self._validator.validate()
+
+    def rehearse(self, step: ValidationStep) -> None:
+        """Validate ``sanity_steps`` batches before step 1, so that what fails in a validation fails at once.
+
+        Runs by itself in `epochs` if the Watch has a ``validation_step``. Nothing is recorded or changed.
+
+        Args:
+            step: Called with a batch on the device, as ``validation_step``.
+        """
+        self._require_open("rehearse()")
+        self._trial_step = None
+        self._check()  # first, since it costs nothing
+        if self.state.plan.sanity_steps:
+            self._validator.rehearse(step)
+            self.state.history.check()  # the names of vectors are known now
 
     def measured(
         self, loss: LossSum | Tensor, examples: int | None = None, *, source: str = "the validation loss"
@@ -485,7 +541,7 @@ class Watch:
         self._validator.running.add(*sums)
         return sums
 
-    def update_metrics(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+    def update_metrics(self, outputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
         """Pass a validation batch to the metrics and other observers of outputs; `loss` does this itself.
 
         Raises:
@@ -501,8 +557,31 @@ class Watch:
         Raises:
             ValueError: The loader yielded no batch.
         """
+        if isinstance(loader, Mapping):
+            raise TypeError("one loader is measured at a time, got a dict: call it for each of its loaders")
         ranks.start(self.state.device)
         return self._validator.evaluate(loader)
+
+    def predict(self, loader: Loader, step: Callable[[Batch], Any] | None = None) -> Any:
+        """Return the model's outputs for all batches of a loader, joined along the first dimension, on the CPU.
+
+        In eval mode and without gradients; afterwards all modes are as before. Nothing is recorded.
+
+        Args:
+            loader: Batches with or without targets: the input is the first part of a tuple or list, the value of
+                ``"input"`` in a mapping, or the batch itself. Any number of ranks share them out as in a validation.
+            step: Returns the outputs of a batch on the device. Default: those of the model for the input.
+
+        Returns:
+            A tensor; or, like the outputs, a tuple, list, dict or dataclass of tensors.
+
+        Raises:
+            ValueError: There is no batch, or the outputs can't be joined, for example because their lengths vary.
+        """
+        batches.check_loader("loader", loader)
+        ranks.start(self.state.device)
+        model = self.state.model
+        return self._validator.predict(loader, (lambda batch: model(batches.input_of(batch))) if step is None else step)
 
     def _default_validation_step(self, batch: Batch) -> None:
         input, target, *weight = batches.parts(batch)
@@ -526,7 +605,7 @@ class Watch:
         self._checked = True
         state, loss = self.state, self._validator.loss
         if state.val_loader is not None and getattr(loss, "has_weights", False):
-            state.history.names.add("val/loss_unweighted")
+            state.history.names |= {f"{under}/loss_unweighted" for under in state.places}
         state.validation.baseline = expected_baseline(loss, state.train_loader, state.val_loader)
         if state.validation.baseline is not None:
             state.history.names.add("val/loss_left")
@@ -538,7 +617,12 @@ class Watch:
     def _warn_without_validation(self) -> None:
         state = self.state
         trained = state.progress.step > state.progress.first_step
-        if trained and state.val_loader is not None and not len(state.history) and state.stop_reason is None:
+        if (
+            trained
+            and state.val_loader is not None
+            and len(state.history) == self._evaluations
+            and state.stop_reason is None
+        ):
             logger.warning("the watch has a val_loader, but no validation was run: call watch.validate() in each epoch")
 
     def _place(self) -> None:
@@ -594,7 +678,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _check_parts(model: object, optimizer: object, train_loader: object, val_loader: object, resume: object) -> None:
+def _check_parts(model: object, optimizer: object, resume: object, loaders: Mapping[str, object]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
     if isinstance(optimizer, (list, tuple)):
@@ -610,7 +694,7 @@ def _check_parts(model: object, optimizer: object, train_loader: object, val_loa
             "neither the loss nor the gradient of the step is one value: train with it in a plain loop, and measure "
             "with Watch.evaluate or Trainer.validate under another optimizer"
         )
-    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+    for name, loader in loaders.items():
         if loader is not None:
             batches.check_loader(name, loader)
     if not (resume is None or isinstance(resume, (str, Path))):

@@ -1,11 +1,8 @@
 """A copy of the best weights."""
 
-import copy
-
-from torch import Tensor, nn
-
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.helpers.modules import load_weights, weights
+from fitwatch.helpers.modules import copied_weights, load_weights
+from fitwatch.state import State
 
 
 class BestWeights:
@@ -18,16 +15,13 @@ class BestWeights:
     def __init__(self) -> None:
         self.kept: StateDict | None = None
 
-    def keep(self, model: nn.Module) -> None:
-        """Copy the current weights."""
+    def keep(self, state: State) -> None:
+        """Keep the weights that the newest evaluation measured; without a validation set, the current ones."""
         # Not copied into the old one: Ctrl-C halfway must not leave a mixture of two epochs.
-        self.kept = {
-            name: w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w)
-            for name, w in weights(model).items()
-        }
+        measured = state.validation.weights
+        self.kept = copied_weights(state.model) if measured is None else measured
 
-    def restore(self, model: nn.Module) -> None:
-        """Restore the copy, if there is one, and drop it: a later fit that fails early must not restore it again."""
-        if self.kept is not None:
-            load_weights(model, self.kept)
-        self.kept = None
+    def restore(self, state: State) -> None:
+        """Restore the copy, if there is one; not over the user's weights, if the fit took no step."""
+        if self.kept is not None and state.progress.step > state.progress.first_step:
+            load_weights(state.model, self.kept)

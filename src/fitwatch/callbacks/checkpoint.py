@@ -40,9 +40,11 @@ class Checkpoint(Callback):
     ``every_steps`` is given, ``step-N.pt`` is written too: one step after each evaluation, after 1,000 steps without
     one, and when training ends.
 
+    ``best.pt`` has the weights that were measured, even if a callback swaps others back before it is written.
+
     A model with non-finite weights is not saved: the last good file stays. A ``best.pt`` of an earlier run, or from
     after the point of resumption, is renamed to ``best.pt.old``. A second ``fit`` of the same Trainer replaces
-    ``best.pt`` only by a better model.
+    ``best.pt`` only by a better model; with ``reset=True`` it is renamed too.
 
     A fit that resumes from a file in another folder is a fork: it starts a new folder, and the old one stays as it is.
     The best evaluation so far counts, so the fork has a ``best.pt`` only once it is better.
@@ -76,8 +78,10 @@ class Checkpoint(Callback):
             OSError: The folder can't be created.
             FileExistsError: It holds checkpoints of another run.
         """
-        if state.progress.step == 0:
+        if not len(state.history):
             self._best = None
+        if self.best:
+            state.validation.keep_weights()
         self._stream = self.every_epochs is not None and self.every_steps is None and is_stream(state.train_loader)
         self._due, self._saved_step = False, state.progress.step
         if ranks.rank():
@@ -100,16 +104,19 @@ class Checkpoint(Callback):
         later = [f for f in self._files("epoch") if _count(f) > state.progress.epoch]
         for file in later + [f for f in self._files("step") if _count(f) > state.progress.step]:
             file.replace(file.with_name(f"{file.name}.old"))  # abandoned: "auto" must not find it
-        best = self.dir / "best.pt"
-        if best.exists() and (fork or not 0 < _step_of(best) <= state.progress.step):
-            best.replace(best.with_name("best.pt.old"))
-
+        self._put_aside(state, fork=fork)
         if self._stream:
             logger.warning(
                 "train_loader has no length, so it may be a stream without an end: Checkpoint also saves step-N.pt "
                 "after each evaluation, or after %d steps without one (other intervals: every_steps)",
                 _STREAM_STEPS,
             )
+
+    def _put_aside(self, state: State, *, fork: bool) -> None:
+        """Rename a ``best.pt`` that is not the best of this history."""
+        best = self.dir / "best.pt"
+        if best.exists() and (fork or not (len(state.history) and 0 <= _step_of(best) <= state.progress.step)):
+            best.replace(best.with_name("best.pt.old"))
 
     def _warn_of_fork(self, state: State) -> None:
         best, name = state.history.best, state.history.monitor
@@ -178,7 +185,7 @@ class Checkpoint(Callback):
         known = self._best
         if known is None or known[0] != history.monitor or sign * value < sign * known[1]:
             self._best = history.monitor, value
-            saving.save(self.dir / "best.pt", state)
+            saving.save(self.dir / "best.pt", state, weights=state.validation.weights)
 
     def _save(self, state: State, kind: str, count: int) -> None:
         path = self.dir / f"{kind}-{count}.pt"
@@ -208,11 +215,11 @@ class Checkpoint(Callback):
 
 
 def _step_of(file: Path) -> int:
-    """Return the step at which a checkpoint was saved; 0 if it can't be read."""
+    """Return the step at which a checkpoint was saved; -1 if it can't be read."""
     try:
         return int(saving.read(file, data=False)["progress"]["step"])
     except ValueError:
-        return 0
+        return -1
 
 
 def _count(file: Path) -> int:

@@ -10,8 +10,9 @@ from fitwatch.callbacks.best_weights import BestWeights
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.options import instance, integer, one_of
 from fitwatch.losses import Loss
-from fitwatch.rules.stopping import Patience, StoppingRule, StopReason
+from fitwatch.rules.stopping import PQ, Patience, StoppingRule, StopReason
 from fitwatch.state import State
+from fitwatch.state.history import History
 
 logger = logging.getLogger("fitwatch")
 
@@ -26,6 +27,9 @@ class EarlyStopping(Callback):
     restored on any exit: the stop itself, the end of training, another callback's stop, Ctrl-C, an exception. The
     optimizer is left unchanged.
 
+    A second fit of a Trainer starts the patience over and keeps the best: the model ends with the best weights of both,
+    unless ``fit(..., reset=True)``.
+
     ``reason`` is the `StopReason`; the fit's ``stop_reason`` is a sentence.
 
     Args:
@@ -39,8 +43,8 @@ class EarlyStopping(Callback):
             For other metrics it is read from the metric ``<monitor>_se``.
         start_epoch: Before this epoch (index from 0) training is not stopped and nothing counts against the patience.
             Improvements and the best weights count from the start.
-        restore_best: Whether to restore the best weights. Takes memory for one copy of the weights, and briefly for two
-            when a better one is taken.
+        restore_best: Whether to restore the best weights. Takes memory for one copy of the weights, also
+            between fits, and during ``on_validation_end`` for two.
         rule: Another decision rule: `Patience` with more options (relative or non-cumulative gains, smoothing, a value
             to beat, thresholds, non-finite values), or Prechelt's `GL`, `PQ`, `UP`; all in `fitwatch.rules`. Not
             together with ``patience`` and ``min_delta``, which are options of the rule.
@@ -70,6 +74,7 @@ class EarlyStopping(Callback):
         elif self.rule.mode == "max":
             self.mode = "max"
         self._best = BestWeights()
+        self._history: History | None = None  # that this rule has seen
         self._pairs = False  # whether gains are judged example by example
 
     @property
@@ -78,9 +83,11 @@ class EarlyStopping(Callback):
         return self.rule.reason
 
     def on_fit_start(self, state: State) -> None:
-        """Declare the metric; start over, unless training resumes."""
+        """Declare the metric; start over, unless training resumes or the fit continues an earlier one."""
         state.watch(self.monitor, self.mode, by="EarlyStopping")
         self._pairs = False
+        if self.restore_best:
+            state.validation.keep_weights()
         if self.rule.needs_standard_error:
             name, names = f"{self.monitor}_se", state.history.names
             measurable = self.monitor == "val/loss" and state.val_loader is not None and isinstance(state.loss, Loss)
@@ -89,15 +96,21 @@ class EarlyStopping(Callback):
                 names.add(name)
             self._pairs = state.validation.measures_standard_error
             state.watch(name, "min", by="EarlyStopping with min_delta in standard errors")
-        if not state.resumed:
+        before, self._history = self._history, state.history
+        if state.resumed:
+            if self.rule.reason is not None:  # it had stopped already
+                self._stop(state)
+        elif before is state.history:
+            self.rule.restart()
+        else:
             self.rule.reset()
             self._best.kept = None
-        elif self.rule.reason is not None:  # it had stopped already
-            self._stop(state)
-        elif not self.rule.evaluations and len(state.history):
+        if not self.rule.evaluations and len(state.history):
+            where = "in the checkpoint" if state.resumed else "attached before"
             logger.warning(
-                "EarlyStopping was not in the checkpoint: it ignores the %d evaluations so far, and will restore the "
-                "best of the later ones",
+                "EarlyStopping was not %s: it ignores the %d evaluations so far, and will restore the best of the "
+                "later ones",
+                where,
                 len(state.history),
             )
 
@@ -112,13 +125,16 @@ class EarlyStopping(Callback):
 
     def on_fit_end(self, state: State) -> None:
         """Restore the best weights."""
-        self._best.restore(state.model)
+        self._best.restore(state)
 
     def _decide(self, state: State) -> None:
         metrics = state.history.newest
         if self.monitor not in metrics:
             names = ", ".join(name for name in metrics if name not in ("epoch", "step"))
             raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; available are {names}")
+        untrained = state.progress.step == state.progress.first_step  # a validation before the first step
+        if untrained and isinstance(self.rule, PQ):  # which needs a training loss
+            return
         before, examples = self.rule.best, state.validation.losses
         if self._pairs and examples is not None and examples.unknown is not None:
             raise ValueError(
@@ -129,14 +145,14 @@ class EarlyStopping(Callback):
         losses, weights = (examples.on_host() if self._pairs and examples is not None else None) or (None, None)
         stop = self.rule.update(
             metrics[self.monitor],
-            train_loss=metrics.get("train/loss"),
+            train_loss=None if untrained else metrics.get("train/loss"),
             standard_error=metrics.get(f"{self.monitor}_se"),
             losses=losses,
             weights=weights,
             warm_up=metrics["epoch"] < self.start_epoch,
         )
         if self.rule.best != before and self.restore_best:
-            self._best.keep(state.model)
+            self._best.keep(state)
         if stop:
             self._stop(state)
             state.mark("early stop", metrics)

@@ -43,6 +43,8 @@ class RealWorldCost(Callback):
         """Add both metrics."""
         ignore = getattr(state.loss, "ignore_index", None)
         self._matrix = self.costs.matrix
+        if state.validation.classes is None:
+            state.validation.classes = self.costs.classes
         self._decisions = {
             "cost": _Decisions(self.costs, ignore, decide),
             "cost_optimal": _Decisions(self.costs, ignore, self._least_cost),

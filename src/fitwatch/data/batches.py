@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fitwatch.data.containers import children, convert, holds_arrays
-from fitwatch.helpers.aliases import Batch
+from fitwatch.helpers.aliases import Batch, Loader, Loaders
 from fitwatch.ranks import local_device
 
 _INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
@@ -115,6 +115,16 @@ def _is_numbers(part: object) -> bool:
     return isinstance(part, (int, float))
 
 
+def input_of(batch: object) -> Any:
+    """Return the input of a batch with or without targets, for predictions.
+
+    The first part of a tuple or list, the value of the key ``"input"`` of a mapping, or the batch itself.
+    """
+    if isinstance(batch, (tuple, list)) and batch:
+        return batch[0]
+    return batch["input"] if isinstance(batch, Mapping) and "input" in batch else batch
+
+
 def batch_size(batch: object) -> int:
     """Return the number of examples: the first dimension of the batch's tensors, in which all of them agree.
 
@@ -178,6 +188,17 @@ def _rows(batch: object, place: str = "", *, items: bool) -> Iterator[tuple[str,
             yield from _rows(part, f"{place}[{key!r}]", items=items)
 
 
+def class_names(loader: object) -> Sequence[str] | None:
+    """Return the names in ``classes`` of the data set, as torchvision's have them, also within subsets; else None."""
+    data = getattr(loader, "dataset", None)
+    while data is not None:
+        names = getattr(data, "classes", None)
+        if isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names):
+            return names
+        data = getattr(data, "dataset", None)
+    return None
+
+
 def sampler_of(loader: object) -> object:
     """Return the sampler of a `DataLoader`'s examples, even if inside a custom batch sampler; else None."""
     return getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
@@ -188,6 +209,31 @@ def generators_of(*loaders: object) -> list[torch.Generator]:
     owners = [o for loader in loaders for o in (loader, getattr(loader, "batch_sampler", None), sampler_of(loader))]
     found = [getattr(owner, "generator", None) for owner in owners]
     return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
+
+
+def named(loaders: Loaders | None, metrics: Iterable[str]) -> dict[str, Loader]:
+    """Return several validation loaders by name; ``{}`` for a single one.
+
+    Raises:
+        ValueError: There is none in the mapping, or a name can't be part of the name of a metric.
+        TypeError: A name is no string.
+    """
+    if not isinstance(loaders, Mapping):
+        return {}
+    if not loaders:
+        raise ValueError("val_loader is an empty dict: give a loader, several by name, or None")
+    for name in loaders:
+        if not isinstance(name, str):
+            raise TypeError(f"val_loader is a dict of loaders, whose names must be strings, got {name!r}")
+        if not name or "/" in name or name in _TAKEN or name in metrics:
+            raise ValueError(
+                f"val_loader has a loader named {name!r}: a name must not be empty, contain a slash, be that of a "
+                f"metric, or be one of {', '.join(_TAKEN)}"
+            )
+    return dict(loaders)
+
+
+_TAKEN = ("loss", "overfit", "report", "decisions")  # parts of other names below val/
 
 
 def check_loader(name: str, loader: object) -> None:

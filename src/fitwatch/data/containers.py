@@ -44,7 +44,7 @@ def convert(part: Any, on_tensor: Callable[[Tensor], Tensor], on_movable: Callab
     if all(new[key] is value for key, value in held):
         return part
     try:
-        return _rebuilt(part, new)
+        return rebuilt(part, new)
     except Exception as error:
         raise TypeError(
             f"the batch holds tensors in a {_name(part)}, which can't be built from new values ({error}): give the "
@@ -97,7 +97,7 @@ def from_array(array: Any) -> Tensor:
     return torch.from_numpy(array) if shares else torch.tensor(array.copy())
 
 
-def _rebuilt(part: Any, new: dict[Any, Any]) -> Any:
+def rebuilt(part: Any, new: dict[Any, Any]) -> Any:
     """Return a container like ``part`` with new values, and what else it holds unchanged."""
     if hasattr(part, "_make"):  # a named tuple
         return part._make(new.values())

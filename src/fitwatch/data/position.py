@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,13 +46,19 @@ class Position:
         """Note the random states before the first batch of an epoch."""
         self.started = {"rng": rng_state(), "sources": random_states(loader), "live": _has_live_workers(loader)}
 
-    def saved(self, loader: Iterable[object], val_loader: Iterable[object] | None) -> StateDict | None:
-        """Return what a checkpoint within an epoch needs; None if the position is unknown."""
+    def saved(self, loader: Iterable[object], others: Mapping[str, object]) -> StateDict | None:
+        """Return what a checkpoint within an epoch needs; None if the position is unknown.
+
+        Args:
+            loader: The training loader.
+            others: Name -> validation loader, or None.
+        """
         if self.started is None:
             return None
         own = loader.state_dict() if isinstance(loader, Stateful) else None
-        live = {"train_loader": self.started["live"], "val_loader": _has_live_workers(val_loader)}
-        return {"started": self.started, "loader": own, "live": [name for name, is_live in live.items() if is_live]}
+        live = ["train_loader"] if self.started["live"] else []
+        live += [name for name, other in others.items() if _has_live_workers(other)]
+        return {"started": self.started, "loader": own, "live": live}
 
 
 def random_states(*loaders: object) -> list[Any]:

@@ -40,7 +40,7 @@ class Rounds:
     def __init__(self, loader: Iterable[object], *, fast: bool = False) -> None:
         self._batches, self._fast = split(loader), fast
         self.total = length(self._batches)
-        self.certain = isinstance(self._batches, Sequence) or _is_indexed(self._batches)  # a length may be wrong
+        self.certain = isinstance(self._batches, Sequence) or is_indexed(self._batches)  # a length may be wrong
 
     def agree(self, *, together: bool) -> None:
         """Settle the number of rounds; all ranks call it before they iterate.
@@ -91,7 +91,7 @@ def split(loader: Iterable[object]) -> Iterable[object]:
         return loader
     if isinstance(loader, Sequence):
         return loader[ranks.rank() :: ranks.size()]
-    if not isinstance(loader, DataLoader) or not _is_indexed(loader):
+    if not isinstance(loader, DataLoader) or not is_indexed(loader):
         return loader
     if loader not in _known:
         _known[loader] = _rebuilt(loader)
@@ -116,7 +116,7 @@ def gives_part(loader: object) -> bool:
     """Return whether ``loader`` itself yields only this rank's part."""
     if ranks.size() == 1 or isinstance(loader, Sequence):
         return False
-    return not _is_indexed(loader) or _deals_out(loader)
+    return not is_indexed(loader) or _deals_out(loader)
 
 
 def start_workers(loaders: Mapping[str, Iterable[object]]) -> None:
@@ -137,7 +137,7 @@ def start_workers(loaders: Mapping[str, Iterable[object]]) -> None:
     generators = [(g, g.get_state()) for g in generators_of(*loaders.values(), *found.values())]
     before = rng_state()
     for loader in found.values():
-        if _is_indexed(loader):  # a stream would lose what is read now
+        if is_indexed(loader):  # a stream would lose what is read now
             iter(loader)  # the batches that it fetches are dropped when the epoch starts
     set_rng_state(before)
     for generator, state in generators:
@@ -160,7 +160,7 @@ def _deals_out(loader: object) -> bool:
     return any(hasattr(sampler, "num_replicas") for sampler in _samplers(loader))
 
 
-def _is_indexed(loader: object) -> bool:
+def is_indexed(loader: object) -> bool:
     """Return whether this is a `DataLoader` whose sampler decides what to read and when to stop."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or length(loader) is None:
         return False
@@ -194,7 +194,7 @@ class _EveryNth(Sampler[Any]):
         yield from order[ranks.rank() :: ranks.size()]
 
     def __len__(self) -> int:
-        return len(range(ranks.rank(), len(self._source), ranks.size()))  # type: ignore[arg-type] # see _is_indexed
+        return len(range(ranks.rank(), len(self._source), ranks.size()))  # type: ignore[arg-type] # see is_indexed
 
 
 class _WithoutPadding(Sampler[Any]):

@@ -4,15 +4,17 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fitwatch.data import batches
 from fitwatch.data.sharding import gives_part
 from fitwatch.engine.step import parameters
-from fitwatch.helpers.modules import unwrap
+from fitwatch.helpers.modules import unwrap, weights
 from fitwatch.saving import Before
 from fitwatch.state import State
+from fitwatch.state.history import History
 from fitwatch.state.progress import Plan
 
 logger = logging.getLogger("fitwatch")
@@ -62,12 +64,42 @@ def warn_of_changes(state: State, before: Before) -> None:
         )
 
 
+def continued(history: History | None, model: nn.Module, val_loader: object) -> History:
+    """Return the history to continue; an empty one, with a warning, if the model has other weights by now."""
+    shapes = {n: tuple(w.shape) for n, w in weights(model).items() if isinstance(w, Tensor) and not is_lazy(w)}
+    facts: dict[str, object] = {"weights": shapes, "examples": _examples(val_loader)}
+    history = History() if history is None else history
+    before = history.facts if history else facts
+    if before["weights"] != shapes:
+        logger.warning(
+            "the model has other weights (by name or shape) than in the last fit, so its best ones can't be restored: "
+            "a new history begins, as with reset=True"
+        )
+        history = History()
+    elif before["examples"] not in (None, facts["examples"]) and facts["examples"] is not None:
+        logger.warning(
+            "the validation set has %s examples, and had %s in the last fit: the best evaluation is chosen over both; "
+            "if they don't compare, pass reset=True to fit, or no history to the Watch",
+            facts["examples"],
+            before["examples"],
+        )
+    history.facts = facts
+    return history
+
+
+def _examples(loader: object) -> int | None:
+    """Return the number of examples in a loader, or of batches in a list; None if unknown."""
+    source = getattr(loader, "dataset", loader)
+    return None if loader is None else batches.length(source)
+
+
 def shared_facts(state: State, callbacks: Iterable[object]) -> dict[str, Any]:
     """Return the settings that must be equal on all ranks; otherwise these would wait for each other forever."""
     return {
         "callbacks": [type(c).__name__ for c in callbacks],
         "train_loader": _shape(state.train_loader),
         "val_loader": _shape(state.val_loader),
+        "val_loaders": {name: _shape(loader) for name, loader in state.val_loaders.items()},
         "metrics": sorted(state.validation.metrics),
         "accumulate": state.plan.accumulate,
         "clip_norm": state.plan.clip_norm,

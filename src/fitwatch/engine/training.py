@@ -11,6 +11,7 @@ from fitwatch.data.containers import holds_arrays
 from fitwatch.data.position import random_states, set_random_states
 from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
 from fitwatch.engine.guard import Guard
+from fitwatch.engine.modes import Modes
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.signals import Interrupts
 from fitwatch.engine.step import StepGradient, clip_gradients, parameters
@@ -36,6 +37,7 @@ class Training:
     Attributes:
         in_epoch: Whether an epoch is running.
         left_out: Whether the current step changes nothing, since its gradients are not finite.
+        trains: Whether an epoch was started.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class Training:
         self._guard = Guard(state, nonfinite)
         self._rates: list[float | Tensor] = []  # learning rate of each parameter group at the last step
         self._rates_due = False  # whether they are still to be logged
-        self.in_epoch = self.left_out = False
+        self._modes = Modes(state.model)
+        self.in_epoch = self.trains = self.left_out = False
         self._iterates = False  # whether the loop takes its batches from `iterate`
         self._complete: bool | None = None  # whether `iterate` has reached the end of the epoch
         self._length: int | None = None  # batches in the epoch, if certain
@@ -66,9 +69,10 @@ class Training:
     # -- epochs ----------------------------------------------------------------------------------------------------
 
     def start_epoch(self) -> None:
-        """Start an epoch in train mode."""
+        """Start an epoch in train mode, except for modules that the user has put into eval mode."""
         state, progress = self._state, self._state.progress
-        state.model.train()
+        self._modes.train()
+        self.trains = True
         if state.position.resumed is None:
             progress.epoch_step = progress.epoch_batch = 0
         set_epoch(state.train_loader, progress.epoch)
@@ -77,6 +81,12 @@ class Training:
         self.in_epoch, self._iterates, self._complete = True, False, None
         self._length = certain_length(state.train_loader)
         self._hooks.on_epoch_start(state)
+        self._modes.check()
+
+    def rest(self) -> None:
+        """Leave the model in eval mode, if it was trained."""
+        if self.trains:
+            self._modes.rest()
 
     def end_epoch(self, *, left: bool = False) -> None:
         """End the epoch; it counts if all its batches were seen.

@@ -8,11 +8,15 @@ from typing import Any
 from fitwatch import ranks
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
+from fitwatch.data.joining import mapped
 from fitwatch.data.loading import read
 from fitwatch.data.sharding import split
 from fitwatch.engine.recorder import Recorder
+from fitwatch.engine.rehearsal import rehearse
 from fitwatch.helpers.aliases import Batch, Loader
-from fitwatch.measuring.metrics import Metric
+from fitwatch.helpers.modules import copied_weights
+from fitwatch.measuring.metrics import Metric, evaluating
+from fitwatch.measuring.predictions import predictions
 from fitwatch.measuring.validation import NO_BASELINE, Pass
 from fitwatch.state import State
 
@@ -83,10 +87,47 @@ class Validator:
         state.validation.finish(done)
         return values
 
+    def rehearse(self, step: ValidationStep) -> None:
+        """Validate a few batches without a trace, and learn the names of what metrics measure."""
+        state = self._state
+        for under, loader in [
+            ("val", state.val_loader),
+            *zip(state.places[1:], state.val_loaders.values(), strict=True),
+        ]:
+            if loader is None:
+                continue
+            found = rehearse(state, loader, self.loss, step, self._measuring)
+            if found is None:
+                continue
+            parts = {f"{under}/{name.removeprefix('val/')}" for name in found}
+            for metric in state.validation.metrics:
+                name = f"{under}/{metric}"
+                if name not in parts:  # a vector or a dict
+                    state.history.names.discard(name)
+                    state.history.names |= {part for part in parts if part.startswith(f"{name}/")}
+
+    def predict(self, loader: Loader, step: Callable[[Batch], Any]) -> Any:
+        """Return what ``step`` returns for each batch, joined on the CPU, in eval mode and without gradients."""
+        self._align()
+        model, outputs = self._state.model, []
+        with evaluating(model), ranks.unsynchronised(model):
+            for number, batch in enumerate(split(loader)):
+                try:
+                    output = step(batches.move(batch, self._state.device))
+                except Exception as error:
+                    error.add_note(f"raised in predict(), batch {number}")
+                    raise
+                outputs.append(
+                    mapped(lambda t: t.detach().cpu(), output)
+                )  # at once: the device may be too small for all
+        return predictions(outputs)
+
     def measure(self, loader: Loader) -> dict[str, float]:
         """Return the loss and the user's metrics over other batches, without ``val/``."""
         metrics = copy.deepcopy(self._metrics)  # the originals hold the validation's results
-        values = self._measure_all(Pass(self.loss, metrics, NO_BASELINE), loader)
+        values = self._measure_all(
+            Pass(self.loss, metrics, NO_BASELINE, classes=self._state.validation.classes), loader
+        )
         return {name.removeprefix("val/"): value for name, value in values.items()}
 
     @property
@@ -104,9 +145,27 @@ class Validator:
         yield done
         values = ranks.from_main(done.values())
         state.validation.finish(done)
+        values |= self._others(values)
+        # Now, not when a callback finds them to be the best: another may have swapped weights back by then.
+        state.validation.weights = copied_weights(state.model) if state.validation.keeps_weights else None
         self._recorder.add_evaluation(values)
         self._hooks.on_validation_end(state)
+        state.validation.weights = None
         self._recorder.close_window()
+
+    def _others(self, first: Mapping[str, float]) -> dict[str, float]:
+        """Return the values for each of several loaders under its name; those of the first are known."""
+        state = self._state
+        found: dict[str, float] = {}
+        for number, (name, loader) in enumerate(state.val_loaders.items()):
+            values = first
+            if number:
+                metrics = copy.deepcopy(state.validation.metrics)  # the originals hold the results of the first
+                values = self._measure_all(
+                    Pass(self.loss, metrics, NO_BASELINE, classes=batches.class_names(loader)), loader
+                )
+            found |= {f"val/{name}/{key.removeprefix('val/')}": value for key, value in values.items()}
+        return found
 
     @contextmanager
     def _measuring(self, done: Pass) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Names for types that only the user knows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 Batch = Any
@@ -8,6 +8,9 @@ Batch = Any
 
 Loader = Iterable[Batch]
 """An iterable of batches."""
+
+Loaders = Loader | Mapping[str, Loader]
+"""A loader, or several by name."""
 
 StateDict = dict[str, Any]
 """What a checkpoint can keep: tensors, numbers, strings, and lists and dicts of them."""

@@ -1,11 +1,12 @@
 """Models and their parts under wrappers of torch: names and weights as if nothing were wrapped."""
 
+import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
@@ -48,6 +49,17 @@ def weights(model: nn.Module) -> dict[str, Any]:
     state: dict[str, Any] = unwrap(model).state_dict()
     own = _names(state)
     return _renamed(state, dict(zip(own, plain_names(unwrap(model), own), strict=True)))
+
+
+def copied_weights(model: nn.Module) -> dict[str, Any]:
+    """Return a copy of what `weights` returns."""
+    own = weights(model)
+    copied = OrderedDict(
+        (name, w.detach().clone() if isinstance(w, Tensor) else copy.deepcopy(w)) for name, w in own.items()
+    )
+    if hasattr(own, "_metadata"):  # the versions of the modules, which loading needs
+        copied._metadata = copy.deepcopy(own._metadata)  # type: ignore[attr-defined] # noqa: SLF001 - as torch keeps it
+    return copied
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:

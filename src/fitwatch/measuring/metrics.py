@@ -4,12 +4,13 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.data.joining import NotJoinableError, join, mapped, tensors
 from fitwatch.helpers.dtypes import wide_float
 
 
@@ -20,15 +21,18 @@ class MetricObject(Protocol):
     def reset(self) -> object:
         """Forget everything seen."""
 
-    def update(self, outputs: Tensor, targets: Tensor, /) -> object:
+    def update(self, outputs: Any, targets: Any, /) -> object:
         """Add a batch; a third parameter named ``sample_weight`` receives the weights of the examples."""
 
-    def compute(self) -> float | Tensor:
-        """Return the value, a single number."""
+    def compute(self) -> Any:
+        """Return the value, as for a `MetricFunction`."""
 
 
-MetricFunction = Callable[..., float | Tensor]
-"""A function of (outputs, targets), and of ``sample_weight`` if it has such a parameter, over the whole data set."""
+MetricFunction = Callable[..., Any]
+"""A function of (outputs, targets), and of ``sample_weight`` if it has such a parameter, over the whole data set.
+
+It returns a number, a vector with a number for each class, or a dict of these.
+"""
 
 Metric = MetricFunction | MetricObject
 
@@ -165,14 +169,19 @@ class Metrics:
 
     A function receives all outputs and targets at once, so its value does not depend on the batches, even if it is not
     a mean (recall, F1, AUC). An object with ``update``, ``compute`` and ``reset`` (as in torchmetrics) is updated batch
-    by batch; prefer it if the outputs of the whole set are too large to keep. A function, or an ``update``, with a
-    parameter ``sample_weight`` also receives the weights of the examples.
+    by batch; prefer it if the outputs of the whole set are too large to keep, or can't be joined. A function, or an
+    ``update``, with a parameter ``sample_weight`` also receives the weights of the examples.
+
+    Outputs and targets may be tensors, or tuples, lists, dicts or dataclasses of tensors.
 
     Args:
-        metrics: Name -> function of (outputs, targets) returning a number, or such an object.
+        metrics: Name -> function of (outputs, targets), or such an object. Its value is a number, a vector with a
+            number for each class, which becomes ``name/0``, ``name/1``, ..., or a dict, which becomes ``name/<key>``.
+        classes: Names of the classes, for vectors of that length instead of the indices.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+    def __init__(self, metrics: Mapping[str, Metric], classes: Sequence[str] | None = None) -> None:
+        self._classes = classes
         self._functions: dict[str, MetricFunction] = {}
         self._objects: dict[str, MetricObject] = {}
         for name, metric in metrics.items():
@@ -192,34 +201,45 @@ class Metrics:
         updates = {name: metric.update for name, metric in self._objects.items()}
         calls: dict[str, Callable[..., object]] = {**self._functions, **updates}
         self._weighted = {name for name, call in calls.items() if _takes_weights(call)}
-        self._outputs: list[Tensor] = []
-        self._targets: list[Tensor] = []
+        self._outputs: list[Any] = []
+        self._targets: list[Any] = []
         self._weights: list[Tensor] = []
         self._batches = 0
         for metric in self._objects.values():
             metric.reset()
 
-    def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+    def update(self, outputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
         """Add a batch: all three with the examples along their first dimension."""
+        if not (self._functions or self._objects):
+            return
         self._batches += 1
+        outputs = mapped(Tensor.detach, outputs)
+        found = tensors(outputs)
         if self._weighted and sample_weight is None:
-            sample_weight = torch.ones(len(outputs), device=outputs.device)
+            like = (found or tensors(targets))[0]
+            sample_weight = torch.ones(len(like), device=like.device)
         if self._functions:
-            self._outputs.append(outputs.detach())
-            self._targets.append(targets.detach())
+            self._outputs.append(outputs)
+            self._targets.append(mapped(Tensor.detach, targets))
             if self._weighted and sample_weight is not None:
                 self._weights.append(sample_weight.detach())
         for name, metric in self._objects.items():
-            if isinstance(metric, nn.Module):  # torchmetrics do not follow the outputs' device
-                metric.to(outputs.device)
+            if isinstance(metric, nn.Module) and found:  # torchmetrics do not follow the outputs' device
+                metric.to(found[0].device)
             weights = {"sample_weight": sample_weight} if name in self._weighted else {}
-            metric.update(outputs.detach(), targets, **weights)
+            try:
+                metric.update(outputs, targets, **weights)
+            except Exception as error:
+                error.add_note(f"raised by the metric {name!r}")
+                raise
 
     def compute(self) -> dict[str, float]:
         """Return all values by name.
 
         Raises:
             RuntimeError: No batch was seen: a custom ``validation_step`` did not call ``update_metrics``.
+            ValueError: There is a function, and the outputs or targets of the batches can't be joined.
+            TypeError: A value is no number, vector or dict of these.
         """
         names = [*self._functions, *self._objects]
         if not names:
@@ -228,20 +248,79 @@ class Metrics:
             raise RuntimeError(
                 f"the metrics {names} saw no batch: call self.update_metrics(outputs, targets) in validation_step"
             )
-        values = {name: metric.compute() for name, metric in self._objects.items()}
-        if self._functions:
-            outputs, targets = torch.cat(self._outputs), torch.cat(self._targets)
-            weights = {"sample_weight": torch.cat(self._weights)} if self._weights else {}
-            for name, function in self._functions.items():
-                try:
-                    values[name] = function(outputs, targets, **(weights if name in self._weighted else {}))
-                except Exception as error:
-                    error.add_note(f"raised by the metric {name!r}")
-                    raise
+        whole = self._joined() if self._functions else ()
+        weights = {"sample_weight": torch.cat(self._weights)} if self._weights else {}
+        values: dict[str, float] = {}
+        for name in names:
+            try:
+                if name in self._objects:
+                    value = self._objects[name].compute()
+                else:
+                    value = self._functions[name](*whole, **(weights if name in self._weighted else {}))
+            except Exception as error:
+                error.add_note(f"raised by the metric {name!r}")
+                raise
+            values |= _numbers(name, value, self._classes)
+        return values
+
+    def _joined(self) -> tuple[Any, Any]:
+        """Return the outputs and the targets of the whole data set."""
         try:
-            return {name: float(values[name]) for name in names}
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"a metric must be a single number, got {values}") from error
+            return join(self._outputs), join(self._targets, "the targets")
+        except NotJoinableError as error:
+            named = ", ".join(map(repr, self._functions))
+            raise ValueError(
+                f"the metric {named} is a function of all outputs and targets at once, which can't be joined: {error}. "
+                "Write it as an object with reset(), update(outputs, targets) and compute(), which gets one batch at a "
+                "time"
+            ) from error
+
+
+def _numbers(name: str, value: Any, classes: Sequence[str] | None) -> dict[str, float]:
+    """Return the value of a metric as numbers by name."""
+    if isinstance(value, Mapping):
+        parts = {str(key): part for key, part in value.items()}
+    else:
+        number = _number(value)
+        if number is not None:
+            return {name: number}
+        parts = _vector(value, classes)
+    if not parts:
+        given = f"shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+        raise TypeError(
+            f"the metric {name!r} must be a number, a vector with a number for each class, or a dict of these, got "
+            f"{given}"
+        )
+    found: dict[str, float] = {}
+    for key, part in parts.items():
+        found |= _numbers(f"{name}/{key}", part, classes)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, bool, or tensor or array of one element as a float; None for anything else."""
+    if isinstance(value, Tensor):
+        value = value.detach().item() if value.numel() == 1 else None
+    elif hasattr(value, "ndim") and hasattr(value, "item"):  # of NumPy
+        value = value.item() if value.size == 1 else None
+    if value is None or isinstance(value, str):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _vector(value: Any, classes: Sequence[str] | None) -> dict[str, Any]:
+    """Return the elements of a vector by class name, if known, or index; empty if it is none."""
+    if isinstance(value, Tensor):
+        value = value.detach().tolist() if value.dim() == 1 else ()
+    elif getattr(value, "ndim", 0) == 1:  # an array of NumPy
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return {}
+    keys = classes if classes is not None and len(classes) == len(value) else range(len(value))
+    return dict(zip(map(str, keys), value, strict=True))
 
 
 def _is_object(metric: Metric) -> TypeGuard[MetricObject]:

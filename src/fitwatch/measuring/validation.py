@@ -1,7 +1,7 @@
 """What validation measures, and one pass over a data set, split over the ranks."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fitwatch import ranks
-from fitwatch.data import batches
-from fitwatch.helpers.aliases import Batch, Loader
+from fitwatch.data.joining import mapped
+from fitwatch.helpers.aliases import Loader, StateDict
 from fitwatch.losses import LossSum, apply
 from fitwatch.losses.base import FAILURES
 from fitwatch.losses.baseline import Baseline, TargetSums
@@ -29,7 +29,7 @@ class Observer(Protocol):
     def reset(self) -> object:
         """Forget earlier batches; called before a validation."""
 
-    def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None, /) -> object:
+    def update(self, outputs: Any, targets: Any, sample_weight: Tensor | None, /) -> object:
         """Add a batch, on the device."""
 
 
@@ -44,9 +44,13 @@ class Validation:
     Attributes:
         metrics: The metrics, including those that callbacks added.
         observers: Objects that see each batch; callbacks add theirs.
+        classes: Names of the classes, if the data set or a callback knows them; else None.
         losses: The losses of the examples of the newest validation; None unless `keep_losses` was called.
         baseline: The loss of the best constant prediction; estimated before the first validation.
         bad_batch: Index of the first batch with a non-finite loss, if any.
+        keeps_weights: Whether `keep_weights` was called.
+        weights: In ``on_validation_end``: a copy of the weights that were measured, as a state dict. None at other
+            times, and unless `keep_weights` was called.
         measures_standard_error: Whether ``val/loss_se``, the standard error of ``val/loss``, is measured.
     """
 
@@ -54,10 +58,13 @@ class Validation:
         self.metrics: dict[str, Metric] = dict(metrics or {})
         self.measure = measure
         self.observers: list[Observer] = []
+        self.classes: Sequence[str] | None = None
         self.losses: ExampleLosses | None = None
         self.baseline: Baseline | None = None
         self.bad_batch: int | None = None
         self.measures_standard_error = False
+        self.keeps_weights = False
+        self.weights: StateDict | None = None
         self._keeps_losses = self._measured = False
 
     def add_metric(self, name: str, metric: Metric) -> None:
@@ -69,6 +76,13 @@ class Validation:
     def keep_losses(self) -> None:
         """Keep the losses of the examples in ``losses``, computed once for all callers; call it in ``on_fit_start``."""
         self._keeps_losses = True
+
+    def keep_weights(self) -> None:
+        """Keep a copy of the measured weights in ``weights`` for ``on_validation_end``; call it in ``on_fit_start``.
+
+        A callback may have changed the model by then: one that swaps in averaged weights for the validation swaps back.
+        """
+        self.keeps_weights = True
 
     def measure_standard_error(self) -> None:
         """Measure ``val/loss_se``; call it in ``on_fit_start``."""
@@ -84,6 +98,7 @@ class Validation:
             observers=self.observers if of_fit else (),
             keep_losses=self._keeps_losses if of_fit else self.measures_standard_error,
             standard_error=self.measures_standard_error,
+            classes=self.classes,
         )
         if of_fit:
             self.losses = new.losses
@@ -104,6 +119,7 @@ class Pass:
         observers: Objects that see each batch.
         keep_losses: Whether to keep the loss of each example.
         standard_error: Whether to report ``val/loss_se``, which needs ``keep_losses``.
+        classes: Names of the classes, for metrics that are vectors.
 
     Attributes:
         losses: The losses of the examples, if they are kept.
@@ -119,12 +135,13 @@ class Pass:
         observers: Iterable[Observer] = (),
         keep_losses: bool = False,
         standard_error: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> None:
         self.loss, self.baseline = loss, None if baseline is NO_BASELINE else baseline
         self.losses = ExampleLosses(loss) if keep_losses else None
         self._standard_error = standard_error
         self._mean, self._batches, self._applied = WeightedMean(), 0, False
-        self._metrics, self._observers = Metrics(metrics), list(observers)
+        self._metrics, self._observers = Metrics(metrics, classes), list(observers)
         self._unweighted = (loss.unweighted(), WeightedMean()) if getattr(loss, "has_weights", False) else None
         self._targets = TargetSums(loss) if baseline is None else None
         self._asked: list[tuple[Any, Any, Any]] = []  # what was passed to the loss since the last batch
@@ -167,7 +184,7 @@ class Pass:
         if not self._applied:  # a loss computed elsewhere has another baseline, which is unknown
             self.baseline = self._targets = None
 
-    def update(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None = None) -> None:
+    def update(self, outputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
         """Pass the outputs and targets of a batch to the metrics and all other measurements."""
         if self._unweighted is not None:
             loss, mean = self._unweighted
@@ -175,12 +192,12 @@ class Pass:
                 mean.add(*(loss.sums(outputs, targets, sample_weight)))
         if self._shares:
             # The baseline needs the shape of the outputs only.
-            meta = torch.empty(outputs.shape, dtype=outputs.dtype, device="meta")
-            self._kept.append((outputs if self._anyone_watches else meta, targets, sample_weight))
+            shown = outputs if self._anyone_watches else mapped(_meta, outputs)
+            self._kept.append((shown, targets, sample_weight))
         else:
             self._see(outputs, targets, sample_weight)
 
-    def _see(self, outputs: Tensor, targets: Tensor, sample_weight: Tensor | None) -> None:
+    def _see(self, outputs: Any, targets: Any, sample_weight: Tensor | None) -> None:
         self._metrics.update(outputs, targets, sample_weight)
         if self._targets is not None:
             try:
@@ -198,11 +215,11 @@ class Pass:
         if self.losses is not None:
             self.losses.share(device)
         if self._shares:
-            kept = [tuple(_copied(part) for part in seen) for seen in self._kept]
+            kept = [tuple(mapped(_copied, part) for part in seen) for seen in self._kept]
             for together in zip_longest(*ranks.gather(kept)):
                 for seen in together:
                     if seen is not None:
-                        self._see(*(part if _is_meta(part) else batches.to_device(part, device) for part in seen))
+                        self._see(*(mapped(lambda t: t if t.is_meta else t.to(device), part) for part in seen))
         self._kept = []
 
     @property
@@ -234,10 +251,10 @@ class Pass:
         return values
 
 
-def _copied(part: Batch) -> Any:
+def _copied(tensor: Tensor) -> Tensor:
     """Return a copy on the host: sending a view would also send the rest of its storage."""
-    return part.detach().cpu().clone() if isinstance(part, Tensor) and not part.is_meta else part
+    return tensor if tensor.is_meta else tensor.detach().cpu().clone()
 
 
-def _is_meta(part: object) -> bool:
-    return isinstance(part, Tensor) and part.is_meta
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

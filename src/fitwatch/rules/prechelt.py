@@ -104,6 +104,11 @@ class UP(_Prechelt):
     _rises: int = field(default=0, init=False, repr=False)
     _before: float | None = field(default=None, init=False, repr=False)
 
+    def restart(self) -> None:
+        """Start the count of strips over; the best value stays."""
+        super().restart()
+        self._rises = 0
+
     def _risen(self, point: Evaluation) -> str | None:
         if self.evaluations % self.k == 0:
             rose = self._before is not None and point.value > self._before

@@ -99,6 +99,11 @@ class Patience(StoppingRule):
         """Whether ``min_delta`` is in standard errors."""
         return isinstance(self.min_delta, str)
 
+    def restart(self) -> None:
+        """Start the patience over, and the window; the best value and the one to improve on stay."""
+        super().restart()
+        self.wait, self._recent, self._recent_examples = 0, [], []
+
     def _decide(self, point: Evaluation) -> Decision:
         value, finite = point.value, math.isfinite(point.value)
         if finite:

@@ -102,6 +102,10 @@ class StoppingRule(Stateful, ABC):
         self.reason, self.sentence = (None, None) if decision is None or warm_up else decision
         return self.reason is not None
 
+    def restart(self) -> None:
+        """Forget the stop and start the counters over, for a second fit; the best value stays."""
+        self.reason = self.sentence = None
+
     def options(self) -> StateDict:
         """Return the options of the rule by name."""
         return {a.name: getattr(self, a.name) for a in fields(type(self)) if a.init}

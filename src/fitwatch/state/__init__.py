@@ -9,6 +9,7 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.data.batches import class_names
 from fitwatch.data.position import Position
 from fitwatch.helpers.aliases import Batch, Loader, Scheduler, StateDict
 from fitwatch.losses.baseline import Baseline
@@ -47,12 +48,13 @@ class State:
         scheduler: The learning-rate scheduler, or None.
         scaler: The GradScaler under fp16, or None.
         train_loader: The loader of training batches.
-        val_loader: The loader of validation batches, or None.
+        val_loader: The loader of validation batches, or None; of several, the first.
+        val_loaders: Several validation loaders by name; ``{}`` with one or none.
         device: The device that batches are moved to.
         callbacks: All callbacks as one, whose state a checkpoint keeps.
         plan: Limits and options of this fit: epochs, max_steps, accumulate, clip_norm, log_every.
         progress: Completed epochs, steps and batches.
-        history: The evaluations of this fit: ``newest``, ``best``, ``is_best``, the monitored metric.
+        history: The evaluations of all fits so far: ``newest``, ``best``, ``is_best``, the monitored metric.
         log: Call it to log a value; ``log.records`` holds the records in ``on_log``.
         train_loss: The training loss since the last evaluation, and the examples seen.
         validation: What validation measures, and results of the newest one: losses of the examples, the baseline.
@@ -79,11 +81,12 @@ class State:
     scaler: torch.amp.GradScaler | None = None
     train_loader: Loader = ()
     val_loader: Loader | None = None
+    val_loaders: dict[str, Loader] = field(factory=dict)
     device: torch.device = field(factory=lambda: torch.device("cpu"))
     callbacks: Resumable | None = None
     plan: Plan = field(factory=Plan)
     progress: Progress = field(factory=Progress)
-    history: History = field(init=False)
+    history: History = field(factory=History)
     log: Log = field(init=False)
     train_loss: RunningLoss = field(factory=RunningLoss, init=False)
     validation: Validation = field(factory=Validation)
@@ -102,10 +105,18 @@ class State:
     error: BaseException | None = None
 
     def __attrs_post_init__(self) -> None:
-        self.history = History(validates=self.val_loader is not None)
+        self.history.start(validates=self.val_loader is not None)
         if self.val_loader is not None:
-            self.history.names |= {f"val/{name}" for name in self.validation.metrics}
+            measured = ["loss", *self.validation.metrics]
+            self.history.names |= {f"{under}/{name}" for under in self.places for name in measured}
+            if self.validation.classes is None:
+                self.validation.classes = class_names(self.val_loader)
         self.log = Log(self.progress)
+
+    @property
+    def places(self) -> list[str]:
+        """Where the names of validation metrics begin: ``val``, and ``val/<name>`` for each of several loaders."""
+        return ["val", *(f"val/{name}" for name in self.val_loaders)]
 
     @property
     def metrics(self) -> Entry:
@@ -152,8 +163,7 @@ class State:
 
         Args:
             name: Without ``val/``.
-            metric: A function of (outputs, targets) over the whole validation set, or an object with ``update``,
-                ``compute`` and ``reset``.
+            metric: As for `Trainer`.
 
         Raises:
             ValueError: A metric of this name exists, or there is no validation set.
@@ -161,7 +171,7 @@ class State:
         if self.val_loader is None:
             raise ValueError(f"val/{name} can't be measured: there is no val_loader")
         self.validation.add_metric(name, metric)
-        self.history.names.add(f"val/{name}")
+        self.history.names |= {f"{under}/{name}" for under in self.places}
 
     def request_stop(self, reason: str) -> None:
         """Ask to stop training. All callbacks finish their hook first; the first reason is kept.

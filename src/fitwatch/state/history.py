@@ -11,17 +11,23 @@ _LOWER_IS_BETTER = ("loss", "cost", "error")
 
 
 class History(Sequence[Entry]):
-    """The evaluations of a fit, oldest first.
+    """The evaluations of a fit, and of the fits before it that it continues, oldest first.
 
     Attributes:
         entries: One dict per evaluation.
+        facts: What the fits must share for their evaluations to compare.
         names: The metrics that this fit will measure, known before step 1.
         monitor: The metric that decides which evaluation is best.
         mode: ``"min"`` if a lower ``monitor`` is better, ``"max"`` if a higher one is.
     """
 
-    def __init__(self, *, validates: bool) -> None:
+    def __init__(self) -> None:
         self.entries: list[Entry] = []
+        self.facts: dict[str, object] = {}
+        self.start(validates=False)
+
+    def start(self, *, validates: bool) -> None:
+        """Start a fit, which continues the history: only what callbacks declared is forgotten."""
         self.names: set[str] = {"train/loss", "val/loss"} if validates else {"train/loss"}
         self.monitor = "val/loss" if validates else "train/loss"
         self.mode: Literal["min", "max"] = "min"
@@ -71,7 +77,9 @@ class History(Sequence[Entry]):
                 and the name does not imply one.
         """
         for by, monitor, mode in self._watched:
-            if monitor not in self.names:
+            parent = monitor.rpartition("/")[0]
+            # A metric may be a vector or a dict; which names it has, the first validation shows.
+            if monitor not in self.names and (parent not in self.names or parent in ("val/loss", "train/loss")):
                 raise ValueError(
                     f"{by} monitors {monitor!r}, which this fit will not measure; "
                     f"it will measure {', '.join(sorted(self.names))}"

@@ -36,6 +36,7 @@ class Plan:
         accumulate: Micro-batches per step. The last step of an epoch may have fewer.
         clip_norm: Largest total 2-norm of the gradients; None: no clipping.
         log_every: Steps per log window.
+        sanity_steps: Validation batches that are tried before step 1.
     """
 
     epochs: int | None = field(default=None, validator=integer(1, or_none=True))
@@ -43,3 +44,4 @@ class Plan:
     accumulate: int = field(default=1, validator=integer(1))
     clip_norm: float | None = field(default=None, validator=number(above=0, or_none=True))
     log_every: int = field(default=50, validator=integer(1))
+    sanity_steps: int = field(default=2, validator=integer(0))

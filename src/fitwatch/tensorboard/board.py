@@ -109,7 +109,7 @@ class TensorBoard(Callback):
                 first_step,
                 self._origin["folder"],
             )
-        if not state.resumed:
+        if not len(state.history):
             self._best_counts = None
         self._curves.start(resumed=state.resumed)
         self._writer = writer.RunWriter(self.run_dir, first_step, self._curves)

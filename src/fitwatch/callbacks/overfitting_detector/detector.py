@@ -16,6 +16,7 @@ from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.options import instance, integer, one_of
 from fitwatch.rules.overfitting import OverfittingRule, Verdict
 from fitwatch.state import State
+from fitwatch.state.history import History
 
 logger = logging.getLogger("fitwatch")
 
@@ -39,10 +40,11 @@ class OverfittingDetector(Callback):
     ``val/overfit/rise`` (smoothed validation loss minus its minimum), ``val/overfit/threshold`` (which the rise must
     exceed), and the metrics on the probe as ``train/<metric>``. When the verdict changes, it logs one warning, writes a
     text ``val/report/verdict`` with the evidence and possible remedies, and marks the onset on the loss chart. The
-    verdict is in ``state.verdict`` and in the fit's result; its indices refer to the fit's history.
+    verdict is in ``state.verdict`` and in the fit's result; its indices refer to the history of
+    the result. A later fit of the same Trainer goes on with the verdict, and acts on overfitting only if it is new.
 
     Args:
-        rule: The decision rule, with its options. A fit that is not resumed resets it. Default: ``OverfittingRule()``.
+        rule: The decision rule, with its options. A new history resets it. Default: ``OverfittingRule()``.
         action: Reaction to overfitting: ``"warn"`` only; ``"stop"`` training; or ``"restore"``: stop, and restore the
             weights of the lowest validation loss.
         probe_examples: Size of the probe. Default: that of the validation set, at most 2,000. 0: no probe; the gap is
@@ -63,25 +65,29 @@ class OverfittingDetector(Callback):
         self._verdict: Verdict | None = None
         self._best = BestWeights()
         self._probe = TrainProbe(self.probe_examples)
+        self._history: History | None = None  # that the verdict is about
         self._warned = False
 
     def on_fit_start(self, state: State) -> None:
-        """Start over, unless training resumes."""
+        """Start over, unless training resumes or the fit continues an earlier one."""
         if state.val_loader is None:
             raise ValueError("OverfittingDetector compares training and validation loss: it needs a val_loader")
-        if not state.resumed:
+        before, self._history = self._history, state.history
+        if not (state.resumed or before is state.history):
             self.rule.load_state_dict(evolve(self.rule).state_dict())  # as a new rule with the same options
             self._status, self._verdict = "", None
             self._best.kept = None
-        elif self._verdict is None:  # new in this training: evaluations keep the indices of the history
+        if self._verdict is None:  # new in this training: evaluations keep the indices of the history
             for _ in state.history:
                 self.rule.update(math.nan, math.nan)
         state.verdict = self._verdict
         state.validation.keep_losses()
+        if self.action == "restore":
+            state.validation.keep_weights()
         self._warned = False
         self._probe = TrainProbe(self.probe_examples)
         self._probe.start(state)
-        if self._verdict is not None and self._verdict.overfitting:  # resumed after it had stopped
+        if state.resumed and self._verdict is not None and self._verdict.overfitting:  # it had stopped already
             self._act(state)
 
     def on_batch_end(self, state: State) -> None:
@@ -91,14 +97,17 @@ class OverfittingDetector(Callback):
 
     def on_validation_end(self, state: State) -> None:
         """Update the verdict."""
-        probe, val_loss = self._probe.measure(state), state.history.newest["val/loss"]
+        val_loss = state.history.newest["val/loss"]
+        # Before the first step a stream has not shown the batches yet that the probe consists of.
+        unseen = self._probe.collects and state.progress.step == state.progress.first_step
+        probe = None if unseen else self._probe.measure(state)
         train_loss = state.history.newest["train/loss"] if probe is None else probe["loss"]
         for name, value in (probe or {}).items():
             if name not in ("loss", "loss_unweighted"):
                 state.log(f"train/{name}", value, reduce="last")
         losses, weights = self._pairs(state) or (None, None)
         verdict = self.rule.update(train_loss, val_loss, losses=losses, weights=weights)
-        cautions = self._cautions(state, has_probe=probe is not None)
+        cautions = self._cautions(state, has_probe=probe is not None or unseen)
         verdict = evolve(verdict, evidence=" ".join([verdict.evidence, *cautions]))
         was_overfitting = self._verdict is not None and self._verdict.overfitting
         state.verdict = self._verdict = verdict
@@ -113,7 +122,7 @@ class OverfittingDetector(Callback):
             if math.isfinite(value):  # the threshold is infinite while the rule warms up
                 state.log(f"val/overfit/{name}", value, reduce="last")
         if self.action == "restore" and verdict.best == len(state.history) - 1:
-            self._best.keep(state.model)
+            self._best.keep(state)
         self._report(state, verdict, new=not was_overfitting)
         if verdict.overfitting and not was_overfitting:
             state.mark("overfitting", state.history[verdict.onset or 0])
@@ -122,8 +131,7 @@ class OverfittingDetector(Callback):
     def on_fit_end(self, state: State) -> None:
         """Restore the best weights, if ``action`` asks for them and the model overfits."""
         if self._verdict is not None and self._verdict.overfitting:
-            self._best.restore(state.model)
-        self._best.kept = None
+            self._best.restore(state)
 
     def _pairs(self, state: State) -> tuple[Tensor, Tensor] | None:
         """Return losses and weights of the examples; None if they can't be compared with the earlier ones."""
