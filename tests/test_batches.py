@@ -117,7 +117,9 @@ def test_tensors_are_moved_in_any_container(name):
 
 
 @pytest.mark.parametrize(
-    "batch", [torch.Size([3, 4]), {"a"}, "text", None, 3.5, range(4), [1, [2, "b"]], object()], ids=str
+    "batch",
+    [torch.Size([3, 4]), {"a"}, "text", None, 3.5, range(4), [1, [2, "b"]], object()],
+    ids=lambda b: type(b).__name__,
 )
 def test_what_holds_no_tensor_is_left_as_it_is(batch):
     """Other values are handed on as the same objects."""

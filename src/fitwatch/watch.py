@@ -194,7 +194,7 @@ class Watch:
         self._exits: ExitStack | None = None  # while the watch is open
         self._used = self._checked = False
         self._has_weights = False  # whether examples have had weights
-        self._evaluations = 0  # of earlier fits
+        self._evaluations = self._start = 0  # evaluations and steps before this watch
         # Without a step of its own a loop may validate in a way that the default step does not know.
         self._trial_step = validation_step
 
@@ -257,7 +257,7 @@ class Watch:
             loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader, **state.val_loaders}
             live = loaders if state.position.resumed is None else state.position.resumed["live"]
             start_workers({name: loader for name in live if (loader := loaders[name]) is not None})
-        self._evaluations = len(state.history)
+        self._evaluations, self._start = len(state.history), progress.step
         ranks.align([state.model, state.loss], parameters(state.optimizer))
         zero_grad(state.optimizer)
 
@@ -616,9 +616,8 @@ class Watch:
 
     def _warn_without_validation(self) -> None:
         state = self.state
-        trained = state.progress.step > state.progress.first_step
         if (
-            trained
+            state.progress.step > self._start
             and state.val_loader is not None
             and len(state.history) == self._evaluations
             and state.stop_reason is None
