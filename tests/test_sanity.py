@@ -34,9 +34,15 @@ class Restless(nn.Module):
 
 
 class Augmented(TensorDataset):
+    """Augments with random numbers of every kind, among them a generator of its own."""
+
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.own = np.random.default_rng(1)
+
     def __getitem__(self, index):
         x, y = super().__getitem__(index)
-        return x + 0.1 * torch.rand(()) + 0.1 * np.random.random(), y  # noqa: NPY002
+        return x + 0.1 * torch.rand(()) + 0.1 * np.random.random() + 0.1 * self.own.random(), y  # noqa: NPY002
 
 
 class Counting:

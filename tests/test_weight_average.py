@@ -170,6 +170,18 @@ def test_weight_average_resumes_to_the_bit(data, tmp_path, decay):
     assert all(torch.equal(weights[name], once[name]) for name in once)
 
 
+def test_best_has_the_weights_in_training_too(model, data, tmp_path):
+    """If best.pt has an average as its model, it keeps the weights to resume with beside it; otherwise it has none."""
+    plain = copy.deepcopy(model)
+    loader = [data.tensors] * 4
+    trainer_of(model, fw.WeightAverage(0.5), fw.Checkpoint(tmp_path / "a")).fit(loader, loader, epochs=1)
+    trainer_of(plain, fw.Checkpoint(tmp_path / "b")).fit(loader, loader, epochs=1)
+    averaged, alone = (torch.load(tmp_path / name / "best.pt") for name in "ab")
+    assert alone["trained"] is None
+    assert all(torch.equal(averaged["trained"][name], w) for name, w in plain.state_dict().items())
+    assert all(torch.equal(averaged["model"][name], w) for name, w in model.state_dict().items())
+
+
 def test_weight_average_on_a_watch_after_an_error(model, data):
     """After an exception within a validation the model of a hand-written loop still ends with the average."""
     optimizer = torch.optim.SGD(model.parameters(), 0.5)

@@ -1,7 +1,8 @@
 """Checkpoint files: written atomically, and read without running code.
 
 A file holds tensors and primitives only and is read with ``weights_only=True``. Its keys: ``format`` (an integer),
-``version`` (of fitwatch), ``model``, ``loss`` (its parameters), ``optimizer``, ``groups`` (names of its parameters),
+``version`` (of fitwatch), ``model``, ``trained`` (the weights in training, if the model's are others: an average),
+``loss`` (its parameters), ``optimizer``, ``groups`` (names of its parameters),
 ``frozen`` (parameters that are not trained), ``scheduler``, ``scaler``, ``generators`` (of the loaders, their samplers
 and data sets), ``callbacks`` (by class name), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since
 the last evaluation), ``rng`` (of rank 0), ``position`` (within an epoch: random states at its start, and the loader's
@@ -66,6 +67,7 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
         "format": FORMAT,
         "version": __version__,
         "model": modules.weights(state.model) if weights is None else weights,
+        "trained": _trained(state, weights),
         "loss": _loss_parameters(state),
         "optimizer": state.optimizer.state_dict(),
         "groups": resuming.group_names(state.optimizer, _named(state)),
@@ -83,6 +85,14 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
         "other_ranks": [dict(zip(("rng", "generators", "position"), other, strict=True)) for other in others],
     }
     write(path, content)
+
+
+def _trained(state: State, measured: StateDict | None) -> StateDict | None:
+    """Return the weights in training, to resume with, if others were measured and are saved as the model's."""
+    own = modules.weights(state.model)
+    if measured is None or all(torch.equal(own[n], w) for n, w in measured.items() if isinstance(w, Tensor)):
+        return None
+    return own
 
 
 def write(path: Path, content: Content) -> None:
@@ -233,7 +243,7 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
     loaders = (state.train_loader, state.val_loader, *state.val_loaders.values())
     _check(path, content, state, len(random_states(*loaders)))
     try:
-        modules.load_weights(state.model, content["model"])
+        modules.load_weights(state.model, content["trained"] or content["model"])
         with torch.no_grad():
             for name, parameter in _loss_parameters(state).items():
                 parameter.copy_(content["loss"][name])
@@ -300,6 +310,7 @@ def _named(state: State) -> dict[str, Tensor]:
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "model": dict,
+    "trained": (dict, NoneType),
     "loss": dict,
     "optimizer": dict,
     "scheduler": (dict, NoneType),

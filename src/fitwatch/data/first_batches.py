@@ -14,7 +14,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fitwatch.data.batches import generators_of, sampler_of
+from fitwatch.data.batches import sampler_of
 from fitwatch.data.sharding import is_indexed
 from fitwatch.helpers.aliases import Loader
 
@@ -25,7 +25,7 @@ def first_batches(loader: Loader, count: int) -> Loader | None:
     """Return up to ``count`` batches of a loader, to iterate over once; None if reading them could leave a trace.
 
     Lists, and a `DataLoader` over an indexed data set with torch's own samplers, are read. A stream, an iterator or a
-    sampler of the user may not give the same batches again. The caller keeps the global random generators.
+    sampler of the user may not give the same batches again. The caller keeps the random generators.
     """
     if isinstance(loader, Sequence):
         return loader[:count]
@@ -33,11 +33,7 @@ def first_batches(loader: Loader, count: int) -> Loader | None:
         return None
     if type(loader.batch_sampler) not in (BatchSampler, type(None)):
         return None
-    generators = generators_of(loader)
-    before = [g.get_state() for g in generators]
     indices = list(islice(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, count))
-    for generator, state in zip(generators, before, strict=True):
-        generator.set_state(state)
     chosen: dict[str, Any] = {"batch_sampler": indices}
     if loader.batch_sampler is None:
         chosen = {"batch_size": None, "sampler": indices}

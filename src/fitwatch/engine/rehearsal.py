@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from fitwatch import ranks
 from fitwatch.data import batches
 from fitwatch.data.first_batches import first_batches
+from fitwatch.data.position import random_states, set_random_states
 from fitwatch.helpers.aliases import Batch, Loader
 from fitwatch.helpers.expanded import compact
 from fitwatch.helpers.rng import rng_state, set_rng_state
@@ -36,7 +37,7 @@ def rehearse(
     count = state.plan.sanity_steps
     if ranks.size() > 1 or any(is_lazy(p) for p in state.model.parameters()):
         return None
-    saved = rng_state()
+    saved, sources = rng_state(), random_states(loader)
     try:
         chosen = first_batches(loader, count)
         metrics = _copied(state.validation.metrics)
@@ -53,6 +54,7 @@ def rehearse(
         raise
     finally:
         set_rng_state(saved)
+        set_random_states(sources, loader)
 
 
 def _copied(metrics: Mapping[str, Metric]) -> Mapping[str, Metric] | None:
