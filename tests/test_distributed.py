@@ -269,4 +269,4 @@ def test_bad_statistics_on_one_rank_stop_all(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     first, second = (torch.load(tmp_path / f"ruined-{rank}.pt")["reason"] for rank in range(2))
     assert first == second
-    assert first == "the model has non-finite weights at step 2 (0.running_mean is the first)"
+    assert first == "the model has non-finite weights at step 1 (0.running_mean is the first)"

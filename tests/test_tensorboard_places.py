@@ -143,6 +143,7 @@ def test_one_nan_is_one_sentence_after_the_one_that_names_its_place(tmp_path):
         torch.optim.SGD(model.parameters(), 0.1),
         callbacks=[Spoil(), page, fw.GradientNorm()],
         log_every=5,
+        nonfinite="ignore",
         device="cpu",
     )
     trainer.fit(noisy_data()[0], max_steps=5)

@@ -646,8 +646,7 @@ def test_unused_weights_give_a_warning(model, data, caplog, asks):
             return self.compute_loss(outputs, batch[1]) if asks else self.loss(outputs, batch[1])
 
     trainer = Own(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=fw.WeightedLoss(), device="cpu")
-    loader = DataLoader(data, 16)
-    trainer.fit(loader, loader, epochs=3)
+    trainer.fit(DataLoader(data, 16), [data[:]], epochs=3)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (not asks)
     assert all("the training step does not use it: compute the loss with self.compute_loss" in one for one in said)
