@@ -178,6 +178,45 @@ def test_fifty_skipped_steps_in_a_row_end_training():
     assert trainer.state.progress.step == 49
 
 
+def test_a_skipped_step_does_not_count_in_the_loss():
+    """The training loss, of the window and of the epoch, is that of the other batches."""
+    result = trainer_of(at=(3, 4), nonfinite="skip", clip_norm=1.0).fit(data := batches(), epochs=1)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    plain = fw.Trainer(model, OPTIMIZERS["SGD"](model.parameters()), clip_norm=1.0, device="cpu")
+    good = plain.fit([b for i, b in enumerate(data) if i not in (3, 4)], epochs=1)
+    assert result.history[-1]["train/loss"] == good.history[-1]["train/loss"]
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_the_limit_counts_steps_in_a_row(clip_norm):
+    """Every third step may be bad for ever."""
+    trainer = trainer_of(at=range(0, 10**6, 3), nonfinite="skip", clip_norm=clip_norm)
+    trainer.fit(batches(), epochs=18)
+    assert trainer.state.progress.step == 180
+
+
+def test_a_disabled_scaler_leaves_the_guard_on():
+    """GradScaler(enabled=False) checks nothing, so the watch does."""
+    x, y = batches(1)[0]
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with fw.Watch(model, optimizer, scaler=scaler, train_loader=[(x, y)]) as watch:
+        for _ in watch.epochs(1):
+            scaler.scale(watch.loss(model(x) * math.nan, y)).backward()
+            with pytest.raises(FloatingPointError, match="step 1 "):
+                watch.before_step()
+            break
+
+
+def test_clipping_does_not_hide_which_gradient_is_bad():
+    """The parameter is named as without clipping, which would spread the NaN."""
+    trainer = trainer_of(where="gradient", clip_norm=1.0)
+    with pytest.raises(FloatingPointError, match=r"in 1 parameter \(`0.bias`\)"):
+        trainer.fit(batches(), epochs=1)
+
+
 def test_fp16_that_never_fits_ends_training():
     """Under a GradScaler that skips every step, training ends with an error that names the scale."""
     torch.manual_seed(0)

@@ -97,6 +97,29 @@ class NumPySampler(Sampler):
         return N
 
 
+class Within(Dataset):
+    """Holds a data set, and a transform that draws, with generators of their own."""
+
+    def __init__(self):
+        self.dataset = OwnGenerators()
+        self.transform = Noisy()
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        x, y = self.dataset[i]
+        return self.transform(x), y
+
+
+class Noisy:
+    def __init__(self):
+        self.rng = np.random.default_rng(8)
+
+    def __call__(self, x):
+        return x + 0.1 * self.rng.normal()
+
+
 class HiddenSampler(NumPySampler):
     """Has its order in a state that only it knows."""
 
@@ -157,6 +180,7 @@ LOADERS = {
     "data set with generators": lambda: loader(OwnGenerators()),
     "sampler with a generator": lambda: loader(sampler=NumPySampler()),
     "sampler with a state": lambda: loader(sampler=HiddenSampler()),
+    "data set within a subset": lambda: loader(torch.utils.data.Subset(Within(), range(N))),
     "stateful loader": StatefulLoader,
     "list": lambda: list(Stream()),
     "no length": Stream,
@@ -255,6 +279,73 @@ def test_options_resume_too(tmp_path, options):
     for kill in (4, 7, 10):
         whole = fit(tmp_path / f"whole-{kill}", loader, **options)
         assert_same(whole, killed_and_resumed(tmp_path, loader, kill, **options))
+
+
+class Draws(fw.Callback):
+    """Draws random numbers where a fit and an epoch start."""
+
+    def on_fit_start(self, state):
+        torch.rand(3)
+        np.random.rand()  # noqa: NPY002
+
+    on_epoch_start = on_fit_start
+
+
+def small(folder, scheduler, kill=None, *, interval=None, epochs=3, callbacks=(), make=loader, **options):
+    """Train a small model, saving each step; return the weights, the history and the learning rate."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, y = tensors()
+    made = scheduler(optimizer)
+    parts = [*callbacks, Kill(kill), fw.Checkpoint(folder, every_steps=1, every_epochs=None, keep=99)]
+    trainer = fw.Trainer(
+        model, optimizer, callbacks=parts, scheduler=made, scheduler_interval=interval, device="cpu", **options
+    )
+    trainer.fit(make(), [(x[:20] + 1, y[:20])], epochs=epochs, resume="auto")
+    return model[0].weight.detach().clone(), list(trainer.state.history), optimizer.param_groups[0]["lr"]
+
+
+SCHEDULES = {
+    "per epoch": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=18),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("make", [loader, Stream], ids=["length", "no length"])
+def test_every_schedule_resumes_from_every_step(tmp_path, kind, make):
+    """Also from the last step of an epoch, whose validation and scheduler step are still to come."""
+    whole = small(tmp_path / "whole", SCHEDULES[kind], make=make)
+    for kill in (1, 5, 6, 7, 11, 12):
+        folder = tmp_path / str(kill)
+        with pytest.raises(Killed):
+            small(folder, SCHEDULES[kind], kill, make=make)
+        weight, *rest = small(folder, SCHEDULES[kind], make=make)
+        assert torch.equal(weight, whole[0])
+        assert rest == list(whole[1:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"callbacks": [Draws()]},
+        {"precision": "fp16", "accumulate": 2, "loss": fw.CrossEntropy([0.3, 1.7])},
+        {"precision": "fp16", "accumulate": 4},
+    ],
+    ids=["callback that draws", "fp16 with weights", "fp16 with a short last step"],
+)
+def test_what_else_draws_or_guesses_resumes(tmp_path, options):
+    """A callback that draws random numbers, and the guessed weight of an fp16 step, leave the resumed run as it was."""
+    whole = small(tmp_path / "whole", SCHEDULES["per epoch"], **options)
+    for kill in range(1, 5):
+        folder = tmp_path / str(kill)
+        with pytest.raises(Killed):
+            small(folder, SCHEDULES["per epoch"], kill, **options)
+        weight, *rest = small(folder, SCHEDULES["per epoch"], **options)
+        assert torch.equal(weight, whole[0])
+        assert rest == list(whole[1:])
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -401,6 +492,74 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert exit_code == -2
     assert "KeyboardInterrupt" in errors
     assert "end " in output
+
+
+class Signal(fw.Callback):
+    """Sends a signal to this process after a step."""
+
+    def __init__(self, step, then=None):
+        self.step, self.then = step, then
+
+    def on_step_end(self, state):
+        if state.progress.step == self.step:
+            signal.raise_signal(signal.SIGINT)
+            if self.then is not None:
+                raise self.then
+
+
+def test_a_signal_at_the_last_step_of_an_epoch_loses_no_validation(tmp_path):
+    """The file is that of the step, and the resumed run validates the epoch and steps its scheduler."""
+    whole = small(tmp_path / "whole", SCHEDULES["per epoch"])
+    with pytest.raises(KeyboardInterrupt):
+        small(tmp_path / "cut", SCHEDULES["per epoch"], callbacks=[Signal(6)])
+    weight, *rest = small(tmp_path / "cut", SCHEDULES["per epoch"])
+    assert torch.equal(weight, whole[0])
+    assert rest == list(whole[1:])
+
+
+def test_an_error_after_a_signal_does_not_hide_it(tmp_path):
+    """Ctrl-C is raised from the error of the step, so that a loop over fits that catches errors ends."""
+    with pytest.raises(KeyboardInterrupt) as info:
+        small(tmp_path, SCHEDULES["per epoch"], callbacks=[Signal(3, ValueError("late"))])
+    assert isinstance(info.value.__cause__, ValueError)
+
+
+def test_a_signal_in_a_fit_within_a_fit_ends_both_with_a_save(tmp_path):
+    """The inner fit ends, and the outer one finishes its step and saves it."""
+
+    class Inner(fw.Callback):
+        def on_step_end(self, state):
+            if state.progress.step == 4:
+                small(tmp_path / "inner", SCHEDULES["per epoch"], callbacks=[Signal(2)])
+
+    with pytest.raises(KeyboardInterrupt):
+        small(tmp_path / "outer", SCHEDULES["per epoch"], callbacks=[Inner()])
+    steps = sorted(int(f.stem.split("-")[1]) for f in (tmp_path / "outer").glob("step-*.pt"))
+    assert steps[-1] in (4, 5)
+    assert not (tmp_path / "inner" / "step-4.pt").exists()
+
+
+def test_a_loop_over_its_own_loader_goes_on_from_its_last_epoch(tmp_path):
+    """Ctrl-C ends it with the epoch, without a step file that nothing can resume from."""
+
+    def go(*callbacks):
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        batches = list(Stream())
+        parts = [*callbacks, fw.Checkpoint(tmp_path, every_steps=4)]
+        with fw.Watch(model, optimizer, parts, train_loader=batches, resume="auto") as watch:
+            for _ in watch.epochs(3):
+                for x, y in batches:
+                    watch.loss(model(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return watch.state
+
+    with pytest.raises(KeyboardInterrupt):
+        go(Signal(8))
+    state = go()
+    assert state.resumed_from.name == "epoch-2.pt"
+    assert state.progress.step == 18
 
 
 def test_handlers_are_put_back():

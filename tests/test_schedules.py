@@ -13,7 +13,7 @@ import fitwatch as fw
 BATCHES, EPOCHS = 10, 6
 
 
-def fit(scheduler, *, interval=None, epochs=EPOCHS, fits=1, **options):
+def fit(scheduler, *, interval=None, epochs=EPOCHS, fits=1, resume=None, **options):
     """Return the number of times that a scheduler stepped."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
@@ -24,8 +24,8 @@ def fit(scheduler, *, interval=None, epochs=EPOCHS, fits=1, **options):
         model, optimizer, scheduler=made, scheduler_interval=interval, device="cpu", skip_checks=("labels",), **options
     )
     for _ in range(fits):
-        trainer.fit([batch] * BATCHES, epochs=epochs)
-    return made.last_epoch
+        trainer.fit([batch] * BATCHES, epochs=epochs, resume=resume)
+    return getattr(made, "last_epoch", None)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,10 @@ def test_a_given_interval_holds(caplog, interval):
         ),
         (lambda o: schedulers.CosineAnnealingLR(o, 60), None, "it covers 10.00% of T_max=60"),
         (lambda o: schedulers.StepLR(o, 30), None, "step_size=30 it never changes"),
+        (lambda o: schedulers.PolynomialLR(o, 6), None, "the learning rate is 0 from 6 on"),
+        (lambda o: schedulers.LinearLR(o, 1.0, 0.0, 6), None, "the learning rate is 0 from 6 on"),
+        (lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=600), None, "it covers 10.00% of total_steps=600"),
+        (lambda o: schedulers.ChainedScheduler([schedulers.StepLR(o, 30)]), None, "step_size=30 it never changes"),
         (lambda o: schedulers.MultiStepLR(o, [20, 40]), None, r"milestones=\[20, 40\] it never changes"),
     ],
 )
@@ -109,6 +113,16 @@ def test_options_that_fit_are_not_told(caplog, scheduler, interval):
     """Options in the right unit give no warning."""
     fit(scheduler, interval=interval)
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_a_resumed_fit_is_judged_as_a_whole(tmp_path, caplog):
+    """What a scheduler has done before counts: the rest of a sound plan gives no warning."""
+    for make in (lambda o: schedulers.CosineAnnealingLR(o, 10), lambda o: schedulers.StepLR(o, 6)):
+        folder = tmp_path / str(id(make))
+        fit(make, epochs=8, callbacks=[fw.Checkpoint(folder)])
+        caplog.clear()
+        fit(make, epochs=10, callbacks=[fw.Checkpoint(folder)], resume="auto")
+        assert not [r for r in caplog.records if "steps after every" in r.getMessage() and r.levelname == "WARNING"]
 
 
 def test_one_cycle_that_is_too_short_is_refused_before_step_1():

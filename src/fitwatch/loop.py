@@ -53,6 +53,7 @@ class Loop:
         with watch:  # on_fit_start
             self._schedule.watch(watch.state.history)
             self._check_schedule(epochs)
+            self._stepped = watch.state.progress.step > 0
             watch.rehearse(self._trial_step)
             if validates_first and not watch.state.resumed:
                 watch.validate()  # on_validation_start, on_validation_end, on_log
@@ -118,8 +119,9 @@ class Loop:
         per_epoch = steps_per_epoch(state.train_loader, plan.accumulate)
         left = None if epochs is None else epochs - (progress.epoch - progress.first_epoch)
         steps_left = None if plan.max_steps is None else plan.max_steps - (progress.step - progress.first_step)
-        planned = planned_length(epochs=left, max_steps=steps_left, steps_per_epoch=per_epoch)
-        self._schedule.check_plan(epochs=planned[0], steps=planned[1])
+        within = progress.epoch_step if state.position.resumed is not None else 0
+        planned = planned_length(epochs=left, max_steps=steps_left, steps_per_epoch=per_epoch, done=within)
+        self._schedule.check_plan(epochs=planned[0], steps=planned[1], resumed=state.resumed)
 
     def _step(self) -> None:
         watch, state = self._watch, self._watch.state

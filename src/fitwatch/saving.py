@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fitwatch import ranks, resuming
-from fitwatch.data.position import random_states, set_random_states
+from fitwatch.data.position import random_states
 from fitwatch.helpers import modules
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.primitives import plain_data, unreadable
-from fitwatch.helpers.rng import rng_state, set_rng_state
+from fitwatch.helpers.rng import rng_state
 from fitwatch.state import State
 from fitwatch.state.progress import Progress
 from fitwatch.version import __version__
@@ -57,9 +57,8 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
     train_loss = ranks.sums([since.total, since.weight])
     loaders = (state.train_loader, state.val_loader, *state.val_loaders.values())
     generators = random_states(*loaders)
-    position = None
-    if state.progress.epoch_batch:
-        position = state.position.saved(state.train_loader, {"val_loader": state.val_loader, **state.val_loaders})
+    others = {"val_loader": state.val_loader, **state.val_loaders}
+    position = state.position.saved(state.train_loader, others, within=state.progress.epoch_batch > 0)
     (rng, generators, position), *others = ranks.gather((rng_state(), generators, position))
     if ranks.rank():
         return
@@ -261,9 +260,7 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
         since = state.train_loss.since_evaluation
         since.total, since.weight = content["train_loss"]
     own = [content, *content["other_ranks"]][ranks.rank()]
-    set_random_states(own["generators"], *loaders)
-    set_rng_state(own["rng"])
-    state.position.resumed = own["position"]
+    state.position.resume(own["position"], own["rng"], own["generators"], *loaders)
     state.resumed, state.resumed_from = True, path
     return Before(content["settings"], changes, kept)
 

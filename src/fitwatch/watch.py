@@ -277,8 +277,11 @@ class Watch:
         finally:
             self._exits.close()
             self._exits = None
-        if error is None and self._interrupts.received is not None:
-            raise self._interrupts.error()
+        if self._interrupts.received is not None and not self._interrupts.passed_on:
+            if error is None:
+                raise self._interrupts.error()
+            if isinstance(error, Exception):  # else it has ended the process already
+                raise self._interrupts.error() from error
 
     @property
     def result(self) -> Result:

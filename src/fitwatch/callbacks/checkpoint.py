@@ -132,7 +132,8 @@ class Checkpoint(Callback):
         """Save every ``every_steps`` steps."""
         step = state.progress.step
         due = self._stream and (self._due or step - self._saved_step >= _STREAM_STEPS)
-        if due or state.interrupted or (self.every_steps is not None and step % self.every_steps == 0):
+        interrupted = state.interrupted is not None and state.position.started is not None
+        if due or interrupted or (self.every_steps is not None and step % self.every_steps == 0):
             self._due, self._saved_step = False, step
             state.between_steps(partial(self._save, state, "step", step))
 
@@ -147,16 +148,19 @@ class Checkpoint(Callback):
             self._save_best(state)
         complete = state.progress.epoch_batch == 0
         self._due = False
-        if self._stream and not complete and state.progress.step > self._saved_step:
+        interrupted = state.interrupted is not None and state.position.started is not None
+        if (self._stream or interrupted) and not complete and state.progress.step > self._saved_step:
             self._saved_step = state.progress.step
             self._save(state, "step", state.progress.step)
         if self.every_epochs is not None and complete and state.progress.epoch % self.every_epochs == 0:
             self._save(state, "epoch", state.progress.epoch)
 
     def latest(self) -> Path | None:
-        """Return the newest checkpoint, by its step, or None."""
-        # After the last step of an epoch, epoch-N.pt comes after step-M.pt.
-        return max([*self._files("step")[-1:], *self._files("epoch")[-1:]], key=_step_of, default=None)
+        """Return the newest checkpoint that training can resume from, by its step, or None."""
+        steps = self._files("step")
+        files = self._files("epoch")[-1:] + [file for file in steps if _is_resumable(file)][-1:]
+        # At the same step epoch-N.pt, which has the validation. Resuming from a file without a place says what is wrong.
+        return max(files or steps[-1:], key=_step_of, default=None)
 
     def state_dict(self) -> StateDict:
         """Return the monitored metric and its value in ``best.pt``."""
@@ -220,6 +224,15 @@ def _step_of(file: Path) -> int:
         return int(saving.read(file, data=False)["progress"]["step"])
     except ValueError:
         return -1
+
+
+def _is_resumable(file: Path) -> bool:
+    """Return whether a file names its place in the epoch: a loop over its own loader has none."""
+    try:
+        content = saving.read(file, data=False)
+    except ValueError:
+        return True  # resuming from it says what is wrong
+    return not content["progress"]["epoch_batch"] or content.get("position") is not None
 
 
 def _count(file: Path) -> int:

@@ -43,7 +43,10 @@ def _plain(loader: object) -> tuple[list[Tensor] | None, Tensor | None]:
         return None, None
     held, rows = loader.dataset, None
     while type(held) is Subset:
-        indices = torch.as_tensor(held.indices)
+        try:
+            indices = torch.as_tensor(held.indices)
+        except (TypeError, ValueError, RuntimeError):
+            return None, None
         if indices.dtype is not torch.int64 or indices.dim() != 1 or (len(indices) and int(indices.min()) < 0):
             return None, None
         rows, held = (indices if rows is None else indices[rows]), held.dataset
@@ -61,6 +64,8 @@ def _rows(
 ) -> object:
     try:
         index = torch.tensor(indices)
+        if index.dim() != 1:
+            raise TypeError  # noqa: TRY301 - what follows lets the data set refuse it
         index = index if rows is None else rows[index]
         batch = [t.index_select(0, index) for t in tensors]
     except (IndexError, RuntimeError, TypeError, ValueError):  # negative or odd indices: as the loader reads them

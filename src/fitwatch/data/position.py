@@ -13,7 +13,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from fitwatch.data.batches import sampler_of
 from fitwatch.data.loading import is_plain, read
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.helpers.rng import numpy_state, python_state, rng_state, set_numpy_state, set_python_state
+from fitwatch.helpers.rng import (
+    RngState,
+    numpy_state,
+    python_state,
+    rng_state,
+    set_numpy_state,
+    set_python_state,
+    set_rng_state,
+)
 
 logger = logging.getLogger("fitwatch")
 
@@ -41,21 +49,55 @@ class Position:
 
     started: StateDict | None = None
     resumed: StateDict | None = None
+    _random: tuple[RngState, list[Any], tuple[object, ...]] | None = None
+
+    def resume(self, position: StateDict | None, rng: RngState, sources: list[Any], *loaders: object) -> None:
+        """Restore the random states of a checkpoint, now and once more in `go_on`.
+
+        Args:
+            position: What `saved` returned.
+            rng: The global random states.
+            sources: Those of the loaders, from `random_states`.
+            loaders: The training loader, and the others.
+        """
+        self._random = rng, sources, loaders
+        if position is not None and position["started"] is None:  # between epochs
+            if isinstance(loaders[0], Stateful):
+                loaders[0].load_state_dict(position["loader"])
+            position = None
+        self.resumed = position
+        self._restore()
+        if position is not None:
+            position["now"] = {"rng": rng, "sources": random_states(loaders[0])}
+
+    def go_on(self) -> None:
+        """Restore the random states once more, where the first epoch starts after a checkpoint was read."""
+        self._restore()
+        self._random = None
+
+    def _restore(self) -> None:
+        if self._random is not None:
+            rng, sources, loaders = self._random
+            set_random_states(sources, *loaders)
+            set_rng_state(rng)
 
     def start(self, loader: Iterable[object]) -> None:
         """Note the random states before the first batch of an epoch."""
         self.started = {"rng": rng_state(), "sources": random_states(loader), "live": _has_live_workers(loader)}
 
-    def saved(self, loader: Iterable[object], others: Mapping[str, object]) -> StateDict | None:
-        """Return what a checkpoint within an epoch needs; None if the position is unknown.
+    def saved(self, loader: Iterable[object], others: Mapping[str, object], *, within: bool) -> StateDict | None:
+        """Return what a checkpoint needs; None if it is nothing, or if the position is unknown.
 
         Args:
             loader: The training loader.
             others: Name -> validation loader, or None.
+            within: Whether it is saved within an epoch.
         """
+        own = loader.state_dict() if isinstance(loader, Stateful) else None
+        if not within:
+            return None if own is None else {"started": None, "loader": own, "live": []}
         if self.started is None:
             return None
-        own = loader.state_dict() if isinstance(loader, Stateful) else None
         live = ["train_loader"] if self.started["live"] else []
         live += [name for name, other in others.items() if _has_live_workers(other)]
         return {"started": self.started, "loader": own, "live": live}
@@ -123,22 +165,27 @@ def _reads_itself(loader: object) -> bool:
 def _sources(*loaders: object) -> list[object]:
     """Return random generators of torch, Python and NumPy under any name, and samplers and data sets with a state."""
     found: dict[int, object] = {}
+    seen: set[int] = set()
     for loader in loaders:
-        batch_sampler, sampler, dataset = (getattr(loader, "batch_sampler", None), sampler_of(loader), _dataset(loader))
-        for owner in (loader, batch_sampler, sampler, dataset):
-            if owner is None or isinstance(owner, (list, tuple, dict, range)):
+        waiting: list[object] = [loader, getattr(loader, "batch_sampler", None), sampler_of(loader)]
+        waiting += [getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)]
+        while waiting:
+            owner = waiting.pop(0)
+            if id(owner) in seen or not hasattr(owner, "__dict__") or isinstance(owner, (type, torch.nn.Module)):
                 continue
+            seen.add(id(owner))
             if owner is not loader and isinstance(owner, Stateful):
                 found[id(owner)] = owner
-            for value in vars(owner).values() if hasattr(owner, "__dict__") else ():
+            for name, value in vars(owner).items():
                 if isinstance(value, (torch.Generator, random.Random)) or _is_numpy(value):
                     found[id(value)] = value
+                elif name in _INNER:
+                    waiting += value if isinstance(value, (list, tuple)) else [value]
     return list(found.values())
 
 
-def _dataset(loader: object) -> object:
-    dataset = getattr(loader, "dataset", None)
-    return None if isinstance(dataset, torch.nn.Module) else dataset
+_INNER = frozenset({"dataset", "datasets", "transform", "target_transform", "transforms", "collate_fn", "sampler"})
+"""Attributes of data sets, transforms and samplers that hold others."""
 
 
 def _is_numpy(value: object) -> bool:

@@ -1,9 +1,7 @@
 """Keeps steps with non-finite gradients away from the weights."""
 
 import logging
-import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Final
 
 import torch
@@ -16,6 +14,7 @@ logger = logging.getLogger("fitwatch")
 BUDGET: Final = 50
 """Steps in a row that may be left out; after that training can't be working."""
 
+_Flags = dict[torch.device, tuple[Tensor, Tensor]]  # what the kernel takes: a flag that is 0, and a factor of 1
 _KERNEL = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
@@ -33,23 +32,21 @@ class Guard:
     def __init__(self, state: State, mode: str) -> None:
         if mode not in ("raise", "skip", "ignore"):
             raise ValueError(f"nonfinite must be one of 'raise', 'skip', 'ignore', got {mode!r}")
-        self._state, self.raises, self._checks = state, mode == "raise", mode != "ignore" and state.scaler is None
+        scales = state.scaler is not None and state.scaler.is_enabled()
+        self._state, self.raises, self._checks = state, mode == "raise", mode != "ignore" and not scales
+        self._flags: _Flags = {}
         self.skipped = 0
         self._in_a_row = 0
 
     def rejects(self) -> bool:
-        """Return whether a gradient of the complete step is not finite. Waits for the device.
+        """Return whether a gradient of the complete step, before clipping, is not finite. Waits for the device.
 
         Under a GradScaler, which checks and skips by itself, it is False.
         """
         if not self._checks:
             return False
-        state = self._state
-        if state.plan.clip_norm is not None and state.total_norm is not None and math.isfinite(state.total_norm):
-            return False  # clipping has read all gradients
-        if all_finite(
-            [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        ):
+        gradients = [p.grad for group in self._state.optimizer.param_groups for p in group["params"]]
+        if all_finite([g for g in gradients if g is not None], self._flags):
             self._in_a_row = 0
             return False
         return True
@@ -86,7 +83,7 @@ class Guard:
         Raises:
             FloatingPointError: `BUDGET` steps in a row were skipped.
         """
-        if stepped or self._state.scaler is None:
+        if stepped or self._state.scaler is None or not self._state.scaler.is_enabled():
             self._in_a_row = 0
         else:
             self._count(f"fp16 overflowed, even at a scale of {self._state.scaler.get_scale():.3g}")
@@ -100,30 +97,32 @@ class Guard:
             )
 
 
-def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Return whether all values are finite; waits for the device."""
+def all_finite(gradients: Sequence[Tensor], flags: _Flags | None = None) -> bool:
+    """Return whether all values are finite; waits for the device.
+
+    Args:
+        gradients: Any shapes, dtypes, devices and layouts; left as they are.
+        flags: What the caller keeps for the next call: making them takes as long as the check.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for g in gradients:
         values = g.detach() if g.requires_grad else g
         if values.is_sparse:
             values = values.coalesce().values()
         groups.setdefault((values.device, values.dtype), []).append(values)
-    return all(_finite(device, dtype, same) for (device, dtype), same in groups.items())
+    known: _Flags = {} if flags is None else flags
+    return all(_finite(device, dtype, same, known) for (device, dtype), same in groups.items())
 
 
-def _finite(device: torch.device, dtype: torch.dtype, same: list[Tensor]) -> bool:
+def _finite(device: torch.device, dtype: torch.dtype, same: list[Tensor], flags: _Flags) -> bool:
     if dtype not in _KERNEL:
         return all(bool(values.isfinite().all()) for values in same)
-    found, one = _flag(device)
+    if device not in flags:
+        flags[device] = torch.zeros((), device=device), torch.ones((), device=device)
+    found, one = flags[device]
     # The kernel of GradScaler: with a factor of 1 it changes nothing. One call for all takes a third of their norms.
     torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
     if found.item() == 0:
         return True
     found.zero_()
     return False
-
-
-@lru_cache(maxsize=16)
-def _flag(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what the kernel takes: a flag that is 0, and a factor of 1. Making them takes as long as the kernel."""
-    return torch.zeros((), device=device), torch.ones((), device=device)

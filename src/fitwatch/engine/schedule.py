@@ -1,6 +1,7 @@
 """When a learning-rate scheduler steps, and whether its plan fits the fit."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Final
 
@@ -70,12 +71,13 @@ class Schedule:
         )
         return evolve(self, interval=interval)
 
-    def check_plan(self, *, epochs: int | None, steps: int | None) -> None:
+    def check_plan(self, *, epochs: int | None, steps: int | None, resumed: bool = False) -> None:
         """Compare the scheduler's plan with the rest of the fit, before step 1.
 
         Args:
             epochs: Epochs to train from now; None if unknown.
             steps: Steps to train from now; None if unknown.
+            resumed: Whether the scheduler has the options of a checkpoint.
 
         Raises:
             ValueError: The scheduler refuses to step as often as this fit needs.
@@ -88,10 +90,15 @@ class Schedule:
         other_unit, other = ("epochs", epochs) if self.interval == "step" else ("steps", steps)
         if isinstance(self.scheduler, lr_scheduler.OneCycleLR) and done + planned > self.scheduler.total_steps:
             before = f" after {done} before" if done else ""
+            kept = ' and resume with options_from="script", since those of the checkpoint hold else' if resumed else ""
             raise ValueError(
                 f"{name} was created for {self.scheduler.total_steps} steps, and this fit takes {planned} {unit}"
-                f"{before}: create it with total_steps={done + planned}"
+                f"{before}: create it with total_steps={done + planned}{kept}"
             )
+        if not planned:
+            return
+        other = None if other is None else other * (done + planned) // planned  # of all fits with this scheduler
+        planned += done
         problem = _misfit(self.scheduler, planned, other)
         if problem:
             changes = f', or scheduler_interval="{other_unit[:-1]}"' if other is not None else ""
@@ -114,7 +121,14 @@ class Schedule:
 
     def after(self, interval: str) -> None:
         """Step the scheduler if this is its interval: a ``"step"`` or an ``"epoch"`` has ended."""
-        if self.scheduler is not None and self.interval == interval and not self._waits_for_metric:
+        if self.scheduler is None or self.interval != interval or self._waits_for_metric:
+            return
+        if interval == "step":
+            self.scheduler.step()
+            return
+        with warnings.catch_warnings():
+            # After the last step of a resumed epoch: the optimizer has stepped, in the fit before.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
 
     def after_evaluation(self, history: History) -> None:
@@ -139,19 +153,36 @@ def usual_interval(scheduler: object) -> str:
 
 
 def _misfit(scheduler: object, planned: int, other: int | None) -> str | None:
-    """Return why the options of a scheduler are plainly in the other unit; None if they may be right.
+    """Return why the options of a scheduler do not fit; None if they may be right.
 
     Args:
         scheduler: Any scheduler.
         planned: How often it steps in this fit.
         other: How often it would step with the other interval, if known.
     """
+    if isinstance(scheduler, lr_scheduler.ChainedScheduler):
+        return next((why for part in scheduler._schedulers if (why := _misfit(part, planned, other))), None)  # noqa: SLF001
+    return _length_misfit(scheduler, planned, other) or _decay_misfit(scheduler, planned, other)
+
+
+def _length_misfit(scheduler: object, planned: int, other: int | None) -> str | None:
+    """See `_misfit`; schedulers that were created for a number of counts."""
+    vanishes = _vanishes_at(scheduler)
+    if vanishes is not None and planned > 2 * vanishes:
+        return f"the learning rate is 0 from {vanishes:,} on"
+    if isinstance(scheduler, lr_scheduler.OneCycleLR) and scheduler.total_steps > 2 * planned:
+        return f"it covers {planned / scheduler.total_steps:.2%} of total_steps={scheduler.total_steps}"
     if isinstance(scheduler, lr_scheduler.CosineAnnealingLR):
         if planned > 2 * scheduler.T_max:
             periods = planned / scheduler.T_max / 2
             return f"T_max={scheduler.T_max} makes the learning rate fall and rise {periods:.3g} times"
         covers_little = other is not None and planned < other and scheduler.T_max > 2 * planned
         return f"it covers {planned / scheduler.T_max:.2%} of T_max={scheduler.T_max}" if covers_little else None
+    return None
+
+
+def _decay_misfit(scheduler: object, planned: int, other: int | None) -> str | None:
+    """See `_misfit`; schedulers that multiply the learning rate by a factor."""
     if isinstance(scheduler, lr_scheduler.StepLR):
         at = range(scheduler.step_size, planned + 1, scheduler.step_size)
         return _decays_wrongly(
@@ -163,6 +194,15 @@ def _misfit(scheduler: object, planned: int, other: int | None) -> str | None:
         return _decays_wrongly(f"milestones={stones}", scheduler.gamma, stones, first, planned, other)
     if isinstance(scheduler, lr_scheduler.ExponentialLR):
         return _decays_wrongly(f"gamma={scheduler.gamma}", scheduler.gamma, range(1, planned + 1), 1, planned, other)
+    return None
+
+
+def _vanishes_at(scheduler: object) -> int | None:
+    """Return the count from which the learning rate is 0; None if it never is, or is unknown."""
+    if isinstance(scheduler, lr_scheduler.PolynomialLR):
+        return int(scheduler.total_iters)
+    if isinstance(scheduler, lr_scheduler.LinearLR) and scheduler.end_factor == 0:
+        return int(scheduler.total_iters)
     return None
 
 
@@ -181,10 +221,13 @@ def _decays_wrongly(
 
 
 def planned_length(
-    *, epochs: int | None, max_steps: int | None, steps_per_epoch: int | None
+    *, epochs: int | None, max_steps: int | None, steps_per_epoch: int | None, done: int = 0
 ) -> tuple[int | None, int | None]:
-    """Return how many epochs and steps a fit takes at most; None where unknown."""
-    steps = None if epochs is None or steps_per_epoch is None else epochs * steps_per_epoch
+    """Return how many epochs and steps a fit takes at most; None where unknown.
+
+    ``done`` steps of the first epoch were taken before.
+    """
+    steps = None if epochs is None or steps_per_epoch is None else epochs * steps_per_epoch - done
     steps = max_steps if steps is None else steps if max_steps is None else min(steps, max_steps)
     if steps is not None and steps_per_epoch:
         epochs = -(-steps // steps_per_epoch)

@@ -18,11 +18,12 @@ class Interrupts:
     Attributes:
         received: The name of the signal, such as ``"SIGTERM"``, or None.
         shielded: Whether a second signal waits too.
+        passed_on: Whether another fit, around this one, will end by the signal.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self.shielded = False
+        self.shielded = self.passed_on = False
         self._before: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> Self:
@@ -40,6 +41,10 @@ class Interrupts:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+            outer = getattr(before, "__self__", None)
+            if isinstance(outer, Interrupts) and self.received is not None:
+                outer.received = outer.received or self.received  # the fit around this one ends after its own step
+                self.passed_on = True
         self._before = {}
 
     def _handle(self, number: int, _: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """The gradient of a step: sums over micro-batches and ranks, divided once by the weight of everything in them."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Final
@@ -80,6 +81,11 @@ class StepGradient:
         self.weights.append(_SKIPPED)
         if self.scaler is not None and not self._single:
             self._agreed_guess(0.0)
+
+    @property
+    def summed(self) -> int:
+        """Micro-batches of the current step that were not left out."""
+        return sum(weight is not _SKIPPED for weight in self.weights)
 
     def drop_empty(self) -> None:
         """Forget a step all of whose micro-batches were left out; other ranks may have some."""
@@ -254,7 +260,10 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _positive(weight: Tensor | float) -> Tensor | float:
-    return torch.where(weight > 0, weight, 1) if isinstance(weight, Tensor) else weight or 1.0
+    """Return the nearest power of two, 1 for 0: dividing by it loses no bit, so any guess gives the same result."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, torch.exp2(torch.round(torch.log2(weight.clamp_min(1e-30)))), 1)
+    return float(2.0 ** round(math.log2(weight))) if weight else 1.0
 
 
 def zero_grad(optimizer: Optimizer) -> None:

@@ -1,6 +1,7 @@
 """The batches and steps of a watch: runs the hooks that are due and detects missing calls."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 from torch import Tensor
 
@@ -8,7 +9,7 @@ from fitwatch import ranks
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
 from fitwatch.data.containers import holds_arrays
-from fitwatch.data.position import random_states, set_random_states
+from fitwatch.data.position import set_random_states
 from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
 from fitwatch.engine.guard import Guard
 from fitwatch.engine.modes import Modes
@@ -16,9 +17,11 @@ from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.signals import Interrupts
 from fitwatch.engine.step import StepGradient, clip_gradients, parameters
 from fitwatch.helpers.aliases import Batch
-from fitwatch.helpers.rng import rng_state, set_rng_state
+from fitwatch.helpers.rng import set_rng_state
 from fitwatch.losses import LossSum, as_sums
 from fitwatch.state import State
+
+_END: Final = object()
 
 
 class Training:
@@ -75,6 +78,7 @@ class Training:
         self.trains = True
         if state.position.resumed is None:
             progress.epoch_step = progress.epoch_batch = 0
+        state.position.go_on()  # callbacks may have drawn random numbers since the checkpoint was read
         set_epoch(state.train_loader, progress.epoch)
         # A new one: the ranks are known by now, and the last step of an epoch may have been short.
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
@@ -140,7 +144,18 @@ class Training:
         self._iterates, self._length = True, rounds.total if rounds.certain else None
         batches_left = self._resumed(rounds) if state.position.resumed is not None else self._started(rounds)
         stays: bool | None = None if state.device.type == "cpu" else False  # whether batches can stay as they are
-        for batch in batches_left:
+        while True:
+            try:
+                batch = next(batches_left, _END)
+            except Exception:
+                # A signal to the process group has ended the workers of the loader.
+                if self._interrupts.received is None or self._gradient.weights:
+                    raise
+                self._interrupt()
+                self._complete = False
+                return
+            if batch is _END:
+                break
             if batch is ABSENT and not ragged:
                 raise ValueError(
                     "this rank ran out of batches before others: give all ranks the same number of batches, for "
@@ -156,7 +171,8 @@ class Training:
                 self._run_waiting()
             if self._recorder.stops and not self._gradient.weights:
                 # Only the length shows whether this was the last batch: testing for another would draw it.
-                self._complete = progress.epoch_batch == rounds.total
+                # After a signal the validation of this epoch is still to come, in the fit that goes on.
+                self._complete = progress.epoch_batch == rounds.total and state.interrupted is None
                 return
         self._complete = True
 
@@ -170,12 +186,12 @@ class Training:
         assert position.resumed is not None
         saved, position.resumed = position.resumed, None
         position.started = saved["started"]
-        now = rng_state(), random_states(state.train_loader)
+        now = saved["now"]
         set_rng_state(position.started["rng"])  # the order of the batches is drawn again
         set_random_states(position.started["sources"], state.train_loader)
         left = rounds.after(state.progress.epoch_batch, saved["loader"])
-        set_rng_state(now[0])
-        set_random_states(now[1], state.train_loader)
+        set_rng_state(now["rng"])
+        set_random_states(now["sources"], state.train_loader)
         return left
 
     def _run_waiting(self) -> None:
@@ -295,24 +311,26 @@ class Training:
                     "optimizer.zero_grad() only after optimizer.step()"
                 )
             self._end_batch()
+        summed = self._gradient.summed
         self._gradient.finish(unscale=unscale)
         self._hooks.on_gradients_ready(state)
-        if state.plan.clip_norm is not None:
+        self.left_out = self._guard.rejects()
+        if self.left_out:
+            self._leave_out(summed)
+        elif state.plan.clip_norm is not None:
             state.total_norm = clip_gradients(parameters(state.optimizer), state.plan.clip_norm)
         rates = [group["lr"] for group in state.optimizer.param_groups]
         self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
-        self.left_out = self._guard.rejects()
-        if self.left_out:
-            self._leave_out()
         self._ready = True
 
-    def _leave_out(self) -> None:
+    def _leave_out(self, batches: int) -> None:
         """Raise for a step with non-finite gradients; or take the gradients away, so that the step changes nothing."""
         if self._guard.raises:
             error = self._guard.error()
             self._recorder.close_window()  # what was measured of this step says more
             raise error
         self._guard.leave_out()
+        self._state.train_loss.drop(batches)
         for p in parameters(self._state.optimizer):
             p.grad = None
 
@@ -335,7 +353,7 @@ class Training:
         if progress.epoch_step % state.plan.log_every == 0:
             self.log_rates()
             self._recorder.close_window()
-        if state.waiting and not self._iterates:
+        if state.waiting and (not self._iterates or self._complete is not None):
             self._run_waiting()
 
     def _interrupt(self) -> None:

@@ -87,6 +87,12 @@ class WeightedMean:
         if len(self._totals) >= 1024:  # a fit that never logs must not keep a tensor for every step
             self._fold()
 
+    def drop(self, batches: int) -> None:
+        """Take back the last batches, unless they have been pulled or summed."""
+        if 0 < batches <= len(self._totals) - self._folded:
+            del self._totals[-batches:], self._weights[-batches:]
+            self._batches -= batches
+
     def pull(self) -> tuple[float, float]:
         """Copy pending values to the host; return their (total, weight)."""
         if not self._totals:
@@ -142,6 +148,10 @@ class RunningLoss:
         """Add one batch: ``total`` = sum(w l), 0-dim, and ``weight`` = sum(w). Costs no synchronization."""
         self.since_evaluation.add(total, weight)
         self._new_examples += examples
+
+    def drop(self, batches: int) -> None:
+        """Take back the last batches, whose step was left out."""
+        self.since_evaluation.drop(batches)
 
     def pull(self) -> None:
         """Copy pending values to the host; waits for the device."""
