@@ -57,8 +57,8 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
     train_loss = ranks.sums([since.total, since.weight])
     loaders = (state.train_loader, state.val_loader, *state.val_loaders.values())
     generators = random_states(*loaders)
-    others = {"val_loader": state.val_loader, **state.val_loaders}
-    position = state.position.saved(state.train_loader, others, within=state.progress.epoch_batch > 0)
+    validating = {"val_loader": state.val_loader, **state.val_loaders}
+    position = state.position.saved(state.train_loader, validating, within=state.progress.epoch_batch > 0)
     (rng, generators, position), *others = ranks.gather((rng_state(), generators, position))
     if ranks.rank():
         return

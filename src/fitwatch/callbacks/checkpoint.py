@@ -159,7 +159,7 @@ class Checkpoint(Callback):
         """Return the newest checkpoint that training can resume from, by its step, or None."""
         steps = self._files("step")
         files = self._files("epoch")[-1:] + [file for file in steps if _is_resumable(file)][-1:]
-        # At the same step epoch-N.pt, which has the validation. Resuming from a file without a place says what is wrong.
+        # At the same step epoch-N.pt, which has the validation. A file without a place says so when it is resumed from.
         return max(files or steps[-1:], key=_step_of, default=None)
 
     def state_dict(self) -> StateDict:
