@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import logging
 import types
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import attrs
@@ -275,12 +276,88 @@ def test_weights_in_integers_stay_weights(caplog):
     caplog.set_level(logging.INFO, "fitwatch")
     counts = torch.randint(1, 4, (12,), generator=torch.Generator().manual_seed(0))
     found, history = fit_of([(X, Y, counts)] * 2)
+    assert ["pass them as floats" in r.message for r in caplog.records if r.levelno == logging.WARNING] == [True]
     expected, reference = fit_of([(X, Y, counts.float())] * 2)
     assert torch.equal(found, expected)
     assert history == reference
     assert sum("carry a weight for each example" in r.message for r in caplog.records) == 2  # once in each fit
     named = [{"input": X, "target": Y, "sample_weight": INDEX}]
     assert not torch.equal(fit_of(named)[0], fit_of([(X, Y)])[0])  # by its name there is no doubt
+
+
+THIRDS = {
+    "shuffled index": (torch.randperm(12, generator=torch.Generator().manual_seed(3)), "refused"),
+    "small integers": (torch.randperm(12, generator=torch.Generator().manual_seed(3)).to(torch.int16), "refused"),
+    "index in floats": (INDEX.flip(0).float(), "numbers 0 to 11, each once"),
+    "groups": (INDEX // 4 + 10, "here integers"),
+    "domains": (INDEX % 2, "here integers"),
+    "counts": (INDEX % 3 + 1, "here integers"),
+    "floats": (INDEX % 3 + 0.5, ""),
+    "a mask of positions": (torch.ones(12, 3, dtype=torch.int64), ""),
+}
+
+
+@pytest.mark.parametrize("kind", ["exposed", "subset", "joined", "list"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("case", THIRDS)
+def test_the_whole_third_part_is_judged_before_the_first_step(case, size, kind, caplog):
+    """An index is refused even if a batch of it looks like weights; other integers and floats that count up are told."""
+    third, expected = THIRDS[case]
+    positions = third.dim() > 1
+    x, y = (X[:, :6].reshape(12, 2, 3), INDEX[:, None].expand(12, 3) % 2) if positions else (X, Y)
+    data = TensorDataset(x, y, third)
+    loader = {
+        "exposed": DataLoader(data, size),
+        "subset": DataLoader(Subset(data, range(12)), size),
+        "joined": DataLoader(ConcatDataset([data]), size),
+        "list": list(zip(*(t.split(size) for t in data.tensors), strict=True)),
+    }[kind]
+    for train, val in ((loader, None), ([(x, y)], loader)):
+        caplog.clear()
+        model = nn.Conv1d(2, 2, 1) if positions else nn.Linear(8, 2)
+        before = model.weight.detach().clone()
+        trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), device="cpu")
+        with pytest.raises(ValueError, match="index of the examples") if expected == "refused" else nullcontext():
+            trainer.fit(train, val, epochs=1)
+        told = [r.getMessage() for r in caplog.records if "sample_weight" in r.getMessage()]
+        if expected == "refused":
+            assert torch.equal(model.weight, before)
+        else:
+            assert [expected in text for text in told] == [True] * bool(expected)
+
+
+@pytest.mark.parametrize("case", THIRDS)
+def test_a_hand_written_loop_has_its_weights_judged(case, caplog):
+    """`watch.loss` with a third argument refuses an index and tells of integers, as a Trainer does."""
+    third, expected = THIRDS[case]
+    if third.dim() > 1:
+        return
+    model = nn.Linear(8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    watch = fw.Watch(model, optimizer, train_loader=DataLoader(TensorDataset(X, Y, third), 2))
+    with pytest.raises(ValueError, match="index of the examples") if expected == "refused" else nullcontext(), watch:
+        for _ in watch.epochs(1):
+            for x, y, w in watch.train():
+                watch.loss(model(x), y, w).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert ("sample_weight" in caplog.text) == (expected not in ("", "refused"))
+
+
+def test_weights_from_elsewhere_may_stand_beside_an_index():
+    """Weights that a loop looks up by the index of the examples are weights."""
+    model = nn.Linear(8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    table = torch.linspace(0.5, 2, 12)
+    with fw.Watch(model, optimizer, train_loader=DataLoader(TensorDataset(X, Y, INDEX), 4)) as watch:
+        for _ in watch.epochs(1):
+            for x, y, i in watch.train():
+                loss = watch.loss(model(x), y, table[i])
+                each = nn.functional.cross_entropy(model(x), y, reduction="none")
+                assert loss.item() == pytest.approx(((table[i] * each).sum() / table[i].sum()).item())
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
 
 class Triples(torch.utils.data.Dataset):

@@ -16,6 +16,7 @@ from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.data import batches
 from fitwatch.data.sharding import start_workers
+from fitwatch.data.third_part import announce_weights, refuse_index
 from fitwatch.engine.checks import Checks
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_changes
@@ -193,7 +194,7 @@ class Watch:
         self._before: saving.Before | None = None  # what the checkpoint says
         self._exits: ExitStack | None = None  # while the watch is open
         self._used = self._checked = False
-        self._has_weights = False  # whether examples have had weights
+        self._weighted: set[bool] = set()  # whether the weights of examples came in a validation: False, True, or both
         self._evaluations = self._start = 0  # evaluations and steps before this watch
         # Without a step of its own a loop may validate in a way that the default step does not know.
         self._trial_step = validation_step
@@ -399,13 +400,10 @@ class Watch:
 
         Raises:
             TypeError: ``sample_weight`` is given, and the loss is a function that returns a mean.
+            ValueError: ``sample_weight`` is an index of the examples.
         """
-        if sample_weight is not None and not self._has_weights:
-            self._has_weights = True
-            logger.info(
-                "the batches carry a weight for each example (sample_weight, the third part of a batch): the loss is "
-                "the weighted mean"
-            )
+        if sample_weight is not None and (self._validator.running is not None) not in self._weighted:
+            self._check_weights(sample_weight)
         if self._validator.running is not None:
             return self._validator.running.apply(output, target, sample_weight)
         self._recorder.loss_is_used = True
@@ -616,6 +614,15 @@ class Watch:
         if self._before is not None:
             warn_of_changes(state, self._before)
         self._checks.before_training()
+
+    def _check_weights(self, sample_weight: object) -> None:
+        """Judge the first weights of examples in training, and in validation."""
+        state, validates = self.state, self._validator.running is not None
+        loaders = [state.val_loader, *state.val_loaders.values()] if validates else [state.train_loader]
+        refuse_index(sample_weight, loaders)
+        if not self._weighted:
+            announce_weights(sample_weight, loaders)
+        self._weighted.add(validates)
 
     def _warn_without_validation(self) -> None:
         state = self.state

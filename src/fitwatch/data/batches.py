@@ -11,8 +11,6 @@ from fitwatch.data.containers import children, convert, holds_arrays
 from fitwatch.helpers.aliases import Batch, Loader, Loaders
 from fitwatch.ranks import local_device
 
-_INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
-
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move the tensors of a batch to ``device``, in containers and objects that have ``to``; arrays become tensors.
@@ -60,12 +58,22 @@ def parts(batch: object) -> Sequence[Any]:
                     "write torch.tensor(...) where it is made"
                 )
     if len(unpacked) == 3 and not isinstance(batch, Mapping) and looks_like_index(unpacked[2]):
-        raise ValueError(
-            "the third part of a batch is the weight of each example, but here it holds integers that look like an "
-            f"index of the examples: {unpacked[2].flatten()[:6].tolist()}. Drop the index from the batch, or override "
-            "training_step and validation_step; if these are weights, pass them as floats"
-        )
+        raise index_error(unpacked[2])
     return unpacked
+
+
+def index_error(index: Tensor) -> ValueError:
+    """Return the error of a third part that is an index of the examples."""
+    return ValueError(
+        "the third part of a batch is the weight of each example, but here it holds integers that look like an "
+        f"index of the examples: {index.flatten()[:6].tolist()}. Drop the index from the batch, or override "
+        "training_step and validation_step; if these are weights, pass them as floats"
+    )
+
+
+def is_integer(values: Tensor) -> bool:
+    """Return whether a tensor holds integers; bools are none."""
+    return not (values.is_floating_point() or values.is_complex() or values.dtype is torch.bool)
 
 
 def unpack(batch: object) -> Sequence[Any]:
@@ -98,7 +106,7 @@ def looks_like_index(weight: object) -> bool:
     Weights in integers, such as counts, repeat themselves; an index does not. Fewer than 8 examples may differ by
     chance: then they are an index if one is 100 or more, or if they count up. Waits for a GPU if these are integers.
     """
-    if not isinstance(weight, Tensor) or weight.dtype not in _INTEGERS or not weight.dim():
+    if not isinstance(weight, Tensor) or not is_integer(weight) or not weight.dim():
         return False
     values = weight.flatten().tolist()
     if len(values) != len(weight):

@@ -26,6 +26,7 @@ from fitwatch import ranks
 from fitwatch.data.batches import generators_of, length, looks_like_index, sampler_of, unpack
 from fitwatch.data.containers import from_array, is_array
 from fitwatch.data.sharding import gives_part, split
+from fitwatch.data.third_part import third_parts
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.losses.base import as_sample_weight, without_masked
 from fitwatch.losses.errors import check_values
@@ -88,8 +89,9 @@ def count_classes(
     if multi_label:
         count = partial(_count_labels, num_labels=num_classes)
     known = exposed_targets(data)
-    for index in () if known is None else _indices_of(data):
-        _warn_of_index(index)
+    for third in () if known is None or not isinstance(data, (DataLoader, Dataset)) else third_parts(data):
+        if looks_like_index(third):
+            _warn_of_index(third)
     counts = _count_by_pass(data, count) if known is None else count(*known)
     if counts is None or not len(counts):
         if num_classes is None:
@@ -128,6 +130,8 @@ def _count(
     if labels.is_floating_point():
         if labels.dim() == 2 and labels.shape[1] > 1:
             return _sum_probabilities(labels, weight, num_classes)
+        if weight is not None:
+            labels = without_masked(labels, weight)
         allowed = "be binary labels 0 and 1, or probabilities of shape (N, C), and class indices must be integers"
         check_values(f"floating-point targets must {allowed}", labels, (labels != 0) & (labels != 1))
     if num_classes is None and labels.numel() and (labels.is_floating_point() or labels.dtype is torch.bool):
@@ -322,17 +326,6 @@ class _Sum:
 def _weights(tensors: Sequence[Tensor]) -> Tensor | None:
     """Return the weights of targets and weights, if there are any."""
     return tensors[1] if len(tensors) == 2 and not looks_like_index(tensors[1]) else None
-
-
-def _indices_of(data: object) -> Iterator[Tensor]:
-    """Yield the third parts of a data set's examples that are no weights but an index."""
-    if isinstance(data, (DataLoader, Subset)):
-        yield from _indices_of(data.dataset)
-    elif isinstance(data, ConcatDataset):
-        for part in data.datasets:
-            yield from _indices_of(part)
-    elif isinstance(data, TensorDataset) and len(data.tensors) == 3 and looks_like_index(data.tensors[2]):
-        yield data.tensors[2]
 
 
 def _warn_of_index(index: Tensor) -> None:
