@@ -1,5 +1,7 @@
 """Classes are counted in targets, data sets and loaders, by reading as little as possible."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -366,3 +368,11 @@ def test_invalid_data_is_refused(data, error, match):
     """Data without targets, iterators and invalid weights are refused with the value given."""
     with pytest.raises(error, match=match):
         count_classes(data)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_a_masked_float_label_is_not_looked_at(shape):
+    """A nan label of weight 0 counts nothing, as the losses leave it out."""
+    labels = torch.tensor([0.0, math.nan, 1, 1]).reshape(shape)
+    data = TensorDataset(torch.zeros(4, 1), labels, torch.tensor([1.0, 0, 2, 1]))
+    assert count_classes(data).tolist() == [1, 3]

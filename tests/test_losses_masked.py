@@ -207,3 +207,22 @@ def test_training_and_validation_leave_masked_examples_out(kind, by):
     for name in ("train/loss", "val/loss"):
         assert history[name] == pytest.approx(expected[name], rel=1e-5)
     torch.testing.assert_close(weight, reference)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+@pytest.mark.parametrize("loss", [
+    Focal(), LogitAdjusted([3, 2]), LDAM([3, 2]), ExpectedCost([[0.0, 1], [2, 0]]), fw.RealWorldCrossEntropy(2, 1),
+    fw.RealWorldCrossEntropy([[0.0, 1], [2, 0]]), fw.BinaryCrossEntropy(), MeanSquaredError(),
+], ids=lambda loss: type(loss).__name__)  # fmt: skip
+def test_a_masked_target_of_one_logit_is_not_looked_at(loss, shape):
+    """One logit with a nan target of weight 0 has the sums and the gradient that it has with a valid target."""
+    output, target = outputs(shape), (outputs(shape, 3) > 0).double()
+    bad, weight = target.clone(), torch.tensor([1.0, 2, 0, 1, 0, 3], dtype=torch.float64)
+    bad[2], bad[4] = math.nan, 7.0
+    if isinstance(loss, (fw.BinaryCrossEntropy, MeanSquaredError)):
+        weight = weight.reshape(shape)
+    expected, found = (value_and_gradient(loss, output, t, weight) for t in (target, bad))
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one)
+    one, other = (loss.per_example(output, t, weight) for t in (target, bad))
+    torch.testing.assert_close(other, one)

@@ -95,7 +95,9 @@ class LogitAdjusted(CrossEntropy):
         self.register_buffer("adjustment", self.tau * (numbers / numbers.sum()).log())
 
     def sums(self, output: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> LossSum:
-        return super().sums(*as_two_classes(output, target), sample_weight)
+        if sample_weight is not None:  # what they mask is replaced first; `unreduced` then turns one logit into two
+            return super().sums(output, target, sample_weight)
+        return super().sums(*as_two_classes(output, target))
 
     def unreduced(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | float]:
         return super().unreduced(*as_two_classes(output, target))
