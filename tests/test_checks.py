@@ -1,6 +1,7 @@
 """What is checked before step 1: the optimizer, the loaders and the first batch."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -313,3 +314,106 @@ def test_a_step_that_returns_none_leaves_the_batch_out(accumulate):
     assert counts[-1] == len(kept) - sum(kept)
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+COSTS = [[0.0, 1, 2], [3, 0, 1], [1, 5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("loss", "tail", "outputs"),
+    [
+        (fw.RealWorldCrossEntropy(COSTS), nn.Softmax(1), 3),
+        (fw.losses.ExpectedCost(COSTS), nn.Softmax(1), 3),
+        (nn.functional.cross_entropy, nn.Softmax(1), 3),
+        (partial(nn.functional.cross_entropy, label_smoothing=0.1), nn.Softmax(1), 3),
+        (nn.functional.nll_loss, nn.Softmax(1), 3),
+        (nn.functional.binary_cross_entropy_with_logits, nn.Sigmoid(), 1),
+        (fw.RealWorldCrossEntropy(2, 1), nn.Sigmoid(), 1),
+        (fw.losses.ExpectedCost([[0.0, 1], [2, 0]]), nn.Sigmoid(), 1),
+        (fw.losses.Focal(), nn.Sigmoid(), 1),
+        (fw.losses.LogitAdjusted([3, 2]), nn.Sigmoid(), 1),
+    ],
+)
+def test_probabilities_are_told_for_costs_one_logit_and_functions(caplog, loss, tail, outputs):
+    """Losses of costs, losses that take one logit and torch's functions are covered, and the right outputs are quiet."""
+    x, y = inputs()
+    if outputs == 1:
+        y = (y > 0).float().unsqueeze(1)
+    assert warnings_of(caplog, model_of(outputs, tail), loader_of(x, y), loss=loss) == ["probabilities"]
+    right = nn.LogSoftmax(1) if loss is nn.functional.nll_loss else nn.Identity()
+    assert warnings_of(caplog, model_of(outputs, right), loader_of(x, y), loss=loss) == []
+
+
+@pytest.mark.parametrize("hand", [False, True])
+def test_parameters_of_the_loss_outside_the_optimizer_are_named(caplog, hand):
+    """A trainable temperature in the loss that no optimizer holds is named; one that is held, or frozen, is not."""
+
+    class Tempered(fw.CrossEntropy):
+        def __init__(self):
+            super().__init__()
+            self.log_t = nn.Parameter(torch.zeros(()))
+
+        def sums(self, output, target, sample_weight=None):
+            return super().sums(output * self.log_t.exp(), target, sample_weight)
+
+    model, loss = model_of(), Tempered()
+    assert warnings_of(caplog, model, loader_of(*inputs()), loss=loss, hand=hand) == ["untrained_parameters"]
+    both = torch.optim.SGD([*model.parameters(), *loss.parameters()], 0.1)
+    assert warnings_of(caplog, model, loader_of(*inputs()), loss=loss, optimizer=both, hand=hand) == []
+    loss.requires_grad_(False)
+    assert warnings_of(caplog, model, loader_of(*inputs()), loss=loss, hand=hand) == []
+
+
+def test_labels_from_one_are_right_if_class_0_is_ignored(caplog):
+    """With ignore_index=0, labels 1 and 2 are all that can count."""
+    x, y = inputs(classes=2, first=1)
+    assert warnings_of(caplog, model_of(3), loader_of(x, y), loss=fw.CrossEntropy(ignore_index=0)) == []
+    assert warnings_of(caplog, model_of(3), loader_of(x, y)) == ["labels"]
+
+
+def test_every_loader_of_a_dict_is_checked(caplog):
+    """A second validation loader that shares examples, and a third that shuffles, are told by name."""
+    x, y = inputs()
+    val = {
+        "first": loader_of(x[64:80], y[64:80]),
+        "shared": loader_of(x[40:64], y[40:64]),
+        "mixed": loader_of(x[80:], y[80:], shuffle=True),
+    }
+    trainer = fw.Trainer(model := model_of(), torch.optim.SGD(model.parameters(), 0.1), device="cpu")
+    trainer.fit(loader_of(x[:60], y[:60]), val, epochs=1)
+    told = [r.getMessage() for r in caplog.records if "skip_checks" in r.getMessage()]
+    assert [
+        "20 of 24 validation examples in val_loader['shared']" in told[0],
+        "val_loader['mixed'] shuffles" in told[1],
+    ] == [
+        True,
+        True,
+    ]
+    assert len(told) == 2
+
+
+def listed():
+    x, y = inputs()
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+    named = [{"input": a, "target": b} for a, b in batches]
+    arrays = [(a.numpy(), b) for a, b in batches]
+    return {
+        "the same batches": (batches, batches[4:], "all 64 validation"),
+        "other tuples of the same tensors": (batches, [(a, b) for a, b in batches[10:]], "all 16 validation"),
+        "other cuts of one tensor": (batches[:6], [(x[40:60], y[40:60])], "8 of 20 validation"),
+        "dicts": (named[:6], named[5:], "8 of 56 validation"),
+        "arrays": (arrays[:6], arrays[5:], "8 of 56 validation"),
+        "a list and a loader": (batches[:6], loader_of(x[40:], y[40:]), "8 of 56 validation"),
+        "a subset": (batches[:6], DataLoader(Subset(TensorDataset(x, y), range(46, 96, 2)), 5), "1 of 25 validation"),
+        "disjoint": (batches[:6], batches[6:], None),
+        "copies": (batches, [(a.clone(), b) for a, b in batches], None),
+        "disjoint arrays": (arrays[:6], arrays[6:], None),
+    }
+
+
+@pytest.mark.parametrize("case", listed())
+def test_shared_examples_are_counted_in_lists(caplog, case):
+    """Lists of batches that share tensors or their memory are told with the number of examples, and copies are not."""
+    train, val, text = listed()[case]
+    fw.Trainer(model := model_of(), torch.optim.SGD(model.parameters(), 0.1), device="cpu").fit(train, val, epochs=1)
+    assert (text in caplog.text) if text else ("validation examples" not in caplog.text)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fitwatch as fw
 from fitwatch.losses import BinaryCrossEntropy, CrossEntropy, RealWorldCrossEntropy
 from tests._losses import refused
 
@@ -150,3 +151,47 @@ def test_binary_targets_out_of_range_are_named(loss):
     """A label outside [0, 1] is refused with its value and its index in the batch."""
     with pytest.raises(ValueError, match=r"\[0, 1\], got 2.0 at index 3"):
         loss.sums(torch.zeros(5), torch.tensor([0.0, 1.0, 1.0, 2.0, 0.0]))
+
+
+@pytest.mark.parametrize("loss", [fw.CrossEntropy(), fw.losses.Focal(), fw.RealWorldCrossEntropy([[0.0, 1], [2, 0]])])
+@pytest.mark.parametrize(
+    ("labels", "hint"),
+    [
+        ([1, 2, 2, 1], "labels start at 0: if yours start at 1, subtract 1"),
+        ([0, 2, 2, 1], None),
+        ([1, 3, 2, 1], None),
+        ([-1, 1, 1, -1], "labels are 0 and 1"),
+        ([-1, 0, 1, -1], None),
+    ],
+)
+def test_labels_of_another_coding_are_told_how_to_change(loss, labels, hint):
+    """Labels 1 to C, or -1 and 1, out of range give the way to labels from 0; others do not."""
+    with pytest.raises(IndexError, match="out of range") as info:
+        loss(torch.zeros(4, 2), torch.tensor(labels))
+    assert (hint in str(info.value)) if hint else ("if yours" not in str(info.value))
+
+
+@pytest.mark.parametrize("loss", [fw.BinaryCrossEntropy(), fw.losses.Focal(), fw.RealWorldCrossEntropy(2, 1)])
+def test_binary_labels_of_minus_one_and_one_are_told_how_to_change(loss):
+    """Targets -1 and 1 of one logit say that labels are 0 and 1, and targets 0 and 2 do not."""
+    with pytest.raises(ValueError, match="labels are 0 and 1: if yours are -1 and 1"):
+        loss(torch.zeros(4), torch.tensor([-1.0, 1, 1, -1]))
+    with pytest.raises(ValueError, match="got 2.0 at index 1$"):
+        loss(torch.zeros(4), torch.tensor([0.0, 2, 0, 0]))
+
+
+def test_messages_of_shapes_and_types_name_the_way_out():
+    """A column against a vector, a list of tensors, outputs in a container, and a third part that is no tensor."""
+    vector, column = torch.zeros(4), torch.zeros(4, 1)
+    with pytest.raises(ValueError, match=r"use output.squeeze\(-1\)"):
+        fw.MeanSquaredError()(column, vector)
+    with pytest.raises(ValueError, match=r"use target.squeeze\(-1\)"):
+        fw.MeanSquaredError()(vector, column)
+    with pytest.raises(TypeError, match="got Tensor and list.*torch.stack"):
+        fw.CrossEntropy()(torch.zeros(2, 2), [torch.tensor(0), torch.tensor(1)])
+    for output in ((column, column), {"logits": column}):
+        with pytest.raises(TypeError, match="loss that picks the part.*override training_step and validation_step"):
+            fw.CrossEntropy()(output, torch.zeros(4, dtype=torch.int64))
+    for third in (["a", "b"], [1.0, 2.0], ("a", "b")):
+        with pytest.raises(TypeError, match="third part of the batch.*override training_step"):
+            fw.CrossEntropy().sums(torch.zeros(2, 2), torch.tensor([0, 1]), third)

@@ -5,9 +5,12 @@ Each check warns once, before step 1, and names what to write. None of them rais
 
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import (
@@ -25,9 +28,10 @@ from torch.utils.data import (
 from fitwatch import ranks
 from fitwatch.data import batches
 from fitwatch.data.counting import exposed_targets
+from fitwatch.data.joining import tensors
 from fitwatch.helpers.aliases import Loader
 from fitwatch.helpers.modules import named_parameters
-from fitwatch.losses import BinaryCrossEntropy, NegativeLogLikelihood
+from fitwatch.losses import BinaryCrossEntropy, ExpectedCost, NegativeLogLikelihood, RealWorldCrossEntropy
 from fitwatch.losses.base import ClassLoss
 from fitwatch.state import State
 
@@ -43,6 +47,8 @@ CHECKS: Final = (
 )
 """The names that ``skip_checks`` takes."""
 
+_BINARY = (BinaryCrossEntropy, nn.BCEWithLogitsLoss)
+_OF_CLASSES = (ClassLoss, ExpectedCost, RealWorldCrossEntropy, nn.CrossEntropyLoss)
 _SHUFFLES = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -68,10 +74,15 @@ class Checks:
         """Check the optimizer and the loaders."""
         state = self._state
         self._warn("untrained_parameters", untrained_parameters(state.model, state.optimizer))
-        if state.val_loader is not None:
-            self._warn("shared_examples", shared_examples(state.train_loader, state.val_loader))
-            if state.val_loader is not state.train_loader:
-                self._warn("validation_order", validation_order(state.val_loader))
+        if isinstance(state.loss, nn.Module):
+            self._warn("untrained_parameters", untrained_parameters(state.loss, state.optimizer, of="loss"))
+        loaders = {f"val_loader[{name!r}]": loader for name, loader in state.val_loaders.items()}
+        if not loaders and state.val_loader is not None:
+            loaders = {"val_loader": state.val_loader}
+        for name, loader in loaders.items():
+            self._warn("shared_examples", shared_examples(state.train_loader, loader, name))
+            if loader is not state.train_loader:
+                self._warn("validation_order", validation_order(loader, name))
         self._warn("last_batch", last_batch(state.model, state.train_loader))
 
     def first_batch(self, output: object, target: object) -> None:
@@ -79,49 +90,52 @@ class Checks:
         if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
             return
         loss = self._state.loss
-        self._warn("probabilities", probabilities(loss, output.detach()))
+        self._warn("probabilities", probabilities(loss, output.detach(), target))
         if isinstance(loss, ClassLoss):
-            self._warn("labels", labels(output, target, self._state.train_loader))
+            self._warn("labels", labels(output, target, self._state.train_loader, loss.ignore_index))
 
     def _warn(self, name: str, text: str | None) -> None:
         if text is not None and name not in self._skip and ranks.rank() == 0:
             logger.warning('%s (skip_checks=["%s"] turns this check off)', text, name)
 
 
-def untrained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    """Look for trainable parameters that the optimizer does not hold."""
+def untrained_parameters(module: nn.Module, optimizer: torch.optim.Optimizer, of: str = "model") -> str | None:
+    """Look for trainable parameters of the model or the loss that the optimizer does not hold."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in named_parameters(model) if p.requires_grad and id(p) not in held]
+    missing = [name for name, p in named_parameters(module) if p.requires_grad and id(p) not in held]
     if not missing:
         return None
     shown = ", ".join(f"`{name}`" for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
     return (
-        f"the optimizer does not hold {len(missing)} trainable parameter{'s' * (len(missing) > 1)} of the model "
-        f"({shown}), which will not be trained: create it with model.parameters(), or freeze them with "
-        "requires_grad_(False)"
+        f"the optimizer does not hold {len(missing)} trainable parameter{'s' * (len(missing) > 1)} of the {of} "
+        f"({shown}), which will not be trained: create it with "
+        f"{'model.parameters()' if of == 'model' else '[*model.parameters(), *loss.parameters()]'}, or freeze them "
+        "with requires_grad_(False)"
     )
 
 
-def shared_examples(train_loader: Loader, val_loader: Loader) -> str | None:
+def shared_examples(train_loader: Loader, val_loader: Loader, name: str = "val_loader") -> str | None:
     """Look for training examples in the validation set."""
     if train_loader is val_loader:
-        found = "train_loader and val_loader are the same object"
+        found = f"train_loader and {name} are the same object"
     else:
-        count, of = _shared(_examples(train_loader), _examples(val_loader))
+        count, of = _shared(train_loader, val_loader)
         if not count:
             return None
-        found = f"{'all' if count == of else f'{count:,} of'} {of:,} validation examples are also training examples"
+        where = "" if name == "val_loader" else f" in {name}"
+        share = "all" if count == of else f"{count:,} of"
+        found = f"{share} {of:,} validation examples{where} are also training examples"
     return f"{found}: the validation loss can't show overfitting. Split the data, for example with random_split"
 
 
-def validation_order(val_loader: Loader) -> str | None:
+def validation_order(val_loader: Loader, name: str = "val_loader") -> str | None:
     """Check that each validation sees the examples in the same order."""
     sampler = batches.sampler_of(val_loader) if isinstance(val_loader, DataLoader) else None
     shuffles = isinstance(sampler, _SHUFFLES) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
     if not shuffles:
         return None
     return (
-        f"val_loader shuffles ({type(sampler).__name__}): the loss of an example can't be compared between "
+        f"{name} shuffles ({type(sampler).__name__}): the loss of an example can't be compared between "
         "validations, so the error bars of a rise are far wider. Use shuffle=False"
     )
 
@@ -136,25 +150,28 @@ def last_batch(model: nn.Module, train_loader: Loader) -> str | None:
     )
 
 
-def probabilities(loss: object, output: Tensor) -> str | None:
+def probabilities(loss: object, output: Tensor, target: Tensor) -> str | None:
     """Check that the outputs are what the loss takes: logits, or log-probabilities."""
     if not output.numel() or not output.is_floating_point():
         return None
+    while isinstance(loss, partial):
+        loss = loss.func
     close = 1e-4 if output.dtype in (torch.float32, torch.float64) else 2e-2
-    if isinstance(loss, (BinaryCrossEntropy, nn.BCEWithLogitsLoss)):
+    one_logit = isinstance(loss, _OF_CLASSES) and output.shape == target.shape and output.shape[1:] in ((), (1,))
+    if isinstance(loss, _BINARY) or loss is F.binary_cross_entropy_with_logits or one_logit:
         if output.numel() >= 16 and bool(((output >= 0) & (output <= 1)).all()) and bool((output > 0).any()):
             return (
                 "all outputs of the first batch are in [0, 1]: the loss applies a sigmoid itself, so remove that of "
                 "the model"
             )
-    elif isinstance(loss, (NegativeLogLikelihood, nn.NLLLoss)):
+    elif isinstance(loss, (NegativeLogLikelihood, nn.NLLLoss)) or loss is F.nll_loss:
         if output.dim() > 1 and bool((output.float().logsumexp(1).abs() > 10 * close).any()):
             return (
                 "the outputs of the first batch are not log-probabilities, which NLLLoss takes: end the model with "
                 "LogSoftmax, or use CrossEntropy on logits"
             )
     elif (
-        isinstance(loss, (ClassLoss, nn.CrossEntropyLoss))
+        (isinstance(loss, _OF_CLASSES) or loss is F.cross_entropy)
         and output.dim() > 1
         and output.shape[1] > 1
         and bool((output >= 0).all())
@@ -167,15 +184,15 @@ def probabilities(loss: object, output: Tensor) -> str | None:
     return None
 
 
-def labels(output: Tensor, target: Tensor, train_loader: Loader) -> str | None:
+def labels(output: Tensor, target: Tensor, train_loader: Loader, ignore_index: int = -100) -> str | None:
     """Look for labels that start at 1: no label is 0, in all targets if they are exposed, or in a large batch."""
-    if target.is_floating_point() or output.dim() < 2:
+    if target.is_floating_point() or output.dim() < 2 or ignore_index == 0:
         return None
     known = exposed_targets(train_loader) if isinstance(train_loader, DataLoader) else None
     seen = target if known is None else known[0]
     if known is None and seen.numel() < 20 * output.shape[1]:
         return None
-    counted = seen[seen >= 0]
+    counted = seen[(seen >= 0) & (seen != ignore_index)]
     if seen.is_floating_point() or not counted.numel() or int(counted.min()) != 1:
         return None
     where = "the first batch" if known is None else "the training data"
@@ -219,8 +236,9 @@ def _examples(loader: Loader) -> _Examples:
     return None if not isinstance(loader, Sequence) else (loader, None)
 
 
-def _shared(train: _Examples, val: _Examples) -> tuple[int, int]:
+def _shared(train_loader: Loader, val_loader: Loader) -> tuple[int, int]:
     """Return how many validation examples are training examples, and how many there are."""
+    train, val = _examples(train_loader), _examples(val_loader)
     if train is None or val is None:
         return 0, 0
     (held, rows), (val_held, val_rows) = train, val
@@ -231,17 +249,37 @@ def _shared(train: _Examples, val: _Examples) -> tuple[int, int]:
         if rows is None or val_rows is None:
             return (of if rows is None else len(set(rows.tolist()))), of
         return int(torch.isin(val_rows, rows).sum()), of
-    if rows is None and val_rows is None and isinstance(held, TensorDataset) and isinstance(val_held, TensorDataset):
-        return _same_rows(held.tensors[0], val_held.tensors[0]), len(val_held)
-    return 0, 0
+    return _same_memory(_inputs(held, train_loader), rows, _inputs(val_held, val_loader), val_rows)
 
 
-def _same_rows(train: Tensor, val: Tensor) -> int:
-    """Return how many rows of two contiguous tensors lie in the same memory."""
-    if not (len(train) and len(val) and train.is_contiguous() and val.is_contiguous() and train.device == val.device):
-        return 0
-    if train.shape[1:] != val.shape[1:] or train.dtype is not val.dtype:
-        return 0
-    size = val[0].numel() * val.element_size()
-    starts, ends = zip(*((t.data_ptr(), t.data_ptr() + len(t) * size) for t in (train, val)), strict=True)
-    return max(0, min(ends) - max(starts)) // size if size else 0
+def _same_memory(
+    inputs: list[Tensor], rows: Tensor | None, val_inputs: list[Tensor], val_rows: Tensor | None
+) -> tuple[int, int]:
+    """Return how many rows of the validation lie where training rows do, and how many there are."""
+    forms = {(t.shape[1:], t.dtype, t.device, t.is_contiguous()) for t in (*inputs, *val_inputs)}
+    if not inputs or not val_inputs or len(forms) > 1 or not inputs[0].is_contiguous():
+        return 0, 0
+    known, seen = (torch.cat([_addresses(t) for t in parts]) for parts in (inputs, val_inputs))
+    known, seen = known if rows is None else known[rows], seen if val_rows is None else seen[val_rows]
+    if not (len(known) and len(seen)) or known.max() < seen.min() or seen.max() < known.min():
+        return 0, len(seen)
+    return int(torch.isin(seen, known).sum()), len(seen)
+
+
+def _inputs(held: object, loader: Loader) -> list[Tensor]:
+    """Return the inputs of all examples, of a `TensorDataset` or a list of batches; an empty list if unknown."""
+    found: list[list[Tensor]] = []
+    if isinstance(held, TensorDataset):
+        found = [[held.tensors[0]]]
+    elif held is loader and isinstance(held, (list, tuple)):
+        with suppress(TypeError):  # of a container that can't be rebuilt
+            found = [tensors(batches.as_tensors(batches.input_of(batch))) for batch in held]
+    usable = all(parts and parts[0].layout is torch.strided and parts[0].numel() for parts in found)
+    return [parts[0] for parts in found] if usable else []
+
+
+def _addresses(rows: Tensor) -> Tensor:
+    """Return where in memory each row of a contiguous tensor starts, int64."""
+    if not rows.dim():
+        return torch.tensor([rows.data_ptr()])
+    return rows.data_ptr() + torch.arange(len(rows)) * (rows.nbytes // len(rows))

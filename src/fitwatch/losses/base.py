@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fitwatch.helpers.options import plain
-from fitwatch.losses.errors import check_classes, check_types, check_values
+from fitwatch.losses.errors import check_binary, check_classes, check_types, check_values
 from fitwatch.losses.weighting import as_class_weights
 
 PRECISE = frozenset({torch.float32, torch.float64})
@@ -294,7 +294,7 @@ def as_two_classes(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return output, target
     labels = target.reshape(-1)
     if labels.is_cpu:
-        check_values("binary targets must be 0 or 1", labels, (labels != 0) & (labels != 1))
+        check_binary("binary targets must be 0 or 1", labels, (labels != 0) & (labels != 1))
     z = output.reshape(-1)
     return torch.stack([torch.zeros_like(z), z], 1), labels.long()
 
@@ -306,7 +306,10 @@ def as_sample_weight(sample_weight: Tensor, like: Tensor) -> Tensor:
         ValueError: The shape does not fit, or (checked on the CPU only) a weight is negative or not finite.
     """
     if not isinstance(sample_weight, Tensor):
-        raise TypeError(f"sample_weight must be a tensor, got {type(sample_weight).__name__}")
+        raise TypeError(
+            f"sample_weight must be a tensor, got {type(sample_weight).__name__}: give a weight for each example; if "
+            "this third part of the batch is no weight, drop it, or override training_step and validation_step"
+        )
     weight = sample_weight.detach().to(like.dtype)
     if weight.shape != like.shape:
         if weight.shape != like.shape[:1] and weight.shape != (*like.shape[:1], *[1] * (like.dim() - 1)):

@@ -52,12 +52,8 @@ def check_logits(output: Tensor, target: Tensor, pos_weight: Tensor | None = Non
     """Raise a descriptive error unless outputs and targets are valid for one (``single``) or K binary labels."""
     check_types(output, target)
     if output.shape != target.shape or (single and output.dim() > 1 and output.shape[1] != 1):
-        hint = ""
-        if output.shape == (*target.shape, 1):
-            hint = "; use output.squeeze(-1)"
-        elif target.shape == (*output.shape, 1):
-            hint = "; use target.squeeze(-1)"
-        elif output.dim() == 2 and output.shape[1] > 1:
+        hint = _squeeze_hint(output, target)
+        if not hint and output.dim() == 2 and output.shape[1] > 1:
             hint = "; for one column per class use CrossEntropy, or RealWorldCrossEntropy with costs per class"
         expected = "the same shape, (N,) or (N, 1)" if single else "the same shape"
         raise ValueError(f"binary outputs and targets must have {expected}: {_given(output, target)}{hint}")
@@ -71,33 +67,59 @@ def check_logits(output: Tensor, target: Tensor, pos_weight: Tensor | None = Non
     if target.device.type == "cpu" and target.numel():  # on other devices the check would synchronize
         low, high = target.aminmax()
         if low.item() < 0 or high.item() > 1:
-            check_values("binary targets must be in [0, 1]", target, (target < 0) | (target > 1))
+            check_binary("binary targets must be in [0, 1]", target, (target < 0) | (target > 1))
 
 
 def check_shapes(output: Tensor, target: Tensor) -> None:
     """Raise a descriptive error unless outputs and targets have the same shape."""
     check_types(output, target)
     if output.shape != target.shape:
-        raise ValueError(f"outputs and targets must have the same shape: {_given(output, target)}")
+        raise ValueError(
+            f"outputs and targets must have the same shape: {_given(output, target)}{_squeeze_hint(output, target)}"
+        )
 
 
-def check_types(output: Tensor, target: Tensor) -> None:
+def check_types(output: object, target: object) -> None:
     """Raise a descriptive error unless both are tensors and the outputs are floating-point."""
-    kinds = type(output), type(target)
-    if not all(issubclass(kind, Tensor) for kind in kinds):
-        names = " and ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"a loss takes a tensor of outputs and a tensor of targets, got {names}")
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
+        names = f"{type(output).__name__} and {type(target).__name__}"
+        hint = ""
+        if not isinstance(output, Tensor):
+            hint = "; pass a loss that picks the part of the output, or override training_step and validation_step"
+        elif isinstance(target, (list, tuple)) and target and all(isinstance(part, Tensor) for part in target):
+            hint = "; make one tensor of the targets with torch.stack"
+        raise TypeError(f"a loss takes a tensor of outputs and a tensor of targets, got {names}{hint}")
     if not output.is_floating_point():
         raise ValueError(
             f"outputs must be floating-point logits, {_given(output, target)}; are outputs and targets swapped?"
         )
 
 
-def check_values(expected: str, values: Tensor, wrong: Tensor) -> None:
+def check_values(expected: str, values: Tensor, wrong: Tensor, hint: str = "") -> None:
     """Raise a ValueError that shows the first wrong value and its index in the flattened tensor, if there is one."""
     if bool(wrong.any()):
         index = int(wrong.flatten().nonzero()[0])
-        raise ValueError(f"{expected}, got {values.flatten()[index].item()} at index {index}")
+        raise ValueError(f"{expected}, got {values.flatten()[index].item()} at index {index}{hint}")
+
+
+def _squeeze_hint(output: Tensor, target: Tensor) -> str:
+    if output.shape == (*target.shape, 1):
+        return "; use output.squeeze(-1)"
+    return "; use target.squeeze(-1)" if target.shape == (*output.shape, 1) else ""
+
+
+def check_binary(expected: str, target: Tensor, wrong: Tensor) -> None:
+    """Raise the error of `check_values`, with a remedy if the labels are -1 and 1."""
+    hint = _SIGNS_HINT if bool(wrong.any()) and _are_signs(target) else ""
+    check_values(expected, target, wrong, hint)
+
+
+_SIGNS_HINT = "; labels are 0 and 1: if yours are -1 and 1, write (target > 0).to(target.dtype)"
+
+
+def _are_signs(target: Tensor) -> bool:
+    """Return whether all labels are -1 or 1."""
+    return bool(((target == 1) | (target == -1)).all())
 
 
 def _given(output: Tensor, target: Tensor) -> str:
@@ -154,6 +176,11 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) ->
         label = int(target[position])
         ignored = "" if ignore_index is None else f" and ignore_index={ignore_index}"
         hint = f"; if it marks positions that do not count, give the loss ignore_index={label}" if label < 0 else ""
+        counted = target if ignore_index is None else target[target != ignore_index]
+        if num_classes == 2 and _are_signs(counted):
+            hint = _SIGNS_HINT + hint
+        elif int(counted.min()) >= 1 and int(counted.max()) == num_classes:
+            hint = "; labels start at 0: if yours start at 1, subtract 1"
         raise IndexError(
             f"label {label} at index {index} of the batch is out of range: "
             f"allowed are 0..{num_classes - 1}{ignored}{hint}"
