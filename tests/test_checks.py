@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler, random_split
 
 import fitwatch as fw
+from fitwatch.engine.checks import CHECKS
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +222,7 @@ def test_checks_change_nothing():
         )
         return [*model.state_dict().values(), torch.rand(3)]
 
-    names = ("untrained_parameters", "shared_examples", "validation_order", "last_batch", "probabilities", "labels")
+    names = CHECKS
     assert all(torch.equal(a, b) for a, b in zip(fit(()), fit(names), strict=True))
 
 
@@ -417,3 +418,25 @@ def test_shared_examples_are_counted_in_lists(caplog, case):
     train, val, text = listed()[case]
     fw.Trainer(model := model_of(), torch.optim.SGD(model.parameters(), 0.1), device="cpu").fit(train, val, epochs=1)
     assert (text in caplog.text) if text else ("validation examples" not in caplog.text)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "warns"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.tensor([5.0, 1])), True),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5])), False),
+        (fw.losses.Focal(weight=[5.0, 1]), True),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.tensor(0.2)), True),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.tensor([5.0])), False),
+    ],
+)
+def test_swapped_weights_of_the_loss_are_told(caplog, loss, warns, listed):
+    """Weights given to the loss itself that fall with rarity are told, in a list of batches as in a data set."""
+    x, y = inputs()
+    y = (torch.arange(96) % 8 == 0).long()
+    binary = isinstance(loss, nn.BCEWithLogitsLoss)
+    y = y.float().unsqueeze(1) if binary else y
+    loader = list(zip(x.split(16), y.split(16), strict=True)) if listed else loader_of(x, y)
+    found = warnings_of(caplog, model_of(1 if binary else 2), loader, loss=loss)
+    assert found == ["class_weights"] * warns

@@ -214,3 +214,50 @@ def test_all_callbacks_work_with_several_outputs(kind, tmp_path):
     assert result.verdict is not None
     assert result.history[-1]["val/weighted"] == 50
     assert "val/each/2" in result.best.metrics
+
+
+class Count:
+    """Counts the examples."""
+
+    def reset(self):
+        self.n = 0
+
+    def update(self, outputs, targets):
+        self.n += len(targets)
+
+    def compute(self):
+        return self.n
+
+
+@pytest.mark.parametrize("hand", [False, True])
+@pytest.mark.parametrize(
+    ("metrics", "match"),
+    [
+        ([lambda o, t: 1.0], "metrics must be a dict name -> function.*got list"),
+        (lambda o, t: 1.0, "metrics must be a dict name -> function.*got function"),
+        ({"r": Count}, r"metrics\['r'\] is the class Count: use an instance, Count\(...\)"),
+    ],
+)
+def test_metrics_of_another_form_are_refused_at_once(metrics, match, hand):
+    """A list, a lone function and a class instead of an instance are refused by Trainer and Watch when made."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match=match):
+        (fw.Watch if hand else fw.Trainer)(model, optimizer, metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"r": lambda o, t: {"a": 1.0}, "r/a": lambda o, t: 2.0},
+        {"r/0": lambda o, t: 2.0, "r": lambda o, t: torch.tensor([1.0, 2.0])},
+        {"r": lambda o, t: {"a/b": 1.0, "a": {"b": 2.0}}},
+        {"r": lambda o, t: {1: 1.0, "1": 2.0}},
+    ],
+)
+def test_two_values_of_one_name_are_refused(metrics):
+    """A part of a metric never overwrites another metric or another part."""
+    model = torch.nn.Linear(2, 2)
+    trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), metrics=metrics, device="cpu")
+    with pytest.raises(ValueError, match="name"):
+        trainer.validate([(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))])

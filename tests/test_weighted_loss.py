@@ -646,13 +646,13 @@ def test_unused_weights_give_a_warning(model, data, caplog, asks):
             return self.compute_loss(outputs, batch[1]) if asks else self.loss(outputs, batch[1])
 
     trainer = Own(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=fw.WeightedLoss(), device="cpu")
-    trainer.fit(DataLoader(data, 16), [data[:]], epochs=3)
+    trainer.fit(DataLoader(data, 16), [tuple(t.clone() for t in data[:])], epochs=3)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (not asks)
     assert all("the training step does not use it: compute the loss with self.compute_loss" in one for one in said)
 
 
-WORDS = ("has weights already", "fall with rarity")
+WORDS = ("has weights already", "rarer classes have smaller weights")
 
 
 def said(caplog, loss, spec, loader, **options):
@@ -687,6 +687,16 @@ def test_a_pos_weight_that_is_replaced_is_said(data, caplog):
     assert "pos_weight=[7]" in message
 
 
+class Unread:
+    """Batches that show neither their targets nor their number."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 @pytest.mark.parametrize(
     ("weights", "warns"),
     [([5.0, 1, 0.5], True), ([0.5, 1, 5], False), ([1.0, 1, 1], False), ([2.0, 1, 1.5], True), ([1.0, 1, 3], False)],
@@ -697,9 +707,19 @@ def test_weights_that_fall_with_rarity_are_said(data, caplog, weights, warns):
     messages = said(caplog, None, weights, DataLoader(data, 16))
     assert len(messages) == warns
     assert all("[40, 16, 8]" in message for message in messages)
-    hidden = [tuple(data[:40]), tuple(data[40:])]  # not exposed: no pass over the data only for a warning
+    listed = [tuple(data[:40]), tuple(data[40:])]
+    assert len(said(caplog, None, weights, listed)) == warns
+    hidden = Unread(listed)  # not exposed: no pass over the data only for a warning
     assert said(caplog, None, weights, hidden) == []
     assert len(said(caplog, None, weights, hidden, normalize=True)) == warns  # which counts anyway
+
+
+def test_counts_that_are_swapped_are_said(data, caplog):
+    """Given counts in the wrong order weigh the rarer classes less than the data has them, and are told."""
+    for loader in (DataLoader(data, 16), [tuple(data[:40]), tuple(data[40:])]):
+        (message,) = said(caplog, None, "balanced", loader, counts=[8, 16, 40])
+        assert "[40, 16, 8]" in message
+        assert said(caplog, None, "balanced", loader, counts=[400, 160, 80]) == []
 
 
 def test_a_class_without_examples_may_have_weight_0(data, caplog):

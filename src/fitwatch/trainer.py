@@ -79,7 +79,7 @@ class Trainer:
     accumulate: int = field(default=1, kw_only=True, validator=integer(1))
     clip_norm: float | None = field(default=None, kw_only=True, validator=number(above=0, or_none=True))
     precision: str = field(default="fp32", kw_only=True, validator=one_of(*_AUTOCAST))
-    metrics: Mapping[str, Any] | None = field(default=None, kw_only=True, validator=instance(Mapping, or_none=True))
+    metrics: Mapping[str, Any] | None = field(default=None, kw_only=True)
     device: torch.device = field(default="auto", kw_only=True, converter=batches.as_device)  # type: ignore[assignment] # before conversion
     log_every: int = field(default=50, kw_only=True, validator=integer(1))
     skip_checks: Collection[str] = field(default=(), kw_only=True)

@@ -28,7 +28,7 @@ from fitwatch.helpers.aliases import Batch, Loader, Loaders, Scheduler
 from fitwatch.helpers.options import count, local_path
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.measuring.expected_baseline import expected_baseline
-from fitwatch.measuring.metrics import Metric, Metrics
+from fitwatch.measuring.metrics import Metric, as_metrics
 from fitwatch.measuring.validation import Validation
 from fitwatch.result import Result
 from fitwatch.state import State
@@ -88,8 +88,8 @@ class Watch:
             and by the probe of the overfitting detector. Default: ``watch.loss(model(input), target)``, for batches
             ``(input, target)``, ``(input, target, sample_weight)`` or mappings with these keys.
         skip_checks: Names of checks not to run before step 1, of ``"untrained_parameters"``, ``"shared_examples"``,
-            ``"validation_order"``, ``"last_batch"``, ``"probabilities"`` and ``"labels"``. Each logs a warning that
-            says what to write.
+            ``"validation_order"``, ``"last_batch"``, ``"class_weights"``, ``"probabilities"`` and ``"labels"``. Each
+            logs a warning that says what to write.
         nonfinite: What to do with a step whose gradients are not finite: ``"raise"`` a `FloatingPointError` before the
             optimizer steps; ``"skip"`` the step, which changes no weight but counts, up to 50 in a row; or ``"ignore"``
             it, until the weights are not finite, which ends training. The check waits for the device once per step.
@@ -143,7 +143,8 @@ class Watch:
         history: History | None = None,
         sanity_steps: int = 2,
     ) -> None:
-        several = batches.named(val_loader, metrics or {})
+        metrics = as_metrics(metrics)
+        several = batches.named(val_loader, metrics)
         if several:
             val_loader = next(iter(several.values()))
         _check_parts(model, optimizer, resume, {"train_loader": train_loader, "val_loader": val_loader, **several})
@@ -157,8 +158,7 @@ class Watch:
             sanity_steps=sanity_steps,
         )
         place = _device_of(model) if device is None else batches.as_device(device)
-        loss, metrics, hooks = as_loss(loss), dict(metrics or {}), Callbacks(callbacks)
-        Metrics(metrics)  # checks them
+        loss, hooks = as_loss(loss), Callbacks(callbacks)
         self.state = State(
             model=model,
             optimizer=optimizer,

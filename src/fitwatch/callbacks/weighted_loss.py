@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 from attrs import Attribute, define, field
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.utils.data import WeightedRandomSampler
 
 from fitwatch.callback import Callback
 from fitwatch.data.batches import sampler_of
-from fitwatch.data.counting import count_over_ranks, exposed_targets
+from fitwatch.data.counting import count_over_ranks, loss_counts
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.markdown import table
 from fitwatch.helpers.options import instance, integer, one_of
@@ -190,14 +189,12 @@ class WeightedLoss(Callback):
                 _short(own),
                 _short(weights),
             )
-        if isinstance(self.weights, Tensor) and weights.dim() == 1:
-            if counts is None and exposed_targets(state.train_loader) is not None:  # without a pass over the data
-                with suppress(ValueError, TypeError):
-                    counts = self._count(state, len(weights))
+        if weights.dim() == 1 and (isinstance(self.weights, Tensor) or self.counts is not None):
+            if counts is None or self.counts is not None:
+                counts = loss_counts(self._loss, state.train_loader, len(weights))  # without a pass over the data
             if counts is not None and counts.shape == weights.shape and favours_common(weights, counts):
                 logger.warning(
-                    "the class weights fall with rarity: rare classes have small weights. The weights are %s, the "
-                    "counts %s; are the classes swapped?",
+                    "rarer classes have smaller weights. The weights are %s, the counts %s; are the classes swapped?",
                     _short(weights),
                     _short(counts),
                 )

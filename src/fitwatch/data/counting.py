@@ -28,6 +28,7 @@ from fitwatch.data.containers import from_array, is_array
 from fitwatch.data.sharding import gives_part, split
 from fitwatch.data.third_part import third_parts
 from fitwatch.helpers.rng import rng_state, set_rng_state
+from fitwatch.losses import BinaryCrossEntropy, Loss
 from fitwatch.losses.base import as_sample_weight, without_masked
 from fitwatch.losses.errors import check_values
 
@@ -118,6 +119,40 @@ def count_over_ranks(
     for new in others:
         counts = _added(counts, new)
     return counts
+
+
+def free_counts(
+    loader: Iterable[object],
+    *,
+    num_classes: int | None = None,
+    ignore_index: int | None = None,
+    multi_label: bool = False,
+) -> Tensor | None:
+    """Return the class counts if no example has to be read for them; None if one has, or the targets can't be counted.
+
+    They are free where the data set exposes its targets, and in a list of batches. Nothing is logged.
+    """
+    try:
+        known = exposed_targets(loader)
+        if known is None and isinstance(loader, (list, tuple)):
+            columns = list(zip(*(unpack(batch)[1:] for batch in loader), strict=True))
+            targets, *weights = (torch.cat([_as_tensor(part) for part in column]) for column in columns)
+            known = targets, _weights([targets, *weights])
+        if known is None:
+            return None
+        if multi_label:
+            return _count_labels(*known, num_labels=None)
+        return _count(*known, num_classes=num_classes, ignore_index=ignore_index)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return None  # the loss refuses them, or they are of another form
+
+
+def loss_counts(loss: Loss, loader: Iterable[object], num_classes: int) -> Tensor | None:
+    """Return `free_counts` as a loss of one label or of exclusive classes reads the targets, shape (C,)."""
+    if isinstance(loss, BinaryCrossEntropy):
+        counts = free_counts(loader, multi_label=True)
+        return counts[0] if counts is not None and len(counts) == 1 else None
+    return free_counts(loader, num_classes=num_classes, ignore_index=getattr(loss, "ignore_index", None))
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------

@@ -27,12 +27,13 @@ from torch.utils.data import (
 
 from fitwatch import ranks
 from fitwatch.data import batches
-from fitwatch.data.counting import exposed_targets
+from fitwatch.data.counting import exposed_targets, loss_counts
 from fitwatch.data.joining import tensors
 from fitwatch.helpers.aliases import Loader
 from fitwatch.helpers.modules import named_parameters
 from fitwatch.losses import BinaryCrossEntropy, ExpectedCost, NegativeLogLikelihood, RealWorldCrossEntropy
-from fitwatch.losses.base import ClassLoss
+from fitwatch.losses.base import ClassLoss, Loss
+from fitwatch.losses.weighting import favours_common
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
@@ -42,6 +43,7 @@ CHECKS: Final = (
     "shared_examples",
     "validation_order",
     "last_batch",
+    "class_weights",
     "probabilities",
     "labels",
 )
@@ -84,6 +86,8 @@ class Checks:
             if loader is not state.train_loader:
                 self._warn("validation_order", validation_order(loader, name))
         self._warn("last_batch", last_batch(state.model, state.train_loader))
+        if state.settings.get("class_weights", "none") == "none":  # WeightedLoss looks itself
+            self._warn("class_weights", class_weights(state.loss, state.train_loader))
 
     def first_batch(self, output: object, target: object) -> None:
         """Check the outputs and targets of the first batch, which the loss has accepted."""
@@ -147,6 +151,25 @@ def last_batch(model: nn.Module, train_loader: Loader) -> str | None:
     return (
         "the last training batch of an epoch has one example, from which BatchNorm can't estimate a variance: use "
         "drop_last=True in the DataLoader"
+    )
+
+
+def class_weights(loss: object, train_loader: Loader) -> str | None:
+    """Look for weights of the loss that fall with the rarity of the class, where counting the classes is free."""
+    weights = None
+    if isinstance(loss, ClassLoss):
+        weights = loss.weight
+    elif isinstance(loss, BinaryCrossEntropy) and loss.pos_weight is not None and loss.pos_weight.numel() == 1:
+        weights = torch.stack([torch.ones_like(loss.pos_weight), loss.pos_weight]).flatten()
+    if weights is None or not isinstance(loss, Loss):
+        return None
+    counts = loss_counts(loss, train_loader, len(weights))
+    if counts is None or counts.shape != weights.shape or not favours_common(weights, counts):
+        return None
+    shown = [[round(v, 4) for v in values.tolist()[:10]] for values in (weights, counts)]
+    return (
+        f"rarer classes have smaller weights in the loss. The weights start with {shown[0]}, the counts with "
+        f"{shown[1]}; are the classes swapped?"
     )
 
 

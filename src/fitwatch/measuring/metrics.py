@@ -174,6 +174,22 @@ class RunningLoss:
         return value
 
 
+def as_metrics(metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
+    """Return metrics by name.
+
+    Raises:
+        TypeError: They are no dict, or one of them is no metric.
+        ValueError: A name is taken.
+    """
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(
+            "metrics must be a dict name -> function (outputs, targets) or object with update, compute and reset, got "
+            f"{type(metrics).__name__}"
+        )
+    Metrics(found := dict(metrics or {}))  # checks them
+    return found
+
+
 class Metrics:
     """Computes metrics over a whole data set in one pass.
 
@@ -197,6 +213,10 @@ class Metrics:
         for name, metric in metrics.items():
             if name in ("loss", "loss_unweighted", "loss_left"):
                 raise ValueError(f"metrics can't be named {name!r}: val/{name} is taken by the validation loss")
+            if isinstance(metric, type):
+                raise TypeError(
+                    f"metrics[{name!r}] is the class {metric.__name__}: use an instance, {metric.__name__}(...)"
+                )
             if _is_object(metric):
                 self._objects[name] = metric
                 if ranks.size() > 1:
@@ -248,7 +268,8 @@ class Metrics:
 
         Raises:
             RuntimeError: No batch was seen: a custom ``validation_step`` did not call ``update_metrics``.
-            ValueError: There is a function, and the outputs or targets of the batches can't be joined.
+            ValueError: There is a function, and the outputs or targets of the batches can't be joined; or two values
+                have one name.
             TypeError: A value is no number, vector or dict of these.
         """
         names = [*self._functions, *self._objects]
@@ -270,7 +291,12 @@ class Metrics:
             except Exception as error:
                 error.add_note(f"raised by the metric {name!r}")
                 raise
-            values |= _numbers(name, value, self._classes)
+            new = _numbers(name, value, self._classes)
+            if taken := sorted(values.keys() & new.keys()):
+                raise ValueError(
+                    f"the metric {name!r} has a value named {taken[0]!r}, and so has another metric: rename one of them"
+                )
+            values |= new
         return values
 
     def _joined(self) -> tuple[Any, Any]:
@@ -290,6 +316,8 @@ def _numbers(name: str, value: Any, classes: Sequence[str] | None) -> dict[str, 
     """Return the value of a metric as numbers by name."""
     if isinstance(value, Mapping):
         parts = {str(key): part for key, part in value.items()}
+        if len(parts) < len(value):
+            raise ValueError(f"the metric {name!r} has two keys of one name, among {', '.join(map(repr, value))}")
     else:
         number = _number(value)
         if number is not None:
@@ -303,7 +331,10 @@ def _numbers(name: str, value: Any, classes: Sequence[str] | None) -> dict[str, 
         )
     found: dict[str, float] = {}
     for key, part in parts.items():
-        found |= _numbers(f"{name}/{key}", part, classes)
+        new = _numbers(f"{name}/{key}", part, classes)
+        if taken := sorted(found.keys() & new.keys()):
+            raise ValueError(f"the metric {name!r} has two values named {taken[0]!r}: rename one of their keys")
+        found |= new
     return found
 
 
