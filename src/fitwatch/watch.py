@@ -308,8 +308,8 @@ class Watch:
         """Iterate over the epochs' indices, from 0, until training stops. Each epoch starts in train mode.
 
         Modules that you have put into eval mode stay in it, such as a frozen part of the model. If the whole model is
-        in eval mode, as an evaluation leaves it, all of it trains except for frozen parts, and for parts that stayed
-        in eval mode when it was last trained.
+        in eval mode, as an evaluation leaves it, all of it trains except for parts that are frozen by now. A model that
+        was trained before has the modes of the last training, except for parts that you have set or frozen since.
 
         Args:
             epochs: How many to train in all, including those before an interruption if training resumes, and those of
