@@ -143,9 +143,10 @@ class Watch:
         sanity_steps: int = 2,
     ) -> None:
         several = batches.named(val_loader, metrics or {})
+        _check_parts(model, optimizer, resume)
+        _check_loaders(train_loader, val_loader, several)
         if several:
             val_loader = next(iter(several.values()))
-        _check_parts(model, optimizer, resume, {"train_loader": train_loader, "val_loader": val_loader, **several})
         if options_from not in ("checkpoint", "script"):
             raise ValueError(f"options_from must be 'checkpoint' or 'script', got {options_from!r}")
         plan = Plan(
@@ -353,6 +354,7 @@ class Watch:
 
         Raises:
             ValueError: A rank lacks a batch that others have, and ``ragged`` is False.
+            TypeError: ``train_loader`` is an iterator, such as a generator, and several epochs are to be trained.
         """
         if not self._training.in_epoch:
             self._refuse("train()")
@@ -360,6 +362,10 @@ class Watch:
             raise RuntimeError("watch.train() was called inside `with watch.validating():`")
         if isinstance(self.state.train_loader, tuple) and not self.state.train_loader:
             raise ValueError("watch.train() needs the train_loader of the Watch, and none was given")
+        plan, progress = self.state.plan, self.state.progress
+        left = 1 if plan.epochs is None or plan.max_steps is not None else plan.epochs + progress.first_epoch
+        if left - progress.epoch > 1:
+            batches.check_repeats("train_loader", self.state.train_loader, "several epochs are to be trained")
         return self._training.iterate(ragged=ragged)
 
     def loss(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> Tensor:
@@ -562,6 +568,7 @@ class Watch:
         """
         if isinstance(loader, Mapping):
             raise TypeError("one loader is measured at a time, got a dict: call it for each of its loaders")
+        batches.check_loader("loader", loader, several="call it for each of them")
         ranks.start(self.state.device)
         return self._validator.evaluate(loader)
 
@@ -580,8 +587,15 @@ class Watch:
 
         Raises:
             ValueError: There is no batch, or the outputs can't be joined, for example because their lengths vary.
+            TypeError: ``loader`` is not one loader, but a tensor, an array, a data set or a dict.
         """
-        batches.check_loader("loader", loader)
+        if hasattr(loader, "__array__"):
+            shape = tuple(getattr(loader, "shape", ()))
+            raise TypeError(
+                f"predict needs batches, got one {type(loader).__name__} of shape {shape}, each of whose rows would be "
+                "taken as a batch: wrap it in a list, predict([x]), or in a DataLoader"
+            )
+        batches.check_loader("loader", loader, several="call predict for each of them; a single batch goes into a list")
         ranks.start(self.state.device)
         model = self.state.model
         return self._validator.predict(loader, (lambda batch: model(batches.input_of(batch))) if step is None else step)
@@ -680,7 +694,18 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _check_parts(model: object, optimizer: object, resume: object, loaders: Mapping[str, object]) -> None:
+def _check_loaders(train_loader: object, val_loader: object, several: Mapping[str, object]) -> None:
+    if train_loader is not None:
+        joined = "there is one training loader, for example over a ConcatDataset of the data sets"
+        batches.check_loader("train_loader", train_loader, several=joined)
+    for name, loader in several.items():
+        batches.check_loader(f"val_loader[{name!r}]", loader, several="give each loader a name of its own")
+    if val_loader is not None and not several:
+        named = 'give several loaders as a dict, val_loader={"first": ..., "second": ...}'
+        batches.check_loader("val_loader", val_loader, several=named)
+
+
+def _check_parts(model: object, optimizer: object, resume: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
     if isinstance(optimizer, (list, tuple)):
@@ -696,9 +721,6 @@ def _check_parts(model: object, optimizer: object, resume: object, loaders: Mapp
             "neither the loss nor the gradient of the step is one value: train with it in a plain loop, and measure "
             "with Watch.evaluate or Trainer.validate under another optimizer"
         )
-    for name, loader in loaders.items():
-        if loader is not None:
-            batches.check_loader(name, loader)
     if not (resume is None or isinstance(resume, (str, Path))):
         raise TypeError(f'resume must be a path or "auto", got {resume!r}')
     if resume is not None:
