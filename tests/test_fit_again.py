@@ -159,3 +159,11 @@ def test_a_second_watch_continues_the_history_that_it_is_given(data, together):
         assert watch.evaluate([(x, y)])["val/loss"] == watch.result.best.metrics["val/loss"]
     assert len(histories[1]) == (6 if together else 3)
     assert (bests[0] == bests[1]) is together
+
+
+def test_a_step_is_evaluated_once():
+    """validate_first in a later fit repeats no evaluation, unless reset=True has dropped it."""
+    trainer = Scripted([5, 4, 3, 2, 1, 0.5])
+    trainer.run(1, validate_first=True)
+    assert [entry["step"] for entry in trainer.run(1, validate_first=True).history] == [0, 1, 2]
+    assert [entry["step"] for entry in trainer.run(1, validate_first=True, reset=True).history] == [2, 3]

@@ -53,11 +53,11 @@ class Loop:
         watch = self._watch
         with watch:  # on_fit_start
             self._schedule.watch(watch.state.history)
-            validates_first = validates_first and not watch.state.resumed
+            validates_first = validates_first and not (watch.state.resumed or watch.evaluated)
             self._check_plan(epochs, validates_first=validates_first)
             self._stepped = watch.state.progress.step > 0
             watch.rehearse(self._trial_step)
-            if validates_first and not watch.evaluated:
+            if validates_first:
                 watch.validate()  # on_validation_start, on_validation_end, on_log
             for _ in watch.epochs(epochs):  # on_epoch_start
                 for batch in watch.train(ragged=True):
@@ -131,7 +131,8 @@ class Loop:
         most = 1 if per_epoch is None and plan.max_steps is not None else planned[0] or 1
         if validates_first or (most > 1 if self._validate_every is None else (planned[1] or 0) > self._validate_every):
             named = {f"val_loader[{name!r}]": loader for name, loader in state.val_loaders.items()}
-            for name, loader in (named or {"val_loader": state.val_loader}).items():
+            single = {} if state.val_loader is None else {"val_loader": state.val_loader}
+            for name, loader in (named or single).items():
                 check_repeats(name, loader, "several validations are to be run")
 
     def _step(self) -> None:
