@@ -317,7 +317,7 @@ class Watch:
                 an earlier call. None: until ``max_steps``, or until a callback asks for the end.
 
         Raises:
-            ValueError: ``epochs`` is out of range, or a monitored metric will not be measured.
+            ValueError: ``epochs`` is out of range, a monitored metric will not be measured, or a weight is not finite.
         """
         self._require_open("epochs()")
         self.state.plan = evolve(self.state.plan, epochs=count("epochs", epochs))
@@ -620,6 +620,7 @@ class Watch:
         if self._checked:
             return
         self._checked = True
+        self._recorder.refuse_weights()
         state, loss = self.state, self._validator.loss
         if state.val_loader is not None and getattr(loss, "has_weights", False):
             state.history.names |= {f"{under}/loss_unweighted" for under in state.places}

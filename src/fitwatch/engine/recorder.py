@@ -47,6 +47,19 @@ class Recorder:
         state = self._state
         state.stop_reason = state.stop_reason or ranks.agree(state.stop_request)
 
+    def refuse_weights(self) -> None:
+        """Refuse to train from non-finite weights.
+
+        Raises:
+            ValueError: A trainable parameter or a running statistic is not finite, on any rank.
+        """
+        name = ranks.agree(health.not_finite(self._state.model))
+        if name is not None:
+            raise ValueError(
+                f"the model has non-finite weights before step {self._state.progress.step + 1} (`{name}` is the "
+                "first): initialize or load them again; freeze what is infinite on purpose, with requires_grad_(False)"
+            )
+
     def give_up(self) -> bool:
         """Return whether the model has non-finite weights; the first time, warn and stop training."""
         state = self._state
