@@ -279,12 +279,15 @@ def test_weights_that_are_not_finite_are_refused_before_step_1(caplog, nonfinite
     model.state_dict()[place].view(-1)[0] = math.nan
     optimizer, batches = torch.optim.SGD(model.parameters(), 0.1), [(torch.randn(6, 4), torch.arange(6) % 3)]
     message = f"non-finite weights before step 1 \\(`{place}` is the first\\)"
-    with pytest.raises(ValueError, match=message):
-        if by_watch:
-            with fw.Watch(model, optimizer, train_loader=batches, val_loader=batches, nonfinite=nonfinite) as watch:
-                watch.epochs(1)
-        else:
+
+    def train():
+        if not by_watch:
             fw.Trainer(model, optimizer, device="cpu", nonfinite=nonfinite).fit(batches, batches, epochs=1)
+        with fw.Watch(model, optimizer, train_loader=batches, val_loader=batches, nonfinite=nonfinite) as watch:
+            watch.epochs(1)
+
+    with pytest.raises(ValueError, match=message):
+        train()
     assert not caplog.records
 
 

@@ -18,7 +18,7 @@ from fitwatch.data import batches
 from fitwatch.data.sharding import start_workers
 from fitwatch.engine.checks import Checks
 from fitwatch.engine.recorder import Recorder
-from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_changes
+from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_another_loss, warn_of_changes
 from fitwatch.engine.signals import Interrupts
 from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
@@ -628,6 +628,7 @@ class Watch:
         if state.validation.baseline is not None:
             state.history.names.add("val/loss_left")
         state.history.check()
+        warn_of_another_loss(state.history, loss)
         if self._before is not None:
             warn_of_changes(state, self._before)
         self._checks.before_training()
