@@ -1,6 +1,7 @@
 """Early stopping and the overfitting detector in a fit."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -238,3 +239,40 @@ def test_a_second_fit_that_fails_to_start_leaves_the_weights_alone():
     with pytest.raises(RuntimeError, match="planted"):
         trainer.fit([torch.zeros(1, 1)], [torch.zeros(1, 1)], epochs=2)
     assert trainer.weight == 7.0
+
+
+@pytest.mark.parametrize("rule", [fw.rules.Patience(patience=1), fw.rules.GL(1000), fw.rules.UP(1, k=1)])
+def test_an_evaluation_without_a_training_loss_does_not_count(rule):
+    """With train/loss as the metric, a validation before step 1 of any fit neither stops training nor counts."""
+    trainer = Scripted([1] * 3, fw.EarlyStopping("train/loss", rule=rule), train_losses=[3, 2, 1, 0.5, 0.4, 0.3])
+    for fits in (1, 2):
+        trainer.losses = [1] * 3 * (fits + 1)
+        loader = [torch.zeros(1, 1)]
+        result = trainer.fit(loader, list(loader), epochs=3, validate_first=True)
+        assert (trainer.state.progress.epoch, result.stop_reason) == (3 * fits, None)
+        assert rule.evaluations == 3 * fits
+
+
+def test_two_evaluations_at_one_step_count_once():
+    """In a loop that validates twice after a step, the second has no training loss, and does not count against it."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = [(torch.ones(2, 1), torch.full((2, 1), 5.0))]
+    stopping = fw.EarlyStopping("train/loss", patience=1)
+    with fw.Watch(model, optimizer, stopping, loss=nn.MSELoss(), train_loader=batches, val_loader=batches) as watch:
+        watch.validate()
+        for _ in watch.epochs(3):
+            for x, y in watch.train():
+                watch.loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            watch.validate()
+            watch.validate()
+    assert watch.state.progress.step == 3
+    assert stopping.rule.evaluations == 3
+
+
+def test_a_training_loss_that_becomes_nan_counts():
+    """A NaN of training itself is no missing value: it stops training."""
+    trainer = Scripted([1] * 4, fw.EarlyStopping("train/loss", patience=2), train_losses=[3, math.nan, math.nan, 1])
+    assert len(trainer.go(validate_first=True).history) == 4

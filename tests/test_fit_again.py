@@ -1,6 +1,8 @@
 """What counts as the best over several fits of one Trainer, and over several watches."""
 
 import logging
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -159,3 +161,77 @@ def test_a_second_watch_continues_the_history_that_it_is_given(data, together):
         assert watch.evaluate([(x, y)])["val/loss"] == watch.result.best.metrics["val/loss"]
     assert len(histories[1]) == (6 if together else 3)
     assert (bests[0] == bests[1]) is together
+
+
+def test_a_step_is_evaluated_once():
+    """validate_first in a later fit repeats no evaluation, unless reset=True has dropped it."""
+    trainer = Scripted([5, 4, 3, 2, 1, 0.5])
+    trainer.run(1, validate_first=True)
+    assert [entry["step"] for entry in trainer.run(1, validate_first=True).history] == [0, 1, 2]
+    assert [entry["step"] for entry in trainer.run(1, validate_first=True, reset=True).history] == [2, 3]
+
+
+class Annealed(nn.Module):
+    """A loss of the user's that changes itself in training."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale, self.calls = scale, 0
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        self.mean += 1
+        return self.scale * nn.functional.cross_entropy(outputs, targets)
+
+
+def absolute(outputs, targets):
+    return (outputs - nn.functional.one_hot(targets, 3)).abs().mean()
+
+
+LOSSES = [
+    (None, fw.losses.Focal(), "is Focal, and was CrossEntropy in the last fit"),
+    (fw.losses.Focal(), fw.losses.Focal(gamma=1), r"\(Focal\) has other options"),
+    (fw.CrossEntropy(), fw.CrossEntropy([1.0, 2.0, 3.0]), r"\(CrossEntropy\) has other options or weights"),
+    (absolute, nn.functional.cross_entropy, "is cross_entropy, and was absolute"),
+    (lambda o, t: 3 * absolute(o, t), lambda o, t: 2 * absolute(o, t), "has other options"),
+    (partial(nn.functional.cross_entropy, label_smoothing=0.1), nn.functional.cross_entropy, "is cross_entropy"),
+    (Annealed(), Annealed(2.0), r"\(Annealed\) has other options"),
+    (fw.CrossEntropy(), nn.CrossEntropyLoss(), None),
+    (fw.losses.Focal(gamma=1), fw.losses.Focal(gamma=1), None),
+    (fw.CrossEntropy([1.0, 2.0, 3.0]), fw.CrossEntropy([1.0, 2.0, 3.0]), None),
+    (absolute, absolute, None),
+    ((same := Annealed()), same, None),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "said"), LOSSES, ids=range(len(LOSSES)))
+def test_another_loss_is_pointed_out(data, caplog, first, second, said):
+    """Values of another loss go into one history with one warning that names reset=True; an equal loss with none."""
+    model, batches = nn.Linear(4, 3).double(), [data.tensors]
+    trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), first, device="cpu")
+    trainer.fit(batches, [*batches], epochs=1)
+    trainer.loss = second
+    trainer.fit(batches, [*batches], epochs=1)
+    trainer.fit(batches, [*batches], epochs=1)
+    warnings = [r.getMessage() for r in caplog.records if "reset=True" in r.getMessage()]
+    assert len(warnings) == (said is not None)
+    assert said is None or re.search(said, warnings[0])
+    caplog.clear()
+    trainer.loss = first
+    trainer.fit(batches, [*batches], epochs=1, reset=True)
+    assert "reset=True" not in caplog.text
+
+
+@pytest.mark.parametrize("spec", ["balanced", [1.0, 1.0, 5.0]])
+def test_other_class_weights_are_another_loss(data, caplog, spec):
+    """Class weights given by a callback count: new ones are pointed out, the same ones are not, in a Watch too."""
+    model, batches = nn.Linear(4, 3).double(), [data.tensors]
+    optimizer, state = torch.optim.SGD(model.parameters(), 0.1), None
+    for callbacks in ([], [fw.WeightedLoss(spec)], [fw.WeightedLoss(spec)]):
+        history = None if state is None else state.history
+        loaders = {"train_loader": batches, "val_loader": [*batches]}
+        with fw.Watch(model, optimizer, callbacks, **loaders, history=history) as watch:
+            watch.validate()
+        state = watch.state
+    assert caplog.text.count("(CrossEntropy) has other options or weights than in the last fit") == 1

@@ -267,3 +267,34 @@ def test_the_exit_code_tells():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "FloatingPointError: step 1 " in done.stderr
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
+@pytest.mark.parametrize("place", ["0.weight", "1.running_var"])
+@pytest.mark.parametrize("by_watch", [False, True])
+def test_weights_that_are_not_finite_are_refused_before_step_1(caplog, nonfinite, place, by_watch):
+    """A NaN in the initial weights is one error that names it, with nothing trained and no warning about losses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    model.state_dict()[place].view(-1)[0] = math.nan
+    optimizer, batches = torch.optim.SGD(model.parameters(), 0.1), [(torch.randn(6, 4), torch.arange(6) % 3)]
+    message = f"non-finite weights before step 1 \\(`{place}` is the first\\)"
+
+    def train():
+        if not by_watch:
+            fw.Trainer(model, optimizer, device="cpu", nonfinite=nonfinite).fit(batches, batches, epochs=1)
+        with fw.Watch(model, optimizer, train_loader=batches, val_loader=batches, nonfinite=nonfinite) as watch:
+            watch.epochs(1)
+
+    with pytest.raises(ValueError, match=message):
+        train()
+    assert not caplog.records
+
+
+def test_frozen_infinities_are_no_error():
+    """A frozen parameter may be infinite on purpose."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.register_parameter("mask", nn.Parameter(torch.tensor(-math.inf), requires_grad=False))
+    batches = [(torch.randn(6, 4), torch.arange(6) % 3)]
+    result = fw.Trainer(model, torch.optim.SGD(model[0].parameters(), 0.1), device="cpu").fit(batches, epochs=1)
+    assert result.stop_reason is None

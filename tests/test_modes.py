@@ -162,3 +162,57 @@ def test_a_watch_that_trained_nothing_leaves_the_modes(data):
     with fw.Watch(model, torch.optim.SGD(model[1].parameters(), 0.1), train_loader=DataLoader(data, 16)):
         pass
     assert [m.training for m in model.modules()] == before
+
+
+ALL = (True,) * 7
+HEAD = (True, *[False] * 5, True)
+
+
+@pytest.mark.parametrize("run", [by_trainer, by_watch])
+def test_a_part_that_is_thawed_between_fits_joins_the_others(data, run):
+    """After a fit with the backbone in eval mode, backbone.train() alone makes everything train."""
+    model, seen = parts(frozen=False), Seen()
+    model[0].eval()
+    run(model, data, seen, epochs=1)
+    model[0].train()
+    run(model, data, seen, epochs=1)
+    assert [tuple(modes) for modes in seen.modes] == [HEAD] * 4 + [ALL] * 4
+
+
+@pytest.mark.parametrize("run", [by_trainer, by_watch])
+def test_a_part_that_is_set_between_fits_rests(data, run):
+    """A part in eval mode inside one in train mode rests in the next fit, whatever the fit before has left."""
+    model, seen = parts(frozen=False), Seen()
+    run(model, data, seen, epochs=1)
+    model.train()
+    model[0].eval()
+    run(model, data, seen, epochs=1)
+    model[0].train()
+    model[0][1].eval()
+    run(model, data, seen, epochs=1)
+    norm_rests = (True, True, True, False, True, True, True)
+    assert [tuple(modes) for modes in seen.modes] == [ALL] * 4 + [HEAD] * 4 + [norm_rests] * 4
+
+
+@pytest.mark.parametrize("run", [by_trainer, by_watch])
+def test_two_fits_have_the_modes_of_one(data, run):
+    """A frozen part left in train mode stays in it, in the second fit as in the second epoch."""
+    one, two, seen, again = parts(), parts(), Seen(), Seen()
+    run(one, data, seen, epochs=2)
+    for _ in range(2):
+        run(two, data, again, epochs=1)
+    assert seen.modes == again.modes
+    for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        if "running" in name or "batches" in name:
+            assert torch.equal(value, other), name
+
+
+def test_a_part_frozen_between_fits_rests(data):
+    """A part that is frozen after it has trained goes into eval mode in the next fit, and dropout alone does not."""
+    model, seen = parts(frozen=False), Seen()
+    by_trainer(model, data, seen, epochs=1)
+    model[0][3].train()  # for predictions with dropout
+    by_trainer(model, data, seen, epochs=1)
+    model[0].requires_grad_(False)
+    by_trainer(model, data, seen, epochs=1)
+    assert [tuple(modes) for modes in seen.modes] == [ALL] * 8 + [HEAD] * 4

@@ -126,6 +126,17 @@ def test_what_cannot_be_predicted_is_refused():
         trainer_of(model).predict(iter([]))
     with pytest.raises(TypeError, match="loader must be an iterable"):
         trainer_of(model).predict(3)
+    for rows in (X[:5], X[:5].numpy(), X[0]):
+        with pytest.raises(TypeError, match=r"rows would be taken as a batch: wrap it in a list"):
+            trainer_of(model).predict(rows)
+    assert trainer_of(model).predict([X[:5]]).shape == (5, 3)
+    loader, examples = DataLoader(X, 10), TensorDataset(X, X[:, 0].long())
+    for several in ({"a": loader}, [loader, loader]):
+        with pytest.raises(TypeError, match="must be one loader, got a .*: call predict for each"):
+            trainer_of(model).predict(several)
+    for call in (trainer_of(model).predict, trainer_of(model).test, trainer_of(model).validate):
+        with pytest.raises(TypeError, match=r"got TensorDataset: wrap it in DataLoader\("):
+            call(examples)
     with pytest.raises(ValueError, match=r"different shapes: \(2, 5\), \(2, 7\).*Pad them"):
         _of(lambda x: x, model).predict([torch.ones(2, 5), torch.ones(2, 7)])
     with pytest.raises(ValueError, match="proba=True needs a loss that says what the outputs are"):

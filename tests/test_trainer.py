@@ -1,5 +1,6 @@
 """What the Trainer does for its user."""
 
+import itertools
 import math
 
 import pytest
@@ -124,10 +125,63 @@ def test_any_iterable_of_batches_is_a_loader(model, data, kind):
 
 
 def test_a_generator_serves_for_one_epoch(model, data):
-    """A generator trains one epoch; a second epoch is an error that says why."""
+    """A generator trains one epoch, or some steps; a second epoch is an error that says why."""
     trainer_of(model).fit((b for b in DataLoader(data, 16)), epochs=1)
+    trainer_of(model).fit((b for b in DataLoader(data, 16)), epochs=2, max_steps=3)
     with pytest.raises(ValueError, match="no batch in epoch 1.*generator"):
-        trainer_of(model).fit((b for b in DataLoader(data, 16)), epochs=2)
+        trainer_of(model).fit((b for b in DataLoader(data, 16)), epochs=2, max_steps=5)
+
+
+ITERATORS = {
+    "generator": lambda batches: (batch for batch in batches),
+    "zip": lambda batches: zip(*zip(*batches, strict=True), strict=True),
+    "map": lambda batches: map(tuple, batches),
+    "chain": itertools.chain,
+}
+
+
+@pytest.mark.parametrize("kind", ITERATORS)
+def test_an_iterator_for_several_passes_is_refused_before_step_1(model, data, kind):
+    """Training epochs or validations that an iterator can't serve are an error at once, and a single one is none."""
+    batches, once = list(DataLoader(data, 16)), ITERATORS[kind]
+    for options in ({"epochs": 1}, {"max_steps": 4}, {"max_steps": 4, "validate_every": 4}):
+        assert len(trainer_of(model).fit(once(batches), once(batches), **options).history) == 1
+    trainer = trainer_of(model)
+    with pytest.raises(TypeError, match=r"train_loader is a .*once only, and 2 epochs are to be trained"):
+        trainer.fit(once(batches), batches, epochs=2)
+    several = [
+        {"epochs": 2},
+        {"epochs": 1, "validate_first": True},
+        {"max_steps": 5},
+        {"epochs": 1, "validate_every": 3},
+    ]
+    for options in several:
+        with pytest.raises(TypeError, match=r"val_loader is a .*once only, and several validations"):
+            trainer.fit(batches, once(batches), **options)
+    with pytest.raises(TypeError, match=r"val_loader\['b'\] is a .*once only"):
+        trainer.fit(batches, {"a": batches, "b": once(batches)}, epochs=2)
+    assert trainer.state.progress.step == 0
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with fw.Watch(model, optimizer, train_loader=once(batches)) as watch:
+        for _ in watch.epochs(2):
+            with pytest.raises(TypeError, match="train_loader is a .*once only"):
+                watch.train()
+            break
+
+
+def test_an_object_that_starts_again_is_no_mere_iterator(model, data):
+    """A loader that is its own iterator, and starts again in __iter__, serves any number of passes."""
+
+    class Restarting:
+        def __iter__(self):
+            self.rest = iter(DataLoader(data, 16))
+            return self
+
+        def __next__(self):
+            return next(self.rest)
+
+    result = trainer_of(model).fit(Restarting(), Restarting(), epochs=2, validate_first=True)
+    assert [entry["step"] for entry in result.history] == [0, 4, 8]
 
 
 def test_own_batches_through_overridden_steps(data):
@@ -466,6 +520,14 @@ def test_empty_and_wrong_loaders_are_refused(model, data):
         trainer_of(model).fit(good, empty, epochs=1)
     with pytest.raises(TypeError, match="train_loader must be an iterable.*Linear"):
         trainer_of(model).fit(nn.Linear(1, 1), epochs=1)
+    with pytest.raises(TypeError, match="train_loader must be an iterable.*TensorDataset: wrap it in DataLoader"):
+        trainer_of(model).fit(data, epochs=1)
+    for several in ({"a": good}, [good, good]):
+        with pytest.raises(TypeError, match="train_loader must be one loader, got a .*there is one training loader"):
+            trainer_of(model).fit(several, epochs=1)
+    for several in ([good, good], (good, good)):
+        with pytest.raises(TypeError, match="val_loader must be one loader, got a .* of 2 loaders: .*as a dict"):
+            trainer_of(model).fit(good, several, epochs=1)
     with pytest.raises(ValueError, match="no validation batch was measured: the loader is empty"):
         trainer_of(model).validate(iter(()))
 

@@ -78,8 +78,12 @@ def test_a_watch_measures_all_with_validate():
         ({"loss": A}, ValueError, "named 'loss'"),
         ({"each": A}, ValueError, "named 'each'"),
         ({1: A}, TypeError, "names must be strings, got 1"),
-        ({"a": A, "b": []}, ValueError, "b is empty"),
-        ({"a": A, "b": 3}, TypeError, "b must be an iterable of batches"),
+        ({"a": A, "b": []}, ValueError, r"val_loader\['b'\] is empty"),
+        ({"a": [], "b": A}, ValueError, r"val_loader\['a'\] is empty"),
+        ({"a": A, "b": 3}, TypeError, r"val_loader\['b'\] must be an iterable of batches"),
+        ({"a": A, "b": None}, TypeError, r"val_loader\['b'\] must be an iterable of batches, got NoneType"),
+        ({"a": None}, TypeError, r"val_loader\['a'\] must be an iterable of batches, got NoneType"),
+        ({"a": A, "b": {"c": A}}, TypeError, r"val_loader\['b'\] must be one loader, got a dict"),
     ],
 )
 def test_bad_names_and_loaders_are_refused(loaders, kind, match):

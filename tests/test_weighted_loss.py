@@ -777,3 +777,31 @@ def test_batches_that_cannot_be_counted_ask_for_the_counts(data):
     with pytest.raises(TypeError, match=r"can't count the classes: .*'labels'.*counts=\[900, 100\]"):
         run()
     assert torch.equal(run(counts=Counter(y.tolist())), fw.class_weights([40, 16, 8]))
+
+
+class OwnLoss(fw.Trainer):
+    def training_step(self, batch):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("kind", [fw.Trainer, OwnLoss])
+def test_only_a_training_step_shows_whether_the_loss_is_used(model, data, caplog, kind):
+    """After a validation before step 1, a step that uses the weighted loss is not warned about; another is, once."""
+    loader = DataLoader(data, 16)
+    trainer = kind(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=[fw.WeightedLoss()], device="cpu")
+    trainer.fit(loader, loader, epochs=2, validate_first=True)
+    assert caplog.text.count("a callback has replaced the loss") == (kind is OwnLoss)
+
+
+def test_a_watch_that_validates_first_is_not_warned(model, data, caplog):
+    """watch.validate() before the first epoch does not say that the loop ignores the weighted loss."""
+    loader, optimizer = DataLoader(data, 16), torch.optim.SGD(model.parameters(), 0.1)
+    with fw.Watch(model, optimizer, fw.WeightedLoss(), train_loader=loader, val_loader=loader) as watch:
+        watch.validate()
+        for _ in watch.epochs(1):
+            for x, y in watch.train():
+                watch.loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            watch.validate()
+    assert "replaced the loss" not in caplog.text

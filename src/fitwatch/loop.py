@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fitwatch.data.batches import check_repeats
 from fitwatch.data.sharding import ABSENT, steps_per_epoch
 from fitwatch.engine.schedule import Schedule, planned_length
 from fitwatch.engine.step import step_optimizer
@@ -52,10 +53,11 @@ class Loop:
         watch = self._watch
         with watch:  # on_fit_start
             self._schedule.watch(watch.state.history)
-            self._check_schedule(epochs)
+            validates_first = validates_first and not (watch.state.resumed or watch.evaluated)
+            self._check_plan(epochs, validates_first=validates_first)
             self._stepped = watch.state.progress.step > 0
             watch.rehearse(self._trial_step)
-            if validates_first and not watch.state.resumed:
+            if validates_first:
                 watch.validate()  # on_validation_start, on_validation_end, on_log
             for _ in watch.epochs(epochs):  # on_epoch_start
                 for batch in watch.train(ragged=True):
@@ -113,7 +115,8 @@ class Loop:
                 "LossSum or a scalar tensor"
             )
 
-    def _check_schedule(self, epochs: int | None) -> None:
+    def _check_plan(self, epochs: int | None, *, validates_first: bool) -> None:
+        """Check that the schedule fits the plan, and that loaders can be iterated as often as planned."""
         state = self._watch.state
         plan, progress = state.plan, state.progress
         per_epoch = steps_per_epoch(state.train_loader, plan.accumulate)
@@ -122,6 +125,15 @@ class Loop:
         within = progress.epoch_step if state.position.resumed is not None else 0
         planned = planned_length(epochs=left, max_steps=steps_left, steps_per_epoch=per_epoch, done=within)
         self._schedule.check_plan(epochs=planned[0], steps=planned[1], resumed=state.resumed)
+        # Only what is sure to be iterated again is refused: a stream may last for all steps.
+        if plan.max_steps is None and (left or 1) > 1:
+            check_repeats("train_loader", state.train_loader, f"{left} epochs are to be trained")
+        most = 1 if per_epoch is None and plan.max_steps is not None else planned[0] or 1
+        if validates_first or (most > 1 if self._validate_every is None else (planned[1] or 0) > self._validate_every):
+            named = {f"val_loader[{name!r}]": loader for name, loader in state.val_loaders.items()}
+            single = {} if state.val_loader is None else {"val_loader": state.val_loader}
+            for name, loader in (named or single).items():
+                check_repeats(name, loader, "several validations are to be run")
 
     def _step(self) -> None:
         watch, state = self._watch, self._watch.state

@@ -189,13 +189,13 @@ class Trainer:
                 ``"checkpoint"`` or ``"script"``; see `Watch`.
             reset: Whether to forget the evaluations of earlier fits, and what was the best of them. Use it if they
                 don't compare with those of this fit: another validation set or loss. Counters and weights stay.
-            validate_first: Whether to validate before the first step too (not after a resume). This evaluation has no
-                ``train/loss`` (NaN).
+            validate_first: Whether to validate before the first step too, unless training resumes or an earlier fit
+                has ended with an evaluation. This evaluation has no ``train/loss`` (NaN).
 
         Raises:
             ValueError: An option is out of range, a loader is empty, a monitored metric will not exist, the optimizer
                 holds no parameter of the model, or a checkpoint does not fit.
-            TypeError: A loader is not iterable, or a step returned no loss.
+            TypeError: A loader is not iterable, or is an iterator for more than one pass; or a step returned no loss.
         """
         if epochs is None and max_steps is None:
             raise ValueError("fit needs epochs= or max_steps=")

@@ -19,7 +19,7 @@ from fitwatch.data.sharding import start_workers
 from fitwatch.data.third_part import announce_weights, refuse_index
 from fitwatch.engine.checks import Checks
 from fitwatch.engine.recorder import Recorder
-from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_changes
+from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_another_loss, warn_of_changes
 from fitwatch.engine.signals import Interrupts
 from fitwatch.engine.step import needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
@@ -145,9 +145,10 @@ class Watch:
     ) -> None:
         metrics = as_metrics(metrics)
         several = batches.named(val_loader, metrics)
+        _check_parts(model, optimizer, resume)
+        _check_loaders(train_loader, val_loader, several)
         if several:
             val_loader = next(iter(several.values()))
-        _check_parts(model, optimizer, resume, {"train_loader": train_loader, "val_loader": val_loader, **several})
         if options_from not in ("checkpoint", "script"):
             raise ValueError(f"options_from must be 'checkpoint' or 'script', got {options_from!r}")
         plan = Plan(
@@ -309,15 +310,15 @@ class Watch:
         """Iterate over the epochs' indices, from 0, until training stops. Each epoch starts in train mode.
 
         Modules that you have put into eval mode stay in it, such as a frozen part of the model. If the whole model is
-        in eval mode, as an evaluation leaves it, all of it trains except for frozen parts, and for parts that stayed
-        in eval mode when it was last trained.
+        in eval mode, as an evaluation leaves it, all of it trains except for parts that are frozen by now. A model that
+        was trained before has the modes of the last training, except for parts that you have set or frozen since.
 
         Args:
             epochs: How many to train in all, including those before an interruption if training resumes, and those of
                 an earlier call. None: until ``max_steps``, or until a callback asks for the end.
 
         Raises:
-            ValueError: ``epochs`` is out of range, or a monitored metric will not be measured.
+            ValueError: ``epochs`` is out of range, a monitored metric will not be measured, or a weight is not finite.
         """
         self._require_open("epochs()")
         self.state.plan = evolve(self.state.plan, epochs=count("epochs", epochs))
@@ -354,6 +355,7 @@ class Watch:
 
         Raises:
             ValueError: A rank lacks a batch that others have, and ``ragged`` is False.
+            TypeError: ``train_loader`` is an iterator, such as a generator, and several epochs are to be trained.
         """
         if not self._training.in_epoch:
             self._refuse("train()")
@@ -361,6 +363,10 @@ class Watch:
             raise RuntimeError("watch.train() was called inside `with watch.validating():`")
         if isinstance(self.state.train_loader, tuple) and not self.state.train_loader:
             raise ValueError("watch.train() needs the train_loader of the Watch, and none was given")
+        plan, progress = self.state.plan, self.state.progress
+        left = 1 if plan.epochs is None or plan.max_steps is not None else plan.epochs + progress.first_epoch
+        if left - progress.epoch > 1:
+            batches.check_repeats("train_loader", self.state.train_loader, "several epochs are to be trained")
         return self._training.iterate(ragged=ragged)
 
     def loss(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> Tensor:
@@ -560,6 +566,7 @@ class Watch:
         """
         if isinstance(loader, Mapping):
             raise TypeError("one loader is measured at a time, got a dict: call it for each of its loaders")
+        batches.check_loader("loader", loader, several="call it for each of them")
         ranks.start(self.state.device)
         return self._validator.evaluate(loader)
 
@@ -578,8 +585,15 @@ class Watch:
 
         Raises:
             ValueError: There is no batch, or the outputs can't be joined, for example because their lengths vary.
+            TypeError: ``loader`` is not one loader, but a tensor, an array, a data set or a dict.
         """
-        batches.check_loader("loader", loader)
+        if hasattr(loader, "__array__"):
+            shape = tuple(getattr(loader, "shape", ()))
+            raise TypeError(
+                f"predict needs batches, got one {type(loader).__name__} of shape {shape}, each of whose rows would be "
+                "taken as a batch: wrap it in a list, predict([x]), or in a DataLoader"
+            )
+        batches.check_loader("loader", loader, several="call predict for each of them; a single batch goes into a list")
         ranks.start(self.state.device)
         model = self.state.model
         return self._validator.predict(loader, (lambda batch: model(batches.input_of(batch))) if step is None else step)
@@ -604,6 +618,7 @@ class Watch:
         if self._checked:
             return
         self._checked = True
+        self._recorder.refuse_weights()
         state, loss = self.state, self._validator.loss
         if state.val_loader is not None and getattr(loss, "has_weights", False):
             state.history.names |= {f"{under}/loss_unweighted" for under in state.places}
@@ -611,6 +626,7 @@ class Watch:
         if state.validation.baseline is not None:
             state.history.names.add("val/loss_left")
         state.history.check()
+        warn_of_another_loss(state.history, loss)
         if self._before is not None:
             warn_of_changes(state, self._before)
         self._checks.before_training()
@@ -687,7 +703,18 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _check_parts(model: object, optimizer: object, resume: object, loaders: Mapping[str, object]) -> None:
+def _check_loaders(train_loader: object, val_loader: object, several: Mapping[str, object]) -> None:
+    if train_loader is not None:
+        joined = "there is one training loader, for example over a ConcatDataset of the data sets"
+        batches.check_loader("train_loader", train_loader, several=joined)
+    for name, loader in several.items():
+        batches.check_loader(f"val_loader[{name!r}]", loader, several="give each loader a name of its own")
+    if val_loader is not None and not several:
+        named = 'give several loaders as a dict, val_loader={"first": ..., "second": ...}'
+        batches.check_loader("val_loader", val_loader, several=named)
+
+
+def _check_parts(model: object, optimizer: object, resume: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
     if isinstance(optimizer, (list, tuple)):
@@ -703,9 +730,6 @@ def _check_parts(model: object, optimizer: object, resume: object, loaders: Mapp
             "neither the loss nor the gradient of the step is one value: train with it in a plain loop, and measure "
             "with Watch.evaluate or Trainer.validate under another optimizer"
         )
-    for name, loader in loaders.items():
-        if loader is not None:
-            batches.check_loader(name, loader)
     if not (resume is None or isinstance(resume, (str, Path))):
         raise TypeError(f'resume must be a path or "auto", got {resume!r}')
     if resume is not None:

@@ -132,8 +132,8 @@ class EarlyStopping(Callback):
         if self.monitor not in metrics:
             names = ", ".join(name for name in metrics if name not in ("epoch", "step"))
             raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; available are {names}")
-        untrained = state.progress.step == state.progress.first_step  # a validation before the first step
-        if untrained and isinstance(self.rule, PQ):  # which needs a training loss
+        trained = state.history.trained  # else this is an evaluation before the first step, without a training loss
+        if not trained and (self.monitor == "train/loss" or isinstance(self.rule, PQ)):
             return
         before, examples = self.rule.best, state.validation.losses
         if self._pairs and examples is not None and examples.unknown is not None:
@@ -145,7 +145,7 @@ class EarlyStopping(Callback):
         losses, weights = (examples.on_host() if self._pairs and examples is not None else None) or (None, None)
         stop = self.rule.update(
             metrics[self.monitor],
-            train_loss=None if untrained else metrics.get("train/loss"),
+            train_loss=metrics.get("train/loss") if trained else None,
             standard_error=metrics.get(f"{self.monitor}_se"),
             losses=losses,
             weights=weights,

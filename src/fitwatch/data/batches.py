@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, Dataset
 
 from fitwatch.data.containers import children, convert, holds_arrays
 from fitwatch.helpers.aliases import Batch, Loader, Loaders
@@ -244,12 +245,49 @@ def named(loaders: Loaders | None, metrics: Iterable[str]) -> dict[str, Loader]:
 _TAKEN = ("loss", "overfit", "report", "decisions")  # parts of other names below val/
 
 
-def check_loader(name: str, loader: object) -> None:
-    """Raise TypeError if ``loader`` is not iterable, or ValueError if its length is 0."""
+def check_loader(name: str, loader: object, *, several: str) -> None:
+    """Check that ``loader`` is one loader.
+
+    Args:
+        name: Its name, for the error message.
+        loader: The loader.
+        several: What to write instead of several loaders, for the error message.
+
+    Raises:
+        TypeError: It is not iterable, or it is a container of loaders.
+        ValueError: Its length is 0.
+    """
+    if isinstance(loader, Mapping):
+        raise TypeError(
+            f"{name} must be one loader, got a dict with the keys {', '.join(map(repr, loader))}: {several}"
+        )
     if not isinstance(loader, Iterable):
-        raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}")
+        instead = ": wrap it in DataLoader(..., batch_size=...)" if isinstance(loader, Dataset) else ""
+        raise TypeError(f"{name} must be an iterable of batches, got {type(loader).__name__}{instead}")
+    if isinstance(loader, (list, tuple)) and any(isinstance(part, DataLoader) for part in loader):
+        raise TypeError(f"{name} must be one loader, got a {type(loader).__name__} of {len(loader)} loaders: {several}")
     if length(loader) == 0:
         raise ValueError(f"{name} is empty: it has no batch")
+
+
+def check_repeats(name: str, loader: object, passes: str) -> None:
+    """Refuse an iterator where several passes are due; call it only if they are.
+
+    Only Python's own iterators are known not to start again; a class may do so in ``__iter__``.
+
+    Args:
+        name: Name of the loader, for the error message.
+        loader: The loader.
+        passes: What needs the passes, for the error message.
+
+    Raises:
+        TypeError: It can be iterated once only.
+    """
+    if type(loader).__module__ in ("builtins", "itertools") and isinstance(loader, Iterator):
+        raise TypeError(
+            f"{name} is a {type(loader).__name__}, which can be iterated once only, and {passes}: give a DataLoader, a "
+            "list, or an object whose __iter__ starts again"
+        )
 
 
 def length(loader: object) -> int | None:

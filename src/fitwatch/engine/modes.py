@@ -10,8 +10,9 @@ from fitwatch.helpers.modules import unwrap
 
 logger = logging.getLogger("fitwatch")
 
-# By model: the modules in eval mode when it was last trained. Between fits all are, so modes alone don't tell.
-_resting: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+# By model: the modules that were in eval mode when it was last trained, and those that were frozen. A fit leaves all
+# in eval mode, so modes alone don't tell.
+_last: WeakKeyDictionary[nn.Module, tuple[WeakSet[nn.Module], WeakSet[nn.Module]]] = WeakKeyDictionary()
 
 
 class Modes:
@@ -23,23 +24,33 @@ class Modes:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._warned = False
+        self._warned = self._trained = False
 
     def train(self) -> None:
         """Put the model into train mode, except for modules that are in eval mode on purpose.
 
         Those are all modules in eval mode while another is in train mode. If all are in eval mode, as an evaluation
-        leaves them, they are those of the last training, and those whose parameters are all frozen.
+        leaves them, they are those of the last training, and those whose parameters are all frozen since.
+
+        The last fit has left all modules in eval mode. So when the next one begins, only modules inside one in train
+        mode are in eval mode on purpose for sure, and for the others the last training decides too.
         """
         model = unwrap(self._model)
         modules = list(model.modules())
         resting = {m for m in modules if not m.training}
-        if len(resting) == len(modules):
-            resting = {m for m in modules if m in _resting.get(model, ())} | _frozen(model)
+        all_rest, last = len(resting) == len(modules), _last.get(model)
+        if last is None:
+            resting = _frozen(model) if all_rest else resting
+        elif all_rest or not self._trained:
+            rested, were_frozen = last
+            frozen = {m for m in _frozen(model) if m not in were_frozen}
+            chosen = {inner for m in modules if m.training for inner in m.modules()}
+            resting = {m for m in resting if m in chosen or m in rested or m in frozen}
         self._model.train()
         for module in resting:
             module.training = False
-        _resting[model] = WeakSet(m for m in modules if not m.training)
+        self._trained = True
+        _remember(model)
 
     def check(self) -> None:
         """Warn once of frozen layers whose statistics are about to change; callbacks have set their modes by now."""
@@ -66,8 +77,12 @@ class Modes:
         """Put all modules into eval mode, for predictions."""
         model = unwrap(self._model)
         if any(m.training for m in model.modules()):  # else somebody has evaluated it since the last epoch began
-            _resting[model] = WeakSet(m for m in model.modules() if not m.training)
+            _remember(model)
         self._model.eval()
+
+
+def _remember(model: nn.Module) -> None:
+    _last[model] = WeakSet(m for m in model.modules() if not m.training), WeakSet(_frozen(model))
 
 
 def _frozen(model: nn.Module) -> set[nn.Module]:

@@ -28,7 +28,6 @@ class Recorder:
         self.loss_is_used = False
         self._given_loss = state.loss
         self._unlogged = False  # whether the newest evaluation is still to be logged
-        self._trained = True  # whether it has a training loss
         self._warned = self._warned_of_loss = False
 
     @property
@@ -47,6 +46,19 @@ class Recorder:
         """Stop if any rank has asked for it."""
         state = self._state
         state.stop_reason = state.stop_reason or ranks.agree(state.stop_request)
+
+    def refuse_weights(self) -> None:
+        """Refuse to train from non-finite weights.
+
+        Raises:
+            ValueError: A trainable parameter or a running statistic is not finite, on any rank.
+        """
+        name = ranks.agree(health.not_finite(self._state.model))
+        if name is not None:
+            raise ValueError(
+                f"the model has non-finite weights before step {self._state.progress.step + 1} (`{name}` is the "
+                "first): initialize or load them again; freeze what is infinite on purpose, with requires_grad_(False)"
+            )
 
     def give_up(self) -> bool:
         """Return whether the model has non-finite weights; the first time, warn and stop training."""
@@ -67,7 +79,7 @@ class Recorder:
         trained = progress.step > state.history.newest.get("step", progress.first_step)
         loss = state.train_loss.close_evaluation()
         state.history.entries.append({"epoch": progress.epoch, "step": progress.step, "train/loss": loss, **values})
-        self._unlogged, self._trained = True, trained
+        self._unlogged, state.history.trained = True, trained
         if trained:  # else there is none
             self._warn("train/loss", None)
         self._warn("val/loss", state.validation.bad_batch)
@@ -85,14 +97,15 @@ class Recorder:
         state.train_loss.examples += int(examples)
         more = {"train/optim/loss": total / weight} if weight else {}
         if self._unlogged:
-            left = ("epoch", "step") if self._trained else ("epoch", "step", "train/loss")
+            left = ("epoch", "step") if state.history.trained else ("epoch", "step", "train/loss")
             more |= {name: v for name, v in state.history.newest.items() if name not in left}
         self._unlogged = False
         state.log.close_window(more)
         if state.log.records:
             self._hooks.on_log(state)
 
-        if state.loss is not self._given_loss and not (self.loss_is_used or self._warned_of_loss):
+        # Without a weight no batch was trained in this window, so it does not show how the loss is computed.
+        if weight and state.loss is not self._given_loss and not (self.loss_is_used or self._warned_of_loss):
             self._warned_of_loss = True
             logger.warning(
                 "a callback has replaced the loss (for example with class weights), but the training step does not use "

@@ -79,8 +79,10 @@ def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _explain(error: Exception, count: int) -> None:
-    """Say in the message that training has not begun."""
+    """Say once that training has not begun: in the message, or in a note if the message can't be changed."""
     when = f"in a trial validation of {count} batch{'es' * (count > 1)} before step 1"
     if type(error) in (ValueError, TypeError, RuntimeError) and len(error.args) == 1:
         error.args = (f"{when}: {error.args[0]}",)
-    error.add_note(f"raised {when}, which shows early what would fail after an epoch; sanity_steps=0 leaves it out")
+        error.add_note("the trial shows early what would fail after an epoch; sanity_steps=0 leaves it out")
+    else:
+        error.add_note(f"raised {when}, which shows early what would fail after an epoch; sanity_steps=0 leaves it out")

@@ -1,5 +1,6 @@
 """The settings of a fit, described for reports and compared between ranks and with a checkpoint."""
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ logger = logging.getLogger("fitwatch")
 
 _FROM_CHECKPOINT = ("lr", "weight_decay")  # restored with the optimizer state of a checkpoint
 _MAY_DIFFER = ("device", "seed")
+_OPTIONS = (bool, int, float, str)
 
 
 def describe(
@@ -83,8 +85,48 @@ def continued(history: History | None, model: nn.Module, val_loader: object) -> 
             facts["examples"],
             before["examples"],
         )
+    if history and "loss" in history.facts:
+        facts["loss"] = history.facts["loss"]  # until this fit's is known
     history.facts = facts
     return history
+
+
+def warn_of_another_loss(history: History, loss: object) -> None:
+    """Warn if validation measures another loss than in the last fit; callbacks have set it by now."""
+    now, before = (loss, _described(loss)), history.facts.get("loss")
+    history.facts["loss"] = now
+    if not (history and isinstance(before, tuple)) or before[1] == now[1]:
+        return
+    if before[0] is loss and not _is_known(loss):  # it may change its own attributes in training
+        return
+    name, was = (getattr(one, "__name__", type(one).__name__) for one in (loss, before[0]))
+    what = f"is {name}, and was {was}" if name != was else f"({name}) has other options or weights than"
+    logger.warning(
+        "the loss %s in the last fit: the best evaluation is chosen over both; if they don't compare, pass reset=True "
+        "to fit, or no history to the Watch",
+        what,
+    )
+
+
+def _described(loss: object) -> list[object]:
+    """Return what tells losses apart: types, options, and the constants in the buffers of known types."""
+    if isinstance(loss, functools.partial):
+        return [*_described(loss.func), repr(loss.args), repr(loss.keywords)]
+    code = getattr(loss, "__code__", None)
+    if code is not None:
+        return [code]
+    found: list[object] = []
+    for part in loss.modules() if isinstance(loss, nn.Module) else [loss]:
+        attributes = getattr(part, "__dict__", {}).items()
+        options = {name: value for name, value in attributes if isinstance(value, _OPTIONS) and name != "training"}
+        constants = part.named_buffers(recurse=False) if isinstance(part, nn.Module) and _is_known(part) else ()
+        found += [type(part), options, {name: values.tolist() for name, values in constants}]
+    return found
+
+
+def _is_known(loss: object) -> bool:
+    """Return whether it is a loss of fitwatch or torch, which training does not change."""
+    return type(loss).__module__.partition(".")[0] in ("fitwatch", "torch")
 
 
 def _examples(loader: object) -> int | None:

@@ -234,7 +234,9 @@ class Pass:
             ValueError: No batch was added.
         """
         if not self._batches:
-            raise ValueError("no validation batch was measured: the loader is empty, or an exhausted generator")
+            raise ValueError(
+                "no validation batch was measured: the loader is empty, or an iterator, which can be iterated once only"
+            )
         self._mean.pull()
         values = {"val/loss": self._mean.value}
         if self._unweighted is not None:

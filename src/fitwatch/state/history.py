@@ -19,6 +19,8 @@ class History(Sequence[Entry]):
         names: The metrics that this fit will measure, known before step 1.
         monitor: The metric that decides which evaluation is best.
         mode: ``"min"`` if a lower ``monitor`` is better, ``"max"`` if a higher one is.
+        trained: Whether steps were trained between the last two evaluations (before the first: since the fit began).
+            If not, ``train/loss`` of the newest is NaN by design.
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,7 @@ class History(Sequence[Entry]):
         self.names: set[str] = {"train/loss", "val/loss"} if validates else {"train/loss"}
         self.monitor = "val/loss" if validates else "train/loss"
         self.mode: Literal["min", "max"] = "min"
+        self.trained = True
         self._watched: list[tuple[str, str, str | None]] = []
 
     def __len__(self) -> int:
