@@ -137,6 +137,7 @@ ITERATORS = {
     "zip": lambda batches: zip(*zip(*batches, strict=True), strict=True),
     "map": lambda batches: map(tuple, batches),
     "chain": itertools.chain,
+    "iter(loader)": lambda batches: iter(DataLoader(batches, batch_size=None)),
 }
 
 

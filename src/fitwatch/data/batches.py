@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from fitwatch.data.containers import children, convert, holds_arrays
 from fitwatch.helpers.aliases import Batch, Loader, Loaders
@@ -273,7 +274,7 @@ def check_loader(name: str, loader: object, *, several: str) -> None:
 def check_repeats(name: str, loader: object, passes: str) -> None:
     """Refuse an iterator where several passes are due; call it only if they are.
 
-    Only Python's own iterators are known not to start again; a class may do so in ``__iter__``.
+    Only the iterators of Python and of a `DataLoader` are known not to start again; a class may in ``__iter__``.
 
     Args:
         name: Name of the loader, for the error message.
@@ -283,7 +284,8 @@ def check_repeats(name: str, loader: object, passes: str) -> None:
     Raises:
         TypeError: It can be iterated once only.
     """
-    if type(loader).__module__ in ("builtins", "itertools") and isinstance(loader, Iterator):
+    plain = type(loader).__module__ in ("builtins", "itertools") and isinstance(loader, Iterator)
+    if plain or isinstance(loader, _BaseDataLoaderIter):
         raise TypeError(
             f"{name} is a {type(loader).__name__}, which can be iterated once only, and {passes}: give a DataLoader, a "
             "list, or an object whose __iter__ starts again"
