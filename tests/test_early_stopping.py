@@ -34,7 +34,7 @@ class Scripted(fw.Trainer):
 
     def go(self, **options):
         loader = [torch.zeros(1, 1)]
-        return self.fit(loader, list(loader), epochs=len(self.losses), **options)
+        return self.fit(loader, [torch.zeros(1, 1)], epochs=len(self.losses), **options)
 
     @property
     def weight(self):

@@ -17,7 +17,7 @@ CODE = textwrap.dedent(
     trainer = fw.Trainer(
         model, torch.optim.SGD(model.parameters(), 0.1), callbacks=[fw.ProgressBar()], log_every=5, accumulate=2, device="cpu"
     )
-    trainer.fit(batches, batches[:], epochs=2)
+    trainer.fit(batches, [(x.clone(), y.clone()) for x, y in batches], epochs=2)
     """
 )
 
