@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, WeightedRandomSampler
 
 import fitwatch as fw
+from fitwatch.data.position import random_states
 
 N, BATCH, EPOCHS = 45, 8, 2  # six batches per epoch, the last one short
 STEPS = EPOCHS * 6
@@ -579,3 +580,14 @@ def test_handlers_are_put_back():
         trainer.fit(list(Stream()), epochs=1)
     assert during[0] != before[1]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_examples_of_a_list_are_not_searched_for_generators():
+    """A data set may be a list of millions of examples: only what holds the list is looked at."""
+
+    class Untouchable(list):
+        def __iter__(self):
+            raise AssertionError("the examples were read")
+
+    examples = Untouchable([tensors()] * 4)
+    assert random_states(DataLoader(examples, 2), DataLoader(torch.utils.data.Subset(examples, [0, 1]), 2)) == []

@@ -329,7 +329,7 @@ def _check_kinds(path: Path, content: Content) -> None:
     for key, kind in _KINDS.items():
         if key not in content or not isinstance(content[key], kind):
             raise ValueError(
-                f"{path} is no valid checkpoint: {key} must be a {'list' if kind is list else 'dict'}, got "
+                f"{path} is not a valid checkpoint: {key} must be a {'list' if kind is list else 'dict'}, got "
                 f"{content.get(key)!r:.80}"
             )
     counters = [("progress", name, value) for name, value in content["progress"].items()]
@@ -339,7 +339,7 @@ def _check_kinds(path: Path, content: Content) -> None:
     for key, name, value in counters:
         if name not in fields_dict(Progress) or type(value) is not int or value < 0:
             raise ValueError(
-                f"{path} is no valid checkpoint: {key}[{name!r}] must be a counter of 0 or more, got {value!r:.80}"
+                f"{path} is not a valid checkpoint: {key}[{name!r}] must be a counter of 0 or more, got {value!r:.80}"
             )
 
 

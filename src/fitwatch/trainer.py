@@ -259,7 +259,7 @@ class Trainer:
         Raises:
             ValueError: There is no batch; the outputs can't be joined, for example because their lengths vary; or with
                 ``proba`` the loss does not say what the outputs are.
-            TypeError: ``proba`` is True and the outputs are no single tensor.
+            TypeError: ``proba`` is True and the outputs are not a single tensor.
         """
         convert = as_probabilities(self.loss) if proba else None
         outputs = self._watch.predict(loader, self._predict_batch)
@@ -299,7 +299,7 @@ class Trainer:
             return self.prediction_step(batch)
 
     def _trial_step(self) -> Callable[[Batch], None]:
-        """Return `_validate_batch` of a copy: what a subclass keeps in attributes of its own must not change."""
+        """Return `_validate_batch` of a copy: attributes that a subclass adds must not change."""
         twin = copy.copy(self)
         own = {a.name for a in fields(Trainer)} | {"_schedule", "_scaler", "_watch", "state"}
         for name, value in vars(self).items():

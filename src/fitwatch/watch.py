@@ -197,7 +197,7 @@ class Watch:
         self._used = self._checked = False
         self._weighted: set[bool] = set()  # whether the weights of examples came in a validation: False, True, or both
         self._evaluations = self._start = 0  # evaluations and steps before this watch
-        # Without a step of its own a loop may validate in a way that the default step does not know.
+        # A loop that gives no validation step may validate in a way that the default step does not know.
         self._trial_step = validation_step
 
     def __repr__(self) -> str:
@@ -708,7 +708,7 @@ def _check_loaders(train_loader: object, val_loader: object, several: Mapping[st
         joined = "there is one training loader, for example over a ConcatDataset of the data sets"
         batches.check_loader("train_loader", train_loader, several=joined)
     for name, loader in several.items():
-        batches.check_loader(f"val_loader[{name!r}]", loader, several="give each loader a name of its own")
+        batches.check_loader(f"val_loader[{name!r}]", loader, several="give each loader another name")
     if val_loader is not None and not several:
         named = 'give several loaders as a dict, val_loader={"first": ..., "second": ...}'
         batches.check_loader("val_loader", val_loader, several=named)

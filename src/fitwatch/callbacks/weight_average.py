@@ -26,7 +26,7 @@ class WeightAverage(Callback):
 
     The running statistics of normalization layers are averaged too; other buffers are those of the model in training.
     For a plain average over many steps these statistics are an approximation: after the fit,
-    ``torch.optim.swa_utils.update_bn(train_loader, model)`` measures them anew.
+    ``torch.optim.swa_utils.update_bn(train_loader, model)`` measures them again.
 
     It swaps back after all other callbacks, wherever it stands in the list. It takes memory for two copies of the
     weights during a validation, and for one at other times.
@@ -40,7 +40,7 @@ class WeightAverage(Callback):
 
     Raises:
         ValueError: ``decay`` or ``start_epoch`` is out of range.
-        TypeError: One of them is no number; at the first averaged step: weights are in half precision.
+        TypeError: One of them is not a number; at the first averaged step: weights are in half precision.
     """
 
     decay: float | None = field(default=0.999, validator=number(least=0, or_none=True))
@@ -116,7 +116,7 @@ class WeightAverage(Callback):
                 )
         if self.decay is None:
             return AveragedModel(inner, multi_avg_fn=get_swa_multi_avg_fn())  # type: ignore[no-untyped-call] # torch's
-        return AveragedModel(inner, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call]
+        return AveragedModel(inner, multi_avg_fn=get_ema_multi_avg_fn(self.decay))  # type: ignore[no-untyped-call] # torch's
 
     def _put_average(self, model: nn.Module) -> None:
         assert self._average is not None

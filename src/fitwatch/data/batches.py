@@ -226,7 +226,7 @@ def named(loaders: Loaders | None, metrics: Iterable[str]) -> dict[str, Loader]:
 
     Raises:
         ValueError: There is none in the mapping, or a name can't be part of the name of a metric.
-        TypeError: A name is no string.
+        TypeError: A name is not a string.
     """
     if not isinstance(loaders, Mapping):
         return {}

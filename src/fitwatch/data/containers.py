@@ -53,7 +53,7 @@ def convert(part: Any, on_tensor: Callable[[Tensor], Tensor], on_movable: Callab
 
 
 def children(part: object) -> list[tuple[Any, Any]] | None:
-    """Return the keys, indices or names of what a container holds, with the values; None if it is no container."""
+    """Return the keys, indices or names of what a container holds, with the values; None if it is not a container."""
     if isinstance(part, Mapping):
         return list(part.items())
     if isinstance(part, (Sequence, AbstractSet)) and not isinstance(part, (str, bytes, range, memoryview)):

@@ -28,7 +28,7 @@ logger = logging.getLogger("fitwatch")
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Has a state of its own, as the loader and the samplers of torchdata have."""
+    """Keeps a state that a checkpoint can hold, as the loader and the samplers of torchdata do."""
 
     def state_dict(self) -> StateDict:
         """Return the state."""
@@ -167,10 +167,9 @@ def _sources(*loaders: object) -> list[object]:
     found: dict[int, object] = {}
     seen: set[int] = set()
     for loader in loaders:
-        waiting: list[object] = [loader, getattr(loader, "batch_sampler", None), sampler_of(loader)]
-        waiting += [getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)]
-        while waiting:
-            owner = waiting.pop(0)
+        inner = (getattr(loader, name, None) for name in ("batch_sampler", "dataset", "collate_fn"))  # or properties
+        waiting: list[object] = [loader, sampler_of(loader), *inner]
+        for owner in waiting:  # which grows
             if id(owner) in seen or not hasattr(owner, "__dict__") or isinstance(owner, (type, torch.nn.Module)):
                 continue
             seen.add(id(owner))
@@ -179,13 +178,17 @@ def _sources(*loaders: object) -> list[object]:
             for name, value in vars(owner).items():
                 if isinstance(value, (torch.Generator, random.Random)) or _is_numpy(value):
                     found[id(value)] = value
+                elif name in _INNER_LISTS and isinstance(value, (list, tuple)):
+                    waiting += value
                 elif name in _INNER:
-                    waiting += value if isinstance(value, (list, tuple)) else [value]
+                    waiting.append(value)
     return list(found.values())
 
 
-_INNER = frozenset({"dataset", "datasets", "transform", "target_transform", "transforms", "collate_fn", "sampler"})
-"""Attributes of data sets, transforms and samplers that hold others."""
+_INNER = frozenset({"dataset", "transform", "target_transform", "transforms", "collate_fn", "batch_sampler", "sampler"})
+"""Attributes of loaders, data sets, transforms and samplers that hold another one."""
+_INNER_LISTS = frozenset({"datasets", "transforms"})
+"""Those that hold several. A list under ``dataset`` holds the examples, which may be millions."""
 
 
 def _is_numpy(value: object) -> bool:

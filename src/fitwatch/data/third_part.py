@@ -22,7 +22,7 @@ def third_parts(data: object) -> Iterator[Tensor]:
     elif isinstance(data, TensorDataset) and len(data.tensors) == 3:
         yield data.tensors[2]
     elif type(data) in (list, tuple):
-        found = [b[2] for b in data if isinstance(b, (list, tuple)) and len(b) == 3]  # type: ignore[attr-defined]
+        found = [b[2] for b in data if isinstance(b, (list, tuple)) and len(b) == 3]  # type: ignore[attr-defined] # iterable
         if len({(t.shape[1:], t.dtype, t.device) if isinstance(t, Tensor) and t.dim() else None for t in found}) == 1:
             yield from () if not isinstance(found[0], Tensor) or not found[0].dim() else (torch.cat(found),)
 

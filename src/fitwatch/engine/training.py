@@ -1,5 +1,6 @@
 """The batches and steps of a watch: runs the hooks that are due and detects missing calls."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
@@ -20,6 +21,8 @@ from fitwatch.helpers.aliases import Batch
 from fitwatch.helpers.rng import set_rng_state
 from fitwatch.losses import LossSum, as_sums
 from fitwatch.state import State
+
+logger = logging.getLogger("fitwatch")
 
 _END: Final = object()
 
@@ -147,10 +150,11 @@ class Training:
         while True:
             try:
                 batch = next(batches_left, _END)
-            except Exception:
+            except Exception as error:
                 # A signal to the process group has ended the workers of the loader.
                 if self._interrupts.received is None or self._gradient.weights:
                     raise
+                logger.warning("after %s train_loader raised %r", self._interrupts.received, error)
                 self._interrupt()
                 self._complete = False
                 return

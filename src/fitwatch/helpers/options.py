@@ -117,7 +117,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: It is an address, such as ``s3://...``, or the home folder is unknown.
-        TypeError: It is no path.
+        TypeError: It is not a path.
     """
     given = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
     if not isinstance(given, str):

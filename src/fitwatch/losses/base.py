@@ -308,7 +308,7 @@ def as_sample_weight(sample_weight: Tensor, like: Tensor) -> Tensor:
     if not isinstance(sample_weight, Tensor):
         raise TypeError(
             f"sample_weight must be a tensor, got {type(sample_weight).__name__}: give a weight for each example; if "
-            "this third part of the batch is no weight, drop it, or override training_step and validation_step"
+            "this third part of the batch is not a weight, drop it, or override training_step and validation_step"
         )
     weight = sample_weight.detach().to(like.dtype)
     if weight.shape != like.shape:

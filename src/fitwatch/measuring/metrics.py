@@ -178,7 +178,7 @@ def as_metrics(metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
     """Return metrics by name.
 
     Raises:
-        TypeError: They are no dict, or one of them is no metric.
+        TypeError: They are not a dict, or one of them is not a metric.
         ValueError: A name is taken.
     """
     if metrics is not None and not isinstance(metrics, Mapping):
@@ -270,7 +270,7 @@ class Metrics:
             RuntimeError: No batch was seen: a custom ``validation_step`` did not call ``update_metrics``.
             ValueError: There is a function, and the outputs or targets of the batches can't be joined; or two values
                 have one name.
-            TypeError: A value is no number, vector or dict of these.
+            TypeError: A value is not a number, a vector, or a dict of these.
         """
         names = [*self._functions, *self._objects]
         if not names:
