@@ -12,6 +12,7 @@ from torch import nn
 
 import fitwatch as fw
 from fitwatch.engine.guard import all_finite
+from fitwatch.rules import SpikeRule
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
@@ -235,7 +236,7 @@ def test_ignore_lets_the_weights_be_ruined():
 
 def test_other_values_are_refused():
     """An unknown value names those that are allowed."""
-    with pytest.raises(ValueError, match="nonfinite must be one of 'raise', 'skip', 'ignore', got 'warn'"):
+    with pytest.raises(ValueError, match="nonfinite must be one of 'raise', 'skip', 'spike', 'ignore', got 'warn'"):
         trainer_of(nonfinite="warn")
     model = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="nonfinite must be one of"):
@@ -298,3 +299,147 @@ def test_frozen_infinities_are_no_error():
     batches = [(torch.randn(6, 4), torch.arange(6) % 3)]
     result = fw.Trainer(model, torch.optim.SGD(model[0].parameters(), 0.1), device="cpu").fit(batches, epochs=1)
     assert result.stop_reason is None
+
+
+FUSED = {
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, 0.01, fused=True),
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.01, fused=True),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("optimizer", FUSED)
+def test_a_fused_optimizer_leaves_bad_steps_out_on_the_device(optimizer, accumulate, monkeypatch):
+    """Where reading a value would wait, weights and state stay those before the bad step until the error comes."""
+    monkeypatch.setattr("fitwatch.engine.guard.READ_FREELY", frozenset())  # as on a GPU
+    keep = Snapshots()
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    options = {"device": "cpu", "accumulate": accumulate, "log_every": 50}
+    trainer = Bad(model, FUSED[optimizer](model.parameters()), callbacks=keep, **options)
+    keep.trainer, trainer.at = trainer, (14,)
+    with pytest.raises(FloatingPointError) as info:
+        trainer.fit(batches(), epochs=3)
+    step = 14 // accumulate + 1
+    assert f"step {step} had non-finite gradients" in str(info.value)
+    assert f"still those of step {step - 1}." in str(info.value)
+    assert all(torch.equal(a, b) for a, b in zip(keep.taken[step - 2], snapshot(trainer), strict=True))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not hasattr(trainer.optimizer, "found_inf")
+
+
+def test_no_file_and_no_validation_comes_after_a_bad_step_on_the_device(tmp_path, monkeypatch):
+    """The flag is read before each validation and each save."""
+    monkeypatch.setattr("fitwatch.engine.guard.READ_FREELY", frozenset())
+    trainer = trainer_of("fused AdamW", at=(13,), callbacks=fw.Checkpoint(tmp_path, every_steps=5))
+    with pytest.raises(FloatingPointError, match="step 14 had"):
+        trainer.fit(batches(), batches(2), epochs=3)
+    assert len(trainer.state.history) == 1
+    assert sorted(f.name for f in tmp_path.glob("*-*.pt")) == ["epoch-1.pt", "step-10.pt"]
+
+
+def test_a_good_fit_with_a_fused_optimizer_is_that_of_the_plain_loop(monkeypatch):
+    """The flag changes no bit of weights and optimizer state."""
+    monkeypatch.setattr("fitwatch.engine.guard.READ_FREELY", frozenset())
+    trainer = trainer_of("fused AdamW", at=())
+    trainer.fit(data := batches(), epochs=2)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = OPTIMIZERS["fused AdamW"](model.parameters())
+    for x, y in data * 2:
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), model.parameters(), strict=True))
+
+
+class Spiking(fw.Trainer):
+    """Multiplies the loss of some steps by 1e4."""
+
+    at = ()
+
+    def training_step(self, batch):
+        loss = super().training_step(batch)
+        return loss * 1e4 if self.state.progress.step in self.at else loss
+
+
+def spiking(at, **options):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    trainer = Spiking(model, torch.optim.SGD(model.parameters(), 0.01), device="cpu", **options)
+    trainer.at = at
+    return trainer
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_spike_is_left_out(clip_norm):
+    """With "spike" the weights are those of a fit without the batches whose gradient norm is far above the others."""
+    trainer = spiking((150, 170), nonfinite="spike", clip_norm=clip_norm)
+    trainer.fit(data := batches(), epochs=20)
+    plain = spiking((), nonfinite="raise", clip_norm=clip_norm)
+    plain.fit([b for i, b in enumerate(data * 20) if i not in (150, 170)], epochs=1)
+    assert trainer.state.guard.skipped == 2
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(trainer), snapshot(plain), strict=True))
+
+
+def test_what_spikes_are_told_by_is_resumed(tmp_path):
+    """A fit that is cut off before a spike leaves it out after resuming, and goes on counting."""
+
+    def fit(folder, steps, **how):
+        trainer = spiking((100, 150), nonfinite="spike", callbacks=fw.Checkpoint(folder, every_steps=10))
+        trainer.fit(batches(), max_steps=steps, **how)
+        return trainer
+
+    whole = fit(tmp_path / "whole", 200)
+    fit(tmp_path / "cut", 140)
+    resumed = fit(tmp_path / "cut", 200, resume="auto")
+    assert resumed.state.guard.skipped == whole.state.guard.skipped == 2
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(whole), snapshot(resumed), strict=True))
+
+
+def test_a_norm_is_a_spike_beyond_six_robust_deviations():
+    """The limit is median + 6 x 1.4826 MAD of the last 128 norms, computed here by torch."""
+    generator = torch.Generator().manual_seed(0)
+    norms = (5 + torch.randn(400, generator=generator)).abs().tolist()
+    norms[300] = 40.0
+    rule, found = SpikeRule(), []
+    for i, norm in enumerate(norms):
+        if rule.update(norm):
+            found.append(i)
+        if i >= 127:
+            last = torch.tensor(norms[i - 127 : i + 1], dtype=torch.float64)
+            low, high = last.sort().values[63:65]
+            away = (last - (low + high) / 2).abs().sort().values[63:65].mean()
+            assert rule.limit == pytest.approx(float((low + high) / 2 + 6 * 1.4826 * away), rel=1e-12)
+    assert found == [300]
+
+
+def test_a_new_level_is_no_spike():
+    """After 20 spikes in a row the norms have a new level; a constant norm makes no spike of rounding."""
+    rule = SpikeRule()
+    assert not any(rule.update(1.0 + 1e-6 * (i % 2)) for i in range(200))
+    found = [rule.update(10.0) for i in range(60)]
+    assert found == [True] * 20 + [False] * 40
+
+
+def test_spikes_are_not_told_under_a_scaler():
+    """The GradScaler decides by itself, so "spike" is refused with fp16."""
+    with pytest.raises(ValueError, match='nonfinite="spike" needs'):
+        spiking((), nonfinite="spike", precision="fp16")
+
+
+def test_the_error_says_where_the_data_are_bad():
+    """A NaN in the input is found in the batch, and the loss is told."""
+    data = batches()
+    data[3][0][5, 2] = math.nan
+    trainer = trainer_of(at=())
+    with pytest.raises(FloatingPointError) as info:
+        trainer.fit(data, epochs=1)
+    assert "1 of 32 values in a tensor of shape (8, 4) of its last batch (state.batch) are not finite" in str(
+        info.value
+    )
+    assert "the first at [5, 2]" in str(info.value)
+    assert "its loss is nan" in str(info.value)
+    assert trainer.state.batch is data[3]

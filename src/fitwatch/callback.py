@@ -1,6 +1,7 @@
 """The ten hooks and their contract."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -78,6 +79,8 @@ class Callback:
                 close = difflib.get_close_matches(name, HOOKS, n=1)
                 hint = f"did you mean {close[0]!r}? " if close else ""
                 raise TypeError(f"{cls.__name__}.{name} is no hook; {hint}The hooks are {', '.join(HOOKS)}")
+            if inspect.iscoroutinefunction(getattr(cls, name)):
+                raise TypeError(f"{cls.__name__}.{name} is async, and hooks are called, not awaited: write it with def")
 
     def on_fit_start(self, state: State) -> None:
         """Called before training starts."""
@@ -128,6 +131,7 @@ class Callbacks(Callback):
 
     Raises:
         TypeError: An element is not a `Callback` instance.
+        ValueError: An instance is given twice.
     """
 
     def __init__(self, callbacks: Iterable[Callback] | Callback = ()) -> None:
@@ -138,6 +142,9 @@ class Callbacks(Callback):
                 hint = f" (write {c.__name__}())" if isinstance(c, type) else ""
                 raise TypeError(f"callbacks must hold Callback instances, got {c!r}{hint}")
             self.callbacks += c.callbacks if isinstance(c, Callbacks) else [c]
+        for i, c in enumerate(self.callbacks):
+            if any(c is other for other in self.callbacks[:i]):
+                raise ValueError(f"the same {type(c).__name__} is given twice as a callback: each hook would run twice")
         self._hooks = self._bound()
 
     def _bound(self) -> dict[str, list[Callable[[State], None]]]:

@@ -84,9 +84,6 @@ class Loop:
             else:
                 self._watch.backward(loss, examples)  # on_batch_end
         except Exception as error:
-            progress = self._watch.state.progress
-            place = f"raised in training: epoch {progress.epoch}, batch {progress.epoch_batch} (both counted from 0)"
-            error.add_note(f"{place}, after {progress.step} steps")
             if "Expected more than 1 value per channel" in str(error):
                 error.add_note("BatchNorm can't use a batch of one example: use drop_last=True in the DataLoader")
             raise

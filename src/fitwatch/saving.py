@@ -4,7 +4,8 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 ``version`` (of fitwatch), ``model``, ``trained`` (the weights in training, if the model's are others: an average),
 ``loss`` (its parameters), ``optimizer``, ``groups`` (names of its parameters),
 ``frozen`` (parameters that are not trained), ``scheduler``, ``scaler``, ``generators`` (of the loaders, their samplers
-and data sets), ``callbacks`` (by class name), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since
+and data sets), ``callbacks`` (by class name),
+``guard`` (counts of steps left out), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since
 the last evaluation), ``rng`` (of rank 0), ``position`` (within an epoch: random states at its start, and the loader's
 own state), and ``other_ranks`` (``rng``, ``generators`` and ``position`` of the others).
 """
@@ -75,6 +76,7 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
         "scaler": state.scaler.state_dict() if state.scaler is not None else None,
         "generators": generators,
         "callbacks": state.callbacks.state_dict() if state.callbacks is not None else {},
+        "guard": state.guard.state_dict() if state.guard is not None else {},
         "settings": {name: str(value) for name, value in state.settings.items()},
         "progress": asdict(state.progress),
         "history": state.history.entries,
@@ -251,6 +253,8 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
             state.scaler.load_state_dict(content["scaler"])
         if state.callbacks is not None:
             state.callbacks.load_state_dict(content["callbacks"])
+        if state.guard is not None and content.get("guard"):
+            state.guard.load_state_dict(content["guard"])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this training: {error}") from error
     for name, value in content["progress"].items():

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from attrs import define, field, fields
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fitwatch import ranks
 from fitwatch.callback import Callback
 from fitwatch.data import batches
+from fitwatch.engine.guard import MODES
+from fitwatch.engine.preflight import Report
 from fitwatch.engine.schedule import Schedule
 from fitwatch.helpers import rng
 from fitwatch.helpers.aliases import Batch, Loader, Loaders
@@ -56,13 +58,13 @@ class Trainer:
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
         log_every: Steps per log window. Values are copied to the host once per log window.
         skip_checks: As for `Watch`.
-        nonfinite: As for `Watch`: ``"raise"``, ``"skip"`` or ``"ignore"``.
+        nonfinite: As for `Watch`: ``"raise"``, ``"skip"``, ``"spike"`` or ``"ignore"``.
         fast_loading: As for `Watch`.
         sanity_steps: Batches of ``val_loader`` that are validated before step 1, so that a mistake in metrics or in
             `validation_step` shows at once; see `Watch`. It sees a copy of the attributes that a subclass adds, but
             what a step or a metric changes elsewhere is changed by the trial too. 0: none.
-        seed: Seed for torch, Python and NumPy, set when the first fit starts: too late for the initial weights of
-            ``model``. None: no seeding.
+        seed: Seed for torch, Python and NumPy, from 0 to 2**32 - 1, set when the first fit starts: too late for the
+            initial weights of ``model``. None: no seeding.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -83,10 +85,10 @@ class Trainer:
     device: torch.device = field(default="auto", kw_only=True, converter=batches.as_device)  # type: ignore[assignment] # before conversion
     log_every: int = field(default=50, kw_only=True, validator=integer(1))
     skip_checks: Collection[str] = field(default=(), kw_only=True)
-    nonfinite: str = field(default="raise", kw_only=True, validator=one_of("raise", "skip", "ignore"))
+    nonfinite: str = field(default="raise", kw_only=True, validator=one_of(*MODES))
     fast_loading: bool = field(default=True, kw_only=True, validator=instance(bool))
     sanity_steps: int = field(default=2, kw_only=True, validator=integer(0))
-    seed: int | None = field(default=None, kw_only=True, validator=integer(or_none=True))
+    seed: int | None = field(default=None, kw_only=True, validator=integer(0, 2**32 - 1, or_none=True))
 
     def __attrs_post_init__(self) -> None:
         schedule = Schedule(self.scheduler, self.scheduler_interval, self.scheduler_monitor)
@@ -225,6 +227,23 @@ class Trainer:
         )
         return watch.result
 
+    def check(self, train_loader: Loader, val_loader: Loaders | None = None) -> Report:
+        """Look for mistakes without training: ``print(trainer.check(train, val))``.
+
+        It looks at the weights, the optimizer, the targets where reading them costs nothing, the first batches of both
+        loaders with all metrics, the gradient of a step (as micro-batches, and as one large batch), and the folders of
+        the callbacks. `fit` itself finds most of this before or in its first step. Nothing is changed, except that the
+        model moves to ``device``; no hook runs, so class weights that a callback sets are not in the loss yet.
+
+        Raises:
+            ValueError: A weight or an option is not finite, a label is out of range, a loader is empty, ...
+            OSError: A callback can't write to its folder.
+        """
+        watch = self._new_watch(train_loader=train_loader, val_loader=val_loader)
+        twin = self._twin()
+        twin._watch, twin.state = watch, watch.state  # noqa: SLF001 - of the same class
+        return watch.check(twin._checked_batch, twin._validate_batch)  # noqa: SLF001
+
     def validate(self, loader: Loader) -> dict[str, float]:
         """Return the exact loss and the metrics over ``loader``, in eval mode: ``val/loss``, ``val/<metric>``, ...
 
@@ -298,15 +317,23 @@ class Trainer:
         with self._autocast():
             return self.prediction_step(batch)
 
+    def _checked_batch(self, batch: Batch) -> tuple[LossSum | Tensor | None, LossSum | None]:
+        with self._autocast():
+            loss = self.training_step(batch)
+        return loss, None if loss is None else self._sums(loss, batch, "training_step")
+
     def _trial_step(self) -> Callable[[Batch], None]:
-        """Return `_validate_batch` of a copy: attributes that a subclass adds must not change."""
+        return self._twin()._validate_batch  # noqa: SLF001 - of the same class
+
+    def _twin(self) -> Self:
+        """Return a copy for trials: attributes that a subclass adds must not change."""
         twin = copy.copy(self)
         own = {a.name for a in fields(Trainer)} | {"_schedule", "_scaler", "_watch", "state"}
         for name, value in vars(self).items():
             if name not in own:
                 with suppress(Exception):  # a generator or a file can't be copied
                     setattr(twin, name, copy.deepcopy(value, {id(self): twin, id(self.model): self.model}))
-        return twin._validate_batch  # noqa: SLF001 - of the same class
+        return twin
 
     def _new_watch(self, **fit: Any) -> Watch:
         return Watch(

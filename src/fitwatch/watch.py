@@ -18,10 +18,11 @@ from fitwatch.data import batches
 from fitwatch.data.sharding import start_workers
 from fitwatch.data.third_part import announce_weights, refuse_index
 from fitwatch.engine.checks import Checks
+from fitwatch.engine.preflight import Report, TrainingStep, preflight
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_another_loss, warn_of_changes
 from fitwatch.engine.signals import Interrupts
-from fitwatch.engine.step import needs_closure, parameters, zero_grad
+from fitwatch.engine.step import check_options, needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
 from fitwatch.helpers.aliases import Batch, Loader, Loaders, Scheduler
@@ -88,12 +89,15 @@ class Watch:
             and by the probe of the overfitting detector. Default: ``watch.loss(model(input), target)``, for batches
             ``(input, target)``, ``(input, target, sample_weight)`` or mappings with these keys.
         skip_checks: Names of checks not to run before step 1, of ``"untrained_parameters"``, ``"shared_examples"``,
-            ``"validation_order"``, ``"last_batch"``, ``"class_weights"``, ``"probabilities"`` and ``"labels"``. Each
-            logs a warning that says what to write.
+            ``"validation_order"``, ``"last_batch"``, ``"class_weights"``, ``"probabilities"``, ``"labels"`` and
+            ``"unreached_parameters"``. Each logs a warning that says what to write.
         nonfinite: What to do with a step whose gradients are not finite: ``"raise"`` a `FloatingPointError` before the
             optimizer steps; ``"skip"`` the step, which changes no weight but counts, up to 50 in a row; or ``"ignore"``
-            it, until the weights are not finite, which ends training. The check waits for the device once per step.
-            Under a GradScaler, which skips such steps itself, only the limit of 50 holds.
+            it, until the weights are not finite, which ends training. ``"spike"`` is ``"skip"``, and skips steps too
+            whose gradient norm is a spike, by `rules.SpikeRule`. The check waits for the device once per step, unless
+            it is ``"raise"`` with an optimizer that has ``fused=True`` on a GPU: that leaves the bad step and all later
+            ones out on the device, and the error comes when the log window closes. Under a GradScaler, which skips
+            such steps itself, only the limit of 50 holds.
         fast_loading: Whether `train`, `validate` and `evaluate` read a plain `DataLoader` by one ``index_select`` per
             tensor. Plain is: the default ``collate_fn``, no workers, over a `TensorDataset` or a `Subset` of one. The
             batches, their order and the random numbers drawn are the same.
@@ -183,7 +187,13 @@ class Watch:
         self._checks, self._first_batch = Checks(self.state, skip_checks), True
         self._interrupts = Interrupts()
         self._training = Training(
-            self.state, hooks, self._recorder, self._interrupts, fast_loading=fast_loading, nonfinite=nonfinite
+            self.state,
+            hooks,
+            self._recorder,
+            self._interrupts,
+            checks=self._checks,
+            fast_loading=fast_loading,
+            nonfinite=nonfinite,
         )
         step = self._default_validation_step if validation_step is None else validation_step
         self._validator = Validator(
@@ -203,6 +213,40 @@ class Watch:
     def __repr__(self) -> str:
         progress = self.state.progress
         return f"Watch({type(self.state.model).__name__}, epoch {progress.epoch}, step {progress.step})"
+
+    def check(self, training_step: TrainingStep | None = None, validation_step: ValidationStep | None = None) -> Report:
+        """Look for mistakes without training; call it before entering the watch.
+
+        Looks at the weights, the optimizer's options and parameters, the targets where reading them costs nothing, the
+        first batches of both loaders, the gradient that the first batches give (as micro-batches, and as one large
+        batch), and whether the callbacks' folders can be written to. Most of it runs in a fit too. Afterwards weights,
+        gradients, buffers, modes, random generators and loaders are as before; only the model may have moved to the
+        device. No hook runs.
+
+        Args:
+            training_step: Returns the loss of a batch and its sums, or None twice. Default: ``watch.sums(model(input),
+                target)``, for batches as in ``validation_step`` of `Watch`.
+            validation_step: As for `Watch`, for this check only.
+
+        Returns:
+            What was seen, and what should be changed; ``print`` it.
+
+        Raises:
+            ValueError: A weight or an option is not finite, a label is out of range, a loader is empty, ...
+            OSError: A callback can't write to its folder.
+        """
+        if self._used:
+            raise RuntimeError("watch.check() looks at training before it starts: call it before `with watch:`")
+        if isinstance(self.state.train_loader, tuple) and not self.state.train_loader:
+            raise ValueError("watch.check() needs the train_loader of the Watch, and none was given")
+        ranks.start(self.state.device)
+        self._place()
+        self._recorder.refuse_weights()
+        step = self._default_training_step if training_step is None else training_step
+        trial = validation_step or self._trial_step or self._default_validation_step
+        found = preflight(self.state, self._checks, step, lambda: self._validator.rehearse(trial))
+        self._first_batch, self._weighted = True, set()
+        return found
 
     # -- entering and leaving --------------------------------------------------------------------------------------
 
@@ -242,6 +286,10 @@ class Watch:
             except BaseException as late:
                 self._leave(late)
                 raise
+        elif isinstance(error, Exception):
+            known = isinstance(error, FloatingPointError)  # it names its step
+            if not known and not any("raised " in note for note in getattr(error, "__notes__", ())):
+                error.add_note(self._training.place)
         self._leave(error)
 
     def _prepare(self) -> None:
@@ -259,6 +307,7 @@ class Watch:
             loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader, **state.val_loaders}
             live = loaders if state.position.resumed is None else state.position.resumed["live"]
             start_workers({name: loader for name in live if (loader := loaders[name]) is not None})
+        check_options(state.optimizer)
         self._evaluations, self._start = len(state.history), progress.step
         ranks.align([state.model, state.loss], parameters(state.optimizer))
         zero_grad(state.optimizer)
@@ -602,12 +651,17 @@ class Watch:
         input, target, *weight = batches.parts(batch)
         self.loss(self.state.model(input), target, *weight)
 
+    def _default_training_step(self, batch: Batch) -> tuple[LossSum | Tensor, LossSum]:
+        input, target, *weight = batches.parts(batch)
+        loss = self.sums(self.state.model(input), target, *weight)
+        return loss, as_sums(loss, lambda: batches.batch_size(batch), "the loss")
+
     def _start_validation(self, call: str) -> None:
         self._require_open(call)
         if self._validator.running is not None:
             raise RuntimeError("a validation is running: leave its `with watch.validating():` first")
         self._check()
-        self._training.settle()
+        self._training.settle_all()
         if self._training.in_epoch and self._training.batches_ended:
             self._training.log_rates()
 

@@ -34,8 +34,8 @@ class Checkpoint(Callback):
     Training resumes from the newest file of both kinds, to the bit, also within an epoch: the sampler draws the order
     again, and batches already seen are skipped. A loader with ``state_dict`` and ``load_state_dict``, as torchdata's,
     goes on by itself. Any other iterable is read again up to its place, with a warning. ``best.pt`` is for predictions:
-    a `ReduceLROnPlateau` has not seen its validation yet. Ctrl-C and SIGTERM end training
-    after the current step, with a ``step-N.pt``.
+    a `ReduceLROnPlateau` has not seen its validation yet. Ctrl-C, SIGTERM and SIGUSR1 end
+    training after the current step, with a ``step-N.pt``.
 
     A training loader without a length may be a stream without an end, which completes no epoch. So there, unless
     ``every_steps`` is given, ``step-N.pt`` is written too: one step after each evaluation, after 1,000 steps without

@@ -305,13 +305,25 @@ def is_stream(loader: object) -> bool:
     return length(loader) is None
 
 
+def _check_device(device: torch.device) -> None:
+    """Raise a ValueError if the machine has no such GPU."""
+    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        have = f"has {count} CUDA device{'s' * (count != 1)}" if count else "has no CUDA device that torch can use"
+        raise ValueError(f"device is {str(device)!r}, and this machine {have}: use 'auto', or 'cpu'")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device is 'mps', which is not available on this machine: use 'auto', or 'cpu'")
+
+
 def as_device(device: str | torch.device) -> torch.device:
     """Return a torch device; ``"auto"`` is CUDA (under ``torchrun`` the process's own GPU), else MPS, else the CPU."""
     if device != "auto":
         try:
-            return torch.device(device)
+            found = torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"device must be 'auto' or a torch device, got {device!r}: {error}") from error
+        _check_device(found)
+        return found
     if torch.cuda.is_available():
         return torch.device(local_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -23,6 +23,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from fitwatch import ranks
@@ -33,6 +34,7 @@ from fitwatch.helpers.aliases import Loader
 from fitwatch.helpers.modules import named_parameters
 from fitwatch.losses import BinaryCrossEntropy, ExpectedCost, NegativeLogLikelihood, RealWorldCrossEntropy
 from fitwatch.losses.base import ClassLoss, Loss
+from fitwatch.losses.errors import check_labels
 from fitwatch.losses.weighting import favours_common
 from fitwatch.state import State
 
@@ -46,6 +48,7 @@ CHECKS: Final = (
     "class_weights",
     "probabilities",
     "labels",
+    "unreached_parameters",
 )
 """The names that ``skip_checks`` takes."""
 
@@ -61,6 +64,9 @@ class Checks:
         state: The state of the fit.
         skip: Names of checks not to run.
 
+    Attributes:
+        found: What was found so far, in sentences.
+
     Raises:
         ValueError: A name is unknown.
     """
@@ -71,6 +77,7 @@ class Checks:
             if name not in CHECKS:
                 raise ValueError(f"skip_checks takes names among {', '.join(CHECKS)}, got {name!r}")
         self._state, self._skip = state, frozenset(names)
+        self.found: list[str] = []
 
     def before_training(self) -> None:
         """Check the optimizer and the loaders."""
@@ -96,10 +103,42 @@ class Checks:
         loss = self._state.loss
         self._warn("probabilities", probabilities(loss, output.detach(), target))
         if isinstance(loss, ClassLoss):
+            if output.dim() > 1 and not target.is_floating_point() and target.shape == output.shape[:1]:
+                self._refuse_labels(output.shape[1], target, loss.ignore_index)
             self._warn("labels", labels(output, target, self._state.train_loader, loss.ignore_index))
 
+    def _refuse_labels(self, num_classes: int, target: Tensor, ignore_index: int) -> None:
+        """Raise an IndexError if a label that no batch has shown yet is out of range, where all of them are exposed."""
+        state = self._state
+        try:
+            parts = batches.unpack(state.batch)
+        except (TypeError, ValueError):
+            return
+        if len(parts) < 2 or parts[1] is not target:  # the training step makes other targets of them
+            return
+        loaders: dict[str, Loader | None] = {"train_loader": state.train_loader, "val_loader": state.val_loader}
+        loaders |= {f"val_loader[{name!r}]": loader for name, loader in state.val_loaders.items()}
+        for name, loader in loaders.items():
+            if not isinstance(loader, DataLoader) or loader.collate_fn is not default_collate:
+                continue
+            known = exposed_targets(loader)
+            if known is None or known[0].dim() != 1 or known[0].is_floating_point():
+                continue
+            try:
+                check_labels(known[0], num_classes, ignore_index)
+            except IndexError as error:
+                text = str(error).replace("of the batch", f"of the targets of {name}")
+                raise IndexError(f"{text} (found in the first step)") from None
+
+    def first_gradients(self) -> None:
+        """Check the gradients of the first step."""
+        self._warn("unreached_parameters", unreached_parameters(self._state.model, self._state.optimizer))
+
     def _warn(self, name: str, text: str | None) -> None:
-        if text is not None and name not in self._skip and ranks.rank() == 0:
+        if text is None or name in self._skip:
+            return
+        self.found.append(text)
+        if ranks.rank() == 0:
             logger.warning('%s (skip_checks=["%s"] turns this check off)', text, name)
 
 
@@ -115,6 +154,19 @@ def untrained_parameters(module: nn.Module, optimizer: torch.optim.Optimizer, of
         f"({shown}), which will not be trained: create it with "
         f"{'model.parameters()' if of == 'model' else '[*model.parameters(), *loss.parameters()]'}, or freeze them "
         "with requires_grad_(False)"
+    )
+
+
+def unreached_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """Look for parameters of the optimizer that the loss of the first step does not depend on."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.grad is None}
+    names = [name for name, p in named_parameters(model) if id(p) in held]
+    if not names:
+        return None
+    shown = ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{len(names)} parameter{'s' * (len(names) > 1)} got no gradient in the first step ({shown}): the loss does "
+        "not depend on them. Use them in forward, or freeze them with requires_grad_(False)"
     )
 
 

@@ -1,12 +1,17 @@
 """Keeps steps with non-finite gradients away from the weights."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from fitwatch.data.joining import tensors
+from fitwatch.engine.step import by_device_and_dtype
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.rules.spikes import SpikeRule
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
@@ -15,7 +20,15 @@ BUDGET: Final = 50
 """Steps in a row that may be left out; after that training can't be working."""
 
 _Flags = dict[torch.device, tuple[Tensor, Tensor]]  # what the kernel takes: a flag that is 0, and a factor of 1
+_LARGEST: Final = 1e300  # a norm beyond all others
 _KERNEL = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+MODES: Final = ("raise", "skip", "spike", "ignore")
+"""What ``nonfinite`` takes."""
+
+READ_FREELY = frozenset({"cpu"})
+"""Devices where reading a value waits for nothing."""
 
 
 class Guard:
@@ -23,59 +36,106 @@ class Guard:
 
     Args:
         state: The state of the fit.
-        mode: ``"raise"``, ``"skip"`` or ``"ignore"``, see `Watch`.
+        mode: See `Watch`.
 
     Attributes:
+        raises: Whether a step with non-finite gradients ends the fit.
         skipped: Steps left out in this fit.
     """
 
     def __init__(self, state: State, mode: str) -> None:
-        if mode not in ("raise", "skip", "ignore"):
-            raise ValueError(f"nonfinite must be one of 'raise', 'skip', 'ignore', got {mode!r}")
+        if mode not in MODES:
+            raise ValueError(f"nonfinite must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
         scales = state.scaler is not None and state.scaler.is_enabled()
+        if mode == "spike" and scales:
+            raise ValueError('nonfinite="spike" needs the gradients before the GradScaler decides: use bf16 or fp32')
         self._state, self.raises, self._checks = state, mode == "raise", mode != "ignore" and not scales
+        self._spikes = SpikeRule() if mode == "spike" else None
         self._flags: _Flags = {}
-        self.skipped = 0
-        self._in_a_row = 0
+        self.skipped = self._in_a_row = 0
+        self._why = ""  # why the newest step is left out
+        self._checked = 0  # the step of the last `check`
+        self._good: Tensor | None = None  # on the device: steps before the first bad one, while nothing waits for it
 
-    def rejects(self) -> bool:
-        """Return whether a gradient of the complete step, before clipping, is not finite. Waits for the device.
+    @property
+    def needs_norm(self) -> bool:
+        """Whether `rejects` takes the norm of the gradients."""
+        return self._spikes is not None
 
-        Under a GradScaler, which checks and skips by itself, it is False.
+    def rejects(self, norm: Tensor | None) -> bool:
+        """Return whether the gradients of the complete step, before clipping, must not reach the weights.
+
+        Waits for the device, unless the optimizer leaves the step out there. Under a GradScaler, which checks and
+        skips by itself, it is False.
+
+        Args:
+            norm: The 2-norm of all gradients, if it is known: a finite one saves the check.
         """
         if not self._checks:
             return False
-        gradients = [p.grad for group in self._state.optimizer.param_groups for p in group["params"]]
-        if all_finite([g for g in gradients if g is not None], self._flags):
-            self._in_a_row = 0
+        if self._good is not None or self._decides_on_device():
+            self._flag_on_device()
             return False
+        if (norm is not None and math.isfinite(float(norm))) or all_finite(self._gradients(), self._flags):
+            spike = self._spikes is not None and norm is not None and self._spikes.update(min(float(norm), _LARGEST))
+            self._why = f"the gradient norm {float(norm):.4g} is a spike" if spike and norm is not None else ""
+            self._in_a_row = self._in_a_row if spike else 0
+            return spike
+        self._why = ""
         return True
 
-    def error(self) -> FloatingPointError:
+    def error(self, loss: float) -> FloatingPointError:
         """Return the error that names the step, the batch, the parameters and the loss."""
         state, progress = self._state, self._state.progress
         bad = [name for name, p in state.model.named_parameters() if p.grad is not None and not all_finite([p.grad])]
         shown = ", ".join(f"`{name}`" for name in bad[:3]) + (", ..." if len(bad) > 3 else "")
-        batch = progress.epoch_batch - 1
         return FloatingPointError(
-            f"step {progress.step + 1} (epoch {progress.epoch}, batch {batch}, both counted from 0) has non-finite "
-            f"gradients in {len(bad)} parameter{'s' * (len(bad) != 1)} ({shown}). The weights are still those of step "
-            f'{progress.step}. Look at the batch (state.batch), the learning rate and the loss; nonfinite="skip" '
-            "leaves such steps out"
+            f"{self._place} has non-finite gradients in {len(bad)} parameter{'s' * (len(bad) != 1)} ({shown}); its "
+            f"loss is {loss:.6g}. The weights are still those of step {progress.step}. {_advice(state.batch)}; "
+            'nonfinite="skip" leaves such steps out'
         )
 
-    def leave_out(self) -> None:
+    def check(self) -> None:
+        """Raise the error of a step that the optimizer has left out on the device, if there is one. Waits for it.
+
+        Raises:
+            FloatingPointError: A gradient since the last check was not finite.
+        """
+        if self._good is None:
+            return
+        good = int(self._good)
+        found = self._flags[self._good.device][0]
+        self._good = torch.zeros_like(self._good)
+        if found.item() == 0:
+            self._checked = self._state.progress.step
+            return
+        step = self._checked + good
+        raise FloatingPointError(
+            f"step {step + 1} had non-finite gradients. It and the steps after it changed nothing: the weights are "
+            f"still those of step {step}. The host reads this only when a log window closes, since a fused optimizer "
+            "leaves such steps out on the device; without fused=True training stops at the step itself, with its "
+            'batch in state.batch; nonfinite="skip" leaves such steps out'
+        )
+
+    def close(self) -> None:
+        """Take the flag back that the optimizer was given."""
+        if self._good is not None:
+            self._good = None
+            del self._state.optimizer.found_inf  # type: ignore[attr-defined] # set by _flag_on_device
+
+    def leave_out(self, loss: float) -> None:
         """Count a step that is left out.
 
         Raises:
-            FloatingPointError: `BUDGET` steps in a row were left out.
+            FloatingPointError: `BUDGET` steps in a row were left out, since their gradients were not finite.
         """
         self.skipped += 1
         if self.skipped == 1:
-            what = str(self.error()).split(". ")[0]
+            what = f"{self._place}: {self._why}" if self._why else str(self.error(loss)).split(". ")[0]
             logger.warning("%s: it is left out, and train/skipped_steps counts such steps", what)
         self._state.log("train/skipped_steps", self.skipped, reduce="last")
-        self._count("their gradients were not finite")
+        if not self._why:
+            self._count("their gradients were not finite")
 
     def after_scaler(self, *, stepped: bool) -> None:
         """Count steps that the GradScaler has skipped.
@@ -88,6 +148,56 @@ class Guard:
         else:
             self._count(f"fp16 overflowed, even at a scale of {self._state.scaler.get_scale():.3g}")
 
+    def state_dict(self) -> StateDict:
+        """Return the counts, and the norms that spikes are told by."""
+        spikes = None if self._spikes is None else self._spikes.state_dict()
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "spikes": spikes}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore what `state_dict` returned."""
+        self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        if self._spikes is not None and state_dict["spikes"] is not None:
+            self._spikes.load_state_dict(state_dict["spikes"])
+
+    @property
+    def _place(self) -> str:
+        progress = self._state.progress
+        batch = progress.epoch_batch - 1
+        return f"step {progress.step + 1} (epoch {progress.epoch}, batch {batch}, both counted from 0)"
+
+    def _gradients(self) -> list[Tensor]:
+        gradients = [p.grad for group in self._state.optimizer.param_groups for p in group["params"]]
+        return [g for g in gradients if g is not None]
+
+    def _decides_on_device(self) -> bool:
+        """Return whether the optimizer can leave a step out on the device, so that the host need not wait for it.
+
+        torch's fused optimizers take the flag of GradScaler. With others it waits once a step, as GradScaler does.
+        """
+        groups = self._state.optimizer.param_groups
+        if not self.raises or not all(group.get("fused") for group in groups):
+            return False
+        held = {p.device for group in groups for p in group["params"]}
+        if len(held) > 1 or held.pop().type in READ_FREELY:
+            return False
+        return type(self._state.optimizer).__module__.startswith("torch.optim")
+
+    def _flag_on_device(self) -> None:
+        gradients = [g.detach() for g in self._gradients()]
+        if not gradients:
+            return
+        device = gradients[0].device
+        if device not in self._flags:
+            self._flags[device] = torch.zeros((), device=device), torch.ones((), device=device)
+        found, one = self._flags[device]
+        if self._good is None:
+            self._good, self._checked = torch.zeros_like(found), self._state.progress.step
+            self._state.optimizer.found_inf = found  # type: ignore[attr-defined] # read by torch's fused optimizers
+        # The kernel sets the flag and never clears it: after a bad step no later one changes the weights.
+        for same in by_device_and_dtype(gradients):
+            torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
+        self._good += 1 - found
+
     def _count(self, why: str) -> None:
         self._in_a_row += 1
         if self._in_a_row >= BUDGET:
@@ -95,6 +205,24 @@ class Guard:
                 f"the last {BUDGET} steps were left out, since {why}: the weights don't change. Check the inputs, the "
                 "loss and the learning rate"
             )
+
+
+def _advice(batch: object) -> str:
+    """Say what to look at, from what the batch of a bad step holds."""
+    try:
+        held = [t for t in tensors(batch) if t.is_floating_point()]
+    except TypeError:  # a container that can't be looked into
+        held = []
+    for values in held:
+        bad = ~values.isfinite()
+        if count := int(bad.sum()):
+            first = bad.nonzero()[0].tolist()
+            return (
+                f"{count} of {values.numel()} values in a tensor of shape {tuple(values.shape)} of its last batch "
+                f"(state.batch) are not finite, the first at {first}: look at the data"
+            )
+    where = "the batch (state.batch), " if held else ""
+    return f"Look at {where}the learning rate and the loss"
 
 
 def all_finite(gradients: Sequence[Tensor], flags: _Flags | None = None) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from fitwatch import ranks
 from fitwatch.callback import Callbacks
+from fitwatch.engine.guard import BUDGET
 from fitwatch.helpers import health
 from fitwatch.state import State
 
@@ -29,6 +30,7 @@ class Recorder:
         self._given_loss = state.loss
         self._unlogged = False  # whether the newest evaluation is still to be logged
         self._warned = self._warned_of_loss = False
+        self._weighted_step = state.progress.step  # the last step at which a window with a weight was closed
 
     @property
     def stops(self) -> bool:
@@ -53,6 +55,7 @@ class Recorder:
         Raises:
             ValueError: A trainable parameter or a running statistic is not finite, on any rank.
         """
+        self._weighted_step = self._state.progress.step
         name = ranks.agree(health.not_finite(self._state.model))
         if name is not None:
             raise ValueError(
@@ -84,17 +87,26 @@ class Recorder:
             self._warn("train/loss", None)
         self._warn("val/loss", state.validation.bad_batch)
 
-    def close_window(self) -> None:
-        """Copy logged values to the host, and run ``on_log`` if there are any."""
+    def close_window(self, *, warns: bool = True, epoch_steps: int | None = None) -> None:
+        """Copy logged values to the host, and run ``on_log`` if there are any.
+
+        Args:
+            warns: Whether to warn of a non-finite loss; not if an error says it.
+            epoch_steps: At the end of an epoch, if none of its steps was left out: their number.
+
+        Raises:
+            ValueError: For a whole epoch, or `BUDGET` steps, no example had a weight.
+        """
         state = self._state
         own = [*state.train_loss.close_window(), float(state.stop_request is not None)]
         total, weight, examples, asked = ranks.sums(own)
         if asked:
             self.agree()
-        if not math.isfinite(total):  # on all ranks
+        if warns and not math.isfinite(total):  # on all ranks
             self._warn_of_batch(total / weight if weight else total)
             self.give_up()
         state.train_loss.examples += int(examples)
+        self._refuse_weightless(weight, min(BUDGET, epoch_steps or BUDGET))
         more = {"train/optim/loss": total / weight} if weight else {}
         if self._unlogged:
             left = ("epoch", "step") if state.history.trained else ("epoch", "step", "train/loss")
@@ -110,6 +122,16 @@ class Recorder:
             logger.warning(
                 "a callback has replaced the loss (for example with class weights), but the training step does not use "
                 "it: compute the loss with self.compute_loss (Trainer) or watch.loss"
+            )
+
+    def _refuse_weightless(self, weight: float, most: int) -> None:
+        step = self._state.progress.step
+        if weight:
+            self._weighted_step = step
+        elif step - self._weighted_step >= most:
+            raise ValueError(
+                f"no example of the last {step - self._weighted_step} steps counted, so nothing is learned: all had "
+                "weight 0. Check the targets (ignore_index), the sample weights and the class weights"
             )
 
     def _warn_of_batch(self, loss: float) -> None:

@@ -43,7 +43,7 @@ def rehearse(
         metrics = _copied(state.validation.metrics)
         if chosen is None or metrics is None:
             return None
-        with _unchanged_buffers(state.model):
+        with unchanged_buffers(state.model):
             done = Pass(loss, metrics, NO_BASELINE, classes=state.validation.classes)
             with running(done):
                 for batch in chosen:
@@ -65,7 +65,7 @@ def _copied(metrics: Mapping[str, Metric]) -> Mapping[str, Metric] | None:
 
 
 @contextmanager
-def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     """Restore the buffers at the end, also those that were replaced."""
     known = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]  # noqa: SLF001
     before = [None if buffer is None else compact(buffer).clone() for _, _, buffer in known]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a fit between two steps, with everything saved."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a fit between two steps, with everything saved."""
 
 import signal
 import threading
@@ -10,7 +10,9 @@ _Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class Interrupts:
-    """Catches SIGINT and SIGTERM while it is entered, in the main thread.
+    """Catches SIGINT, SIGTERM and SIGUSR1 while it is entered, in the main thread.
+
+    SIGUSR1 is what Slurm sends on request before the time is up; a handler of the user's stays.
 
     The first one is only noted. The second ends the process's work at once, as without this class, but not while
     `shielded`, when weights are being put back.
@@ -34,6 +36,10 @@ class Interrupts:
                     continue
                 self._before[number] = before
                 signal.signal(number, self._handle)
+            user = getattr(signal, "SIGUSR1", None)  # not on Windows
+            if user is not None and (before := signal.getsignal(user)) == signal.SIG_DFL:  # it would kill the process
+                self._before[user] = before
+                signal.signal(user, self._handle)
         return self
 
     def __exit__(

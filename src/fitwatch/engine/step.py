@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +136,7 @@ class StepGradient:
         if self._guess is not None:
             factor = factor * self._guess
             self._guess = _positive(total)
-        for same in _by_device_and_dtype(gradients):
+        for same in by_device_and_dtype(gradients):
             torch._foreach_mul_(same, factor.to(same[0]))  # one kernel for all, as in torch's clipping
 
 
@@ -212,26 +212,53 @@ def step_optimizer(optimizer: Optimizer, scaler: torch.amp.GradScaler | None) ->
     return stepped
 
 
-def clip_gradients(held: list[Tensor], limit: float) -> Tensor:
-    """Scale the gradients down to a total 2-norm of ``limit``, sparse ones too; return the norm before."""
-    try:
-        return nn.utils.clip_grad_norm_(held, limit)
-    except (NotImplementedError, RuntimeError):
-        if not any(p.grad is not None and p.grad.is_sparse for p in held):
-            raise
-    # torch takes no norm of a sparse gradient: take that of its values, once each row stands there only once.
-    for p in held:
-        if p.grad is not None and p.grad.is_sparse:
-            p.grad = p.grad.coalesce()
+def total_norm(held: list[Tensor]) -> Tensor:
+    """Return the 2-norm of all gradients, 0-dim, sparse ones included; rows that occur twice are summed in place."""
     gradients = [p.grad for p in held if p.grad is not None]
-    norm = nn.utils.get_total_norm([g.values() if g.is_sparse else g for g in gradients])
-    nn.utils.clip_grads_with_norm_(held, limit, norm)
-    return norm
+    if any(g.is_sparse for g in gradients):  # torch takes no norm of these: take that of their values
+        for p in held:
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad = p.grad.coalesce()
+        gradients = [p.grad.values() if p.grad.is_sparse else p.grad for p in held if p.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:
     """Return all parameters in the optimizer's groups, which may change during training."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_options(optimizer: Optimizer) -> None:
+    """Raise a ValueError if an option of a parameter group is not finite, or a learning rate is negative."""
+    for number, group in enumerate(optimizer.param_groups):
+        for name, value in group.items():
+            if name == "params":
+                continue
+            for part in value if isinstance(value, (tuple, list)) else [value]:
+                single = isinstance(part, float) or (isinstance(part, Tensor) and part.numel() == 1)
+                if single and (not math.isfinite(part) or (name == "lr" and part < 0)):
+                    raise ValueError(
+                        f"the optimizer's {name} must be finite{' and at least 0' if name == 'lr' else ''}, got "
+                        f"{value!r} in parameter group {number}"
+                    )
+
+
+def refuse_rate(rate: float, when: str) -> NoReturn:
+    """Raise the ValueError for a learning rate that a scheduler, or a callback, has set in training."""
+    raise ValueError(
+        f"the learning rate is {rate} {when}: it must be finite and at least 0; look at the scheduler and its options"
+    )
+
+
+def refuse_constant(model: nn.Module, hint: str = "") -> NoReturn:
+    """Raise the RuntimeError for a loss that no parameter has a part in."""
+    if not any(p.requires_grad for p in model.parameters()):
+        why = "all parameters of the model are frozen: set requires_grad_(True) for those to train"
+    elif not torch.is_grad_enabled():
+        why = f"it was computed under torch.no_grad(){hint}"
+    else:
+        why = f"the outputs were detached (detach(), .data, item(), NumPy) before the loss, or have no parameters{hint}"
+    raise RuntimeError(f"the training loss has no gradient: {why}")
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -276,7 +303,8 @@ def zero_grad(optimizer: Optimizer) -> None:
             p.grad = None
 
 
-def _by_device_and_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+def by_device_and_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors in lists for torch's kernels, which take one device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for t in tensors:
         groups.setdefault((t.device, t.dtype), []).append(t)

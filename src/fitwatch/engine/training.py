@@ -1,10 +1,11 @@
 """The batches and steps of a watch: runs the hooks that are due and detects missing calls."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fitwatch import ranks
 from fitwatch.callback import Callbacks
@@ -12,11 +13,12 @@ from fitwatch.data import batches
 from fitwatch.data.containers import holds_arrays
 from fitwatch.data.position import set_random_states
 from fitwatch.data.sharding import ABSENT, Rounds, certain_length, set_epoch
+from fitwatch.engine.checks import Checks
 from fitwatch.engine.guard import Guard
 from fitwatch.engine.modes import Modes
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.signals import Interrupts
-from fitwatch.engine.step import StepGradient, clip_gradients, parameters
+from fitwatch.engine.step import StepGradient, parameters, refuse_constant, refuse_rate, total_norm
 from fitwatch.helpers.aliases import Batch
 from fitwatch.helpers.rng import set_rng_state
 from fitwatch.losses import LossSum, as_sums
@@ -38,6 +40,7 @@ class Training:
         recorder: Closes its log windows.
         interrupts: Notes signals.
         fast_loading: Whether `iterate` reads plain loaders as `data.loading.read` does.
+        checks: Looks at the gradients of the first step.
         nonfinite: What happens to a step with non-finite gradients, see `Watch`.
 
     Attributes:
@@ -53,15 +56,18 @@ class Training:
         recorder: Recorder,
         interrupts: Interrupts,
         *,
+        checks: Checks,
         fast_loading: bool,
         nonfinite: str,
     ) -> None:
+        self._checks = checks
         self._interrupts = interrupts
         self._state, self._hooks, self._recorder, self._fast_loading = state, hooks, recorder, fast_loading
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
-        self._guard = Guard(state, nonfinite)
+        self._guard = state.guard = Guard(state, nonfinite)
         self._rates: list[float | Tensor] = []  # learning rate of each parameter group at the last step
         self._rates_due = False  # whether they are still to be logged
+        self._skipped = 0  # steps that the guard had left out when the epoch started
         self._modes = Modes(state.model)
         self.in_epoch = self.trains = self.left_out = False
         self._iterates = False  # whether the loop takes its batches from `iterate`
@@ -73,6 +79,13 @@ class Training:
         self._stale: list[tuple[Tensor, int]] = []  # gradients of the first step, and their versions
 
     # -- epochs ----------------------------------------------------------------------------------------------------
+
+    @property
+    def place(self) -> str:
+        """Where training is, for the note of an error."""
+        progress = self._state.progress
+        batch = f", batch {progress.epoch_batch}" if self.in_epoch and self._complete is None else ""
+        return f"raised in training: epoch {progress.epoch}{batch} (counted from 0), after {progress.step} steps"
 
     def start_epoch(self) -> None:
         """Start an epoch in train mode, except for modules that the user has put into eval mode."""
@@ -86,12 +99,14 @@ class Training:
         # A new one: the ranks are known by now, and the last step of an epoch may have been short.
         self._gradient = StepGradient(state.optimizer, state.plan.accumulate, state.scaler)
         self.in_epoch, self._iterates, self._complete = True, False, None
+        self._skipped = self._guard.skipped
         self._length = certain_length(state.train_loader)
         self._hooks.on_epoch_start(state)
         self._modes.check()
 
     def rest(self) -> None:
         """Leave the model in eval mode, if it was trained."""
+        self._guard.close()
         if self.trains:
             self._modes.rest()
 
@@ -101,7 +116,7 @@ class Training:
         Args:
             left: Whether the loop was left by ``break``.
         """
-        self.settle()
+        self.settle_all()
         state, progress = self._state, self._state.progress
         if state.waiting:
             self._run_waiting()
@@ -119,12 +134,13 @@ class Training:
         self.log_rates()
         if state.val_loader is None and not self._recorder.evaluated:
             self._recorder.add_evaluation({})
+        steps = progress.epoch_step if self._guard.skipped == self._skipped else None
         if self.complete or not stopped:  # a loop that goes on to the next epoch has seen what it wanted of this one
             progress.epoch += 1
             progress.epoch_step = progress.epoch_batch = 0
             state.position.started = None
         self._hooks.on_epoch_end(state)
-        self._recorder.close_window()
+        self._recorder.close_window(epoch_steps=steps)
 
     @property
     def complete(self) -> bool:
@@ -200,8 +216,7 @@ class Training:
 
     def _run_waiting(self) -> None:
         """Run what callbacks asked for between two steps."""
-        self.log_rates()
-        self._recorder.close_window()
+        self._close_window()
         waiting, self._state.waiting = self._state.waiting, []
         for function in waiting:
             function()
@@ -215,10 +230,7 @@ class Training:
         is_mean = not isinstance(loss, LossSum)
         scalar = self._gradient.scalar(loss if isinstance(loss, Tensor) else total, weight, is_mean=is_mean)
         if not scalar.requires_grad:
-            raise RuntimeError(
-                "watch.loss(...) got outputs without gradients: validation batches belong inside "
-                "`with watch.validating():`"
-            )
+            refuse_constant(self._state.model, "; validation batches belong inside `with watch.validating():`")
         if progress.step == progress.first_step + 1 and len(self._gradient.weights) == 1:
             scalar.register_hook(self._check_cleared)  # type: ignore[no-untyped-call] # untyped in torch
         self._state.train_loss.add(total, weight, examples)
@@ -227,9 +239,12 @@ class Training:
 
     def backward(self, loss: LossSum | Tensor, sums: LossSum, examples: int) -> None:
         """Record the loss of a batch, run its backward pass, and end it."""
+        total = loss if isinstance(loss, Tensor) else sums.total
+        if not total.requires_grad:
+            refuse_constant(self._state.model)
         self._state.train_loss.add(sums.total, sums.weight, examples)
         is_mean = not isinstance(loss, LossSum)
-        self._gradient.backward(loss if isinstance(loss, Tensor) else sums.total, sums.weight, is_mean=is_mean)
+        self._gradient.backward(total, sums.weight, is_mean=is_mean)
         self._end_batch()
 
     def skip(self) -> None:
@@ -317,23 +332,33 @@ class Training:
             self._end_batch()
         summed = self._gradient.summed
         self._gradient.finish(unscale=unscale)
+        if state.progress.step == state.progress.first_step:
+            self._checks.first_gradients()
         self._hooks.on_gradients_ready(state)
-        self.left_out = self._guard.rejects()
+        limit = state.plan.clip_norm
+        measures = limit is not None or self._guard.needs_norm
+        norm = total_norm(held := parameters(state.optimizer)) if measures else None
+        self.left_out = self._guard.rejects(norm)
         if self.left_out:
             self._leave_out(summed)
-        elif state.plan.clip_norm is not None:
-            state.total_norm = clip_gradients(parameters(state.optimizer), state.plan.clip_norm)
+        elif limit is not None and norm is not None:
+            nn.utils.clip_grads_with_norm_(held, limit, norm)
+            state.total_norm = norm
         rates = [group["lr"] for group in state.optimizer.param_groups]
         self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        for rate in rates:
+            if not isinstance(rate, Tensor) and not 0 <= rate < math.inf:
+                refuse_rate(rate, f"at step {state.progress.step + 1}, so this step is not taken")
         self._ready = True
 
     def _leave_out(self, batches: int) -> None:
         """Raise for a step with non-finite gradients; or take the gradients away, so that the step changes nothing."""
+        loss = self._state.train_loss.newest(batches)
         if self._guard.raises:
-            error = self._guard.error()
-            self._recorder.close_window()  # what was measured of this step says more
+            error = self._guard.error(loss)
+            self._recorder.close_window(warns=False)  # what was measured of this step says more
             raise error
-        self._guard.leave_out()
+        self._guard.leave_out(loss)
         self._state.train_loss.drop(batches)
         for p in parameters(self._state.optimizer):
             p.grad = None
@@ -355,10 +380,14 @@ class Training:
             self._interrupt()
         self._hooks.on_step_end(state)
         if progress.epoch_step % state.plan.log_every == 0:
-            self.log_rates()
-            self._recorder.close_window()
+            self._close_window()
         if state.waiting and (not self._iterates or self._complete is not None):
             self._run_waiting()
+
+    def _close_window(self) -> None:
+        self._guard.check()
+        self.log_rates()
+        self._recorder.close_window()
 
     def _interrupt(self) -> None:
         """End training after this step, or with several ranks at the end of the log window, when all agree."""
@@ -367,6 +396,15 @@ class Training:
         state.request_stop(f"interrupted by {state.interrupted}")
         if ranks.size() == 1:
             self._recorder.agree()
+
+    def settle_all(self) -> None:
+        """Run what is due before a validation or the end of an epoch.
+
+        Raises:
+            FloatingPointError: A step had non-finite gradients, which the host has not read yet.
+        """
+        self.settle()
+        self._guard.check()
 
     def settle(self) -> None:
         """Run the hooks of a batch or step that has ended since the last call."""

@@ -87,9 +87,9 @@ class Validator:
         state.validation.finish(done)
         return values
 
-    def rehearse(self, step: ValidationStep) -> None:
-        """Validate a few batches without a trace, and learn the names of what metrics measure."""
-        state = self._state
+    def rehearse(self, step: ValidationStep) -> dict[str, float]:
+        """Validate a few batches without a trace, and learn the names of what metrics measure; return the values."""
+        state, values = self._state, dict[str, float]()
         for under, loader in [
             ("val", state.val_loader),
             *zip(state.places[1:], state.val_loaders.values(), strict=True),
@@ -99,12 +99,14 @@ class Validator:
             found = rehearse(state, loader, self.loss, step, self._measuring)
             if found is None:
                 continue
+            values |= {f"{under}/{name.removeprefix('val/')}": value for name, value in found.items()}
             parts = {f"{under}/{name.removeprefix('val/')}" for name in found}
             for metric in state.validation.metrics:
                 name = f"{under}/{metric}"
                 if name not in parts:  # a vector or a dict
                     state.history.names.discard(name)
                     state.history.names |= {part for part in parts if part.startswith(f"{name}/")}
+        return values
 
     def predict(self, loader: Loader, step: Callable[[Batch], Any]) -> Any:
         """Return what ``step`` returns for each batch, joined on the CPU, in eval mode and without gradients."""

@@ -27,9 +27,9 @@ def one_of(*allowed: object) -> Validator:
     return check
 
 
-def integer(least: int | None = None, *, or_none: bool = False) -> Validator:
-    """Accept integers of ``least`` or more, but no bools; keep them as plain ones."""
-    bound = "" if least is None else f" of {least} or more"
+def integer(least: int | None = None, most: int | None = None, *, or_none: bool = False) -> Validator:
+    """Accept integers of ``least`` or more, up to ``most``, but no bools; keep them as plain ones."""
+    bound = "" if least is None else f" of {least} or more" if most is None else f" from {least} to {most}"
 
     def check(instance: object, option: Option, value: object) -> None:
         if or_none and value is None:
@@ -37,8 +37,8 @@ def integer(least: int | None = None, *, or_none: bool = False) -> Validator:
         given, value = value, plain(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{option.name} must be an integer{bound}, got {given!r}")
-        if least is not None and value < least:
-            raise ValueError(f"{option.name} must be {least} or more, got {given!r}")
+        if (least is not None and value < least) or (most is not None and value > most):
+            raise ValueError(f"{option.name} must be{bound.removeprefix(' of')}, got {given!r}")
         _keep(instance, option, given, value)
 
     return check

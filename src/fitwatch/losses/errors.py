@@ -45,7 +45,7 @@ def check_classes(
             )
         _check_devices(output, per_class)
     if labels and not target.is_floating_point() and target.device.type == "cpu":
-        _check_labels(target, num_classes, ignore_index)
+        check_labels(target, num_classes, ignore_index)
 
 
 def check_logits(output: Tensor, target: Tensor, pos_weight: Tensor | None = None, *, single: bool = False) -> None:
@@ -139,12 +139,40 @@ def _check_targets(output: Tensor, target: Tensor, positions: tuple[int, ...], p
         problem = "targets of the outputs' shape are probabilities and must be floating-point"
     elif output.dim() == 1 and abs(_total(target) - 1) > _SUM_TOLERANCE:
         problem = f"the probabilities of one example must sum to 1, got {_total(target):.4g}"
+    elif output.dim() > 1:
+        check_probabilities(target)
     if problem:
         hint = ""
         if probabilities and output.dim() == 1 and output.shape == target.shape:
             hint = f". One example of {len(output)} classes has outputs of this shape"
             hint += "; for one logit per example use BinaryCrossEntropy"
         raise ValueError(f"{problem}; {_given(output, target)}{hint}")
+
+
+def check_probabilities(target: Tensor) -> None:
+    """Raise a ValueError unless target probabilities, (N, C, ...), are at least 0 and sum to 1 over the classes.
+
+    Positions that are 0 everywhere do not count. Checked on the CPU only: elsewhere it would synchronize.
+    """
+    if target.device.type != "cpu" or not target.numel() or torch.compiler.is_compiling():
+        return
+    try:
+        sums = target.sum(1)
+        wrong = ((sums - 1).abs() > _SUM_TOLERANCE) & target.ne(0).any(1) | (target < 0).any(1) | sums.isnan()
+        if not bool(wrong.any()):
+            return
+    except RuntimeError:  # values cannot be read within torch.func.vmap
+        return
+    index = wrong.nonzero()[0].tolist()
+    values = target.movedim(1, -1)[tuple(index)].tolist()
+    shown = ", ".join(f"{v:.4g}" for v in values[:6]) + (", ..." if len(values) > 6 else "")
+    hint = ""
+    if bool(((target == 0) | (target == 1)).all()):
+        hint = "; for labels that do not exclude each other use BinaryCrossEntropy"
+    raise ValueError(
+        f"target probabilities must be at least 0 and sum to 1 over the classes, got [{shown}] with the sum "
+        f"{sum(values):.4g} at index {', '.join(map(str, index))} of the batch{hint}"
+    )
 
 
 def _total(target: Tensor) -> float:
@@ -166,7 +194,8 @@ def _absent_hint(counted: int, num_classes: int) -> str:
     )
 
 
-def _check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> None:
+def check_labels(target: Tensor, num_classes: int, ignore_index: int | None) -> None:
+    """Raise an IndexError that names the first class index out of range, if there is one."""
     wrong = (target < 0) | (target >= num_classes)
     if ignore_index is not None:
         wrong &= target != ignore_index

@@ -87,6 +87,13 @@ class WeightedMean:
         if len(self._totals) >= 1024:  # a fit that never logs must not keep a tensor for every step
             self._fold()
 
+    def newest(self, batches: int) -> float:
+        """Return the mean over the last batches, unless they have been pulled or summed: then NaN."""
+        if not 0 < batches <= len(self._totals) - self._folded:
+            return math.nan
+        weight = sum(float(w) for w in self._weights[-batches:])
+        return sum(float(total) for total in self._totals[-batches:]) / weight if weight else math.nan
+
     def drop(self, batches: int) -> None:
         """Take back the last batches, unless they have been pulled or summed."""
         if 0 < batches <= len(self._totals) - self._folded:
@@ -148,6 +155,10 @@ class RunningLoss:
         """Add one batch: ``total`` = sum(w l), 0-dim, and ``weight`` = sum(w). Costs no synchronization."""
         self.since_evaluation.add(total, weight)
         self._new_examples += examples
+
+    def newest(self, batches: int) -> float:
+        """Return the mean over the last batches, which were not pulled yet; waits for the device."""
+        return self.since_evaluation.newest(batches)
 
     def drop(self, batches: int) -> None:
         """Take back the last batches, whose step was left out."""

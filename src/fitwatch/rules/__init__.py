@@ -3,6 +3,7 @@
 from fitwatch.rules.gradients import GradientFinding, GradientRule, LayerGradient
 from fitwatch.rules.overfitting import OverfittingRule, Verdict, diagnose
 from fitwatch.rules.prechelt import GL, PQ, UP
+from fitwatch.rules.spikes import SpikeRule
 from fitwatch.rules.stopping import Patience
 from fitwatch.rules.stopping_rule import StoppingRule, StopReason
 
@@ -14,6 +15,7 @@ __all__ = [  # noqa: RUF022 - sorted() order, not that of isort
     "OverfittingRule",
     "PQ",
     "Patience",
+    "SpikeRule",
     "StopReason",
     "StoppingRule",
     "UP",

@@ -52,6 +52,7 @@ class State:
         val_loaders: Several validation loaders by name; ``{}`` with one or none.
         device: The device that batches are moved to.
         callbacks: All callbacks as one, whose state a checkpoint keeps.
+        guard: What decides whether a step reaches the weights, whose counts a checkpoint keeps.
         plan: Limits and options of this fit: epochs, max_steps, accumulate, clip_norm, log_every.
         progress: Completed epochs, steps and batches.
         history: The evaluations of all fits so far: ``newest``, ``best``, ``is_best``, the monitored metric.
@@ -84,6 +85,7 @@ class State:
     val_loaders: dict[str, Loader] = field(factory=dict)
     device: torch.device = field(factory=lambda: torch.device("cpu"))
     callbacks: Resumable | None = None
+    guard: Resumable | None = None
     plan: Plan = field(factory=Plan)
     progress: Progress = field(factory=Progress)
     history: History = field(factory=History)

@@ -1,6 +1,8 @@
 """Values to log: kept on their device, and copied to the host together once per log window."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -49,11 +51,16 @@ class Log:
                 of the stacked values, shape (values, ...), that returns one number per name.
 
         Raises:
-            ValueError: ``reduce`` is unknown, or differs from earlier values of this log window; or the name of a
-                `Marker` can't name a folder.
+            ValueError: ``reduce`` is unknown, or differs from earlier values of this log window; the number of values
+                is not that of the names; or the name of a `Marker` can't name a folder.
+            TypeError: ``value`` can't be logged, or ``names`` are no names.
         """
         if isinstance(value, Marker):
             check_name("the name of a marker", names)
+        if not isinstance(names, str) and (
+            not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names)
+        ):
+            raise TypeError(f"log takes a name such as 'train/...', or a list of names, got {names!r}")
         if isinstance(value, (str, Marker, Image, Histogram)):
             self._ready.append(Record(str(names), self._progress.step, value))
         else:
@@ -100,10 +107,18 @@ class Log:
                     f"log({_label(key)}): reduce must be a function or one of {list(_REDUCTIONS)}, got {reduce!r}"
                 )
             known = self._waiting[key] = reduce, []
+            value = _checked(key, value)
         elif isinstance(reduce, str) and reduce != known[0]:
             raise ValueError(
                 f"log({_label(key)}): reduce is {reduce!r} but was {known[0]!r} for earlier values of this log window"
             )
+        elif _shape(value) != _shape(known[1][0]):
+            value = _checked(key, value)
+            if not isinstance(key, tuple):
+                raise ValueError(
+                    f"log.defer({_label(key)}): shape {tuple(_shape(value))}, but {tuple(_shape(known[1][0]))} for "
+                    "earlier values of this log window"
+                )
         # Cloned, since the original may change before the log window closes.
         known[1].append(value.detach().clone() if isinstance(value, Tensor) else value)
 
@@ -124,6 +139,36 @@ class Log:
                         check_name("the name of a marker", name)
                     records.append(Record(name, self._progress.step, value))
         return records
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    return getattr(value, "shape", ())
+
+
+def _checked(key: _Names | Receiver, value: object) -> float | Tensor:
+    """Return a value that can be logged under ``key``.
+
+    Raises:
+        TypeError: It is neither a number nor a tensor.
+        ValueError: It does not have one number for each name.
+    """
+    call = f"log({_label(key)})" if isinstance(key, tuple) else f"log.defer({_label(key)})"
+    if hasattr(value, "__array__") and not isinstance(value, (Tensor, Real)):
+        value = torch.as_tensor(value)
+    if not isinstance(value, (Tensor, Real)) or (isinstance(value, Tensor) and value.is_complex()):
+        kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{call}: a value must be a number, a real tensor, a text or a record, got {kind}")
+    if isinstance(value, Real):
+        value = float(value)
+    if isinstance(key, tuple):
+        shape = _shape(value)
+        if math.prod(shape) != len(key):
+            what = "a number" if len(key) == 1 else f"a tensor of {len(key)} values, one for each name"
+            hint = ": log its mean, or give a list of names" if len(key) == 1 else ""
+            raise ValueError(f"{call}: a value must be {what}, got shape {tuple(shape)}{hint}")
+        if isinstance(value, Tensor) and value.dim() > 1:
+            value = value.reshape(-1)
+    return value
 
 
 def _label(key: _Names | Receiver) -> str:
