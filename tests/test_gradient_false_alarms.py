@@ -143,8 +143,8 @@ def test_layers_that_a_later_callback_freezes(at):
     texts, trainer = fit(model, regression(20), optimizer, after=[Freeze(at)], loss=nn.MSELoss(), epochs=3, log_every=5)
     assert texts.warnings == []
     assert texts.notes == ["Not trained: `0` (requires_grad is False)."]
-    assert trainer.state.report["layers not healthy"] == "none"
-    assert trainer.state.report["layers not trained"] == "`0`"
+    assert trainer.state.report["layers not healthy"]() == "none"
+    assert trainer.state.report["layers not trained"]() == "`0`"
 
 
 class Scaled(nn.Module):

@@ -1,5 +1,7 @@
 """The gradient-norm inspector."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -387,7 +389,7 @@ def test_the_suggested_clip_norm_is_a_quantile_over_the_running_median():
 
 
 def test_the_report_has_norms_clipping_and_layers(model, data):
-    """state.report always holds the current lines of the end report."""
+    """state.report always gives the current lines of the end report."""
     trainer = fw.Trainer(
         model,
         torch.optim.SGD(model.parameters(), 0.1),
@@ -396,11 +398,11 @@ def test_the_report_has_norms_clipping_and_layers(model, data):
         device="cpu",
     )
     trainer.fit(DataLoader(data, 8), epochs=3)
-    report = trainer.state.report
+    report = {name: line() for name, line in trainer.state.report.items()}
     assert "median" in report["gradient norm"]
     assert "100% of the steps were clipped; suggested clip_norm: " in report["gradient norm"]
     assert report["gradient norm"].endswith("% of the norms exceed")
-    assert "layers not trained" not in report
+    assert report["layers not trained"] == ""  # and so left out
     assert report["layers not healthy"] == "none"
 
 
@@ -444,3 +446,32 @@ def test_options_are_checked():
         fw.GradientNorm(histogram_every=0)
     with pytest.raises(TypeError, match="rule must be of type GradientRule"):
         fw.GradientNorm(rule=3)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-2])
+@pytest.mark.parametrize("single", [False, True])
+def test_a_log_window_of_one_step_has_the_norms_of_that_step(clip_norm, single):
+    """Total, layers and clipped norm are those computed in float64; for a model of one parameter too."""
+    torch.manual_seed(0)
+    net = nn.Linear(5, 2, bias=False) if single else nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+    expected, keep = [], Keep()
+
+    class Direct(fw.Callback):
+        def on_gradients_ready(self, state):
+            expected.append({n: p.grad.double().norm().item() for n, p in state.model.named_parameters()})
+
+    options = {"callbacks": [Direct(), fw.GradientNorm(), keep], "log_every": 1, "clip_norm": clip_norm}
+    trainer = fw.Trainer(net, torch.optim.SGD(net.parameters(), 0.1), device="cpu", **options)
+    trainer.fit([(torch.randn(8, 5), torch.randint(0, 2, (8,))) for _ in range(5)], epochs=1)
+    found = {
+        name: [r.value for r in keep.records if r.name == f"train/{name}"]
+        for name in ("optim/grad_norm", "optim/grad_norm_max", "optim/grad_norm_clipped", "params/grad_norm/0")
+    }
+    totals = [math.hypot(*norms.values()) for norms in expected]
+    assert found["optim/grad_norm"] == pytest.approx(totals, rel=1e-6)
+    assert found["optim/grad_norm_max"] == pytest.approx(totals, rel=1e-6)
+    if clip_norm is not None:
+        assert found["optim/grad_norm_clipped"] == pytest.approx([min(t, clip_norm) for t in totals], rel=1e-3)
+    if not single:
+        layers = [math.hypot(norms["0.weight"], norms["0.bias"]) for norms in expected]
+        assert found["params/grad_norm/0"] == pytest.approx(layers, rel=1e-6)

@@ -156,7 +156,7 @@ def test_a_vanishing_gradient_is_named_in_the_first_window(optimizer, batches, c
     assert text.startswith("Vanishing gradient in `0`, `2`")
     assert "times the" in text
     assert not [text for _, text in later if "`0`" in text]
-    assert "vanishing: `0`" in trainer.state.report["layers not healthy"]
+    assert "vanishing: `0`" in trainer.state.report["layers not healthy"]()
     assert [r.levelname for r in caplog.records if "`0`" in r.message] == ["WARNING"]
 
 
@@ -219,8 +219,8 @@ def test_frozen_layers_are_notes_with_their_reason(batches, caplog):
     assert "Not trained: `0` (requires_grad is False)." in text
     assert "Not trained: `2` (not in the optimizer)." in text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert trainer.state.report["layers not healthy"] == "none"
-    assert trainer.state.report["layers not trained"] == "`0`, `2`"
+    assert trainer.state.report["layers not healthy"]() == "none"
+    assert trainer.state.report["layers not trained"]() == "`0`, `2`"
 
 
 def test_weights_that_rounding_holds_still_are_named(batches):
@@ -422,7 +422,7 @@ def test_healthy_trainings_are_silent(name, rate, batches, caplog):
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 20))
         texts, trainer = fit(model, batches, epochs=2, log_every=log_every, optimizer=optimizer, scheduler=schedule)
         assert texts.seen == []
-        assert trainer.state.report["layers not healthy"] == "none"
+        assert trainer.state.report["layers not healthy"]() == "none"
     assert caplog.records == []
 
 

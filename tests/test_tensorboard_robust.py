@@ -1,5 +1,6 @@
 """Event files after a kill, a full disk, a missing folder and a resumption."""
 
+import io
 import re
 import signal
 import subprocess
@@ -8,8 +9,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import fitwatch as fw
+from fitwatch.tensorboard.frames import FrameWriter
 from tests._events import bars, curve, points, read, texts
 from tests._server import get, noisy_data, overfitting_trainer, serve
 
@@ -200,3 +203,13 @@ def test_resumed_curves_in_the_server(resumed, options):
         assert get(address, "scalars/tags").keys() == {f"run/{part}" for part in ("train", "val", "best", "baseline")}
         warnings = get(address, "text/text", run="run/val", tag="report/warnings")
         assert [text["step"] for text in warnings] == [24]
+
+
+def test_frames_are_those_of_tensorboard():
+    """For contents of all lengths around a block, the bytes are those of tensorboard's own writer."""
+    for length in (0, 1, 3, 4, 5, 100, 511, 512, 513, 515, 516, 1024, 5000):
+        content = bytes((7 * i * i + length) % 256 for i in range(length))
+        ours, theirs = io.BytesIO(), io.BytesIO()
+        FrameWriter(ours).write(content)
+        RecordWriter(theirs).write(content)
+        assert ours.getvalue() == theirs.getvalue()

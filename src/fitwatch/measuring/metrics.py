@@ -42,10 +42,13 @@ def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     if not tensors:
         return []
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-    flat = torch.cat([t.detach().reshape(-1).to(device, wide_float(device)) for t in tensors]).tolist()
+    flat = [t.detach().reshape(-1) for t in tensors]
+    if len({(t.device, t.dtype) for t in flat}) > 1 or not flat[0].is_floating_point():
+        flat = [t.to(device, wide_float(device)) for t in flat]
+    numbers = (torch.cat(flat) if len(flat) > 1 else flat[0]).tolist()
     parts, start = [], 0
     for t in tensors:
-        parts.append(flat[start : start + t.numel()])
+        parts.append(numbers[start : start + t.numel()])
         start += t.numel()
     return parts
 

@@ -14,7 +14,7 @@ _BLOCK = 20  # norms per level
 _CLIP_QUANTILE = 0.95
 
 
-@define
+@define(slots=False)
 class LogHistogram(Stateful):
     """Counts values in buckets 1% wide, so that quantiles are accurate to 0.5%.
 
@@ -23,6 +23,10 @@ class LogHistogram(Stateful):
 
     total: int = field(default=0, init=False)
     _counts: dict[int, int] = field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._order: list[int] = []  # the buckets in order, unless one was added
+        self._ordered = self._counts  # whose buckets these are: a loaded state brings others
 
     def add(self, values: Iterable[float]) -> None:
         """Count finite values of 0 or more."""
@@ -34,7 +38,9 @@ class LogHistogram(Stateful):
     def quantile(self, share: float) -> float | None:
         """Return the value that ``share`` (0 to 1) of all values do not exceed; None before the first value."""
         left = max(1.0, share * self.total)
-        for bucket in sorted(self._counts):
+        if self._ordered is not self._counts or len(self._order) != len(self._counts):
+            self._ordered, self._order = self._counts, sorted(self._counts)
+        for bucket in self._order:
             left -= self._counts[bucket]
             if left <= 0:
                 return math.exp(bucket * _WIDTH)

@@ -64,7 +64,7 @@ class State:
         batch: In ``on_batch_end``: the micro-batch, on the device. Its memory may be reused. None if unknown.
         total_norm: The 2-norm of the gradients before the last clipping; None without clipping.
         settings: Options worth a line in a report, name -> value.
-        report: Lines for the end report, name -> text, kept up to date by callbacks.
+        report: Lines for the end report, name -> text, or a function that returns it; an empty text is left out.
         resumed: Whether a checkpoint was loaded.
         resumed_from: Its path, or None.
         verdict: The overfitting verdict, if a detector is attached.
@@ -97,7 +97,7 @@ class State:
     batch: Batch = None
     total_norm: Tensor | None = None
     settings: dict[str, object] = field(factory=dict)
-    report: dict[str, str] = field(factory=dict)
+    report: dict[str, str | Callable[[], str]] = field(factory=dict)
     resumed: bool = False
     resumed_from: Path | None = None
     verdict: Verdict | None = None

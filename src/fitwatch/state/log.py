@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda stacked: stacked.mean(0),
     "max": lambda stacked: stacked.amax(0),  # amax propagates NaN
     "last": lambda stacked: stacked[-1],
+}
+_ON_HOST: dict[str, Callable[[list[float]], float]] = {
+    "mean": lambda values: sum(values) / len(values),
+    "max": lambda values: math.nan if any(map(math.isnan, values)) else max(values),
+    "last": lambda values: values[-1],
 }
 
 
@@ -123,14 +128,14 @@ class Log:
         known[1].append(value.detach().clone() if isinstance(value, Tensor) else value)
 
     def _reduced(self) -> list[Record]:
-        reduced, kinds = [], []
-        for reduce, values in self._waiting.values():
-            stacked = torch.stack([torch.as_tensor(v) for v in values])
-            stacked = stacked if stacked.is_floating_point() else stacked.float()
-            kinds.append(reduce if isinstance(reduce, str) else "")
-            reduced.append((_REDUCTIONS[reduce] if isinstance(reduce, str) else reduce)(stacked))
+        reduced = {key: _reduce(reduce, values) for key, (reduce, values) in self._waiting.items()}
+        on_device = {key: value for key, value in reduced.items() if isinstance(value, Tensor)}
+        on_host = dict(zip(on_device, to_host(list(on_device.values())), strict=True))
         records = []
-        for key, kind, numbers in zip(self._waiting, kinds, to_host(reduced), strict=True):
+        for key, (reduce, _) in self._waiting.items():
+            number = reduced[key]
+            numbers = on_host[key] if isinstance(number, Tensor) else [number]
+            kind = reduce if isinstance(reduce, str) else ""
             if isinstance(key, tuple):
                 records += [Record(name, self._progress.step, v, kind) for name, v in zip(key, numbers, strict=True)]
             else:
@@ -139,6 +144,17 @@ class Log:
                         check_name("the name of a marker", name)
                     records.append(Record(name, self._progress.step, value))
         return records
+
+
+def _reduce(reduce: Reduction, values: list[float | Tensor]) -> float | Tensor:
+    """Reduce the values of a log window: numbers on the host, tensors on their device."""
+    if isinstance(reduce, str) and not any(isinstance(value, Tensor) for value in values):
+        return _ON_HOST[reduce](cast(list[float], values))
+    if isinstance(reduce, str) and len(values) == 1:
+        return values[0]
+    stacked = torch.stack([torch.as_tensor(v) for v in values])
+    stacked = stacked if stacked.is_floating_point() else stacked.float()
+    return (_REDUCTIONS[reduce] if isinstance(reduce, str) else reduce)(stacked)
 
 
 def _shape(value: object) -> tuple[int, ...]:

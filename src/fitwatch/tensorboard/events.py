@@ -17,9 +17,9 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.pr_curve import metadata as pr_curve_metadata
 from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fitwatch.records import Histogram, Image
+from fitwatch.tensorboard.frames import FrameWriter
 from fitwatch.tensorboard.page import Charts
 
 
@@ -41,7 +41,7 @@ class EventFile:
         name = f"events.out.tfevents.{time.time_ns() / 1e9:017.6f}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / f"{name}{ending}"
         self._file = self.path.open("xb")
-        self._records = RecordWriter(self._file)
+        self._frames = FrameWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if first_step:  # keeps values logged at the end of this step
             start = SessionLog(status=SessionLog.START)
@@ -55,10 +55,10 @@ class EventFile:
 
     def close(self) -> None:
         """Flush and close the file."""
-        self._records.close()
+        self._file.close()
 
     def _write(self, event: Event) -> None:
-        self._records.write(event.SerializeToString())
+        self._frames.write(event.SerializeToString())
 
 
 def cut(file: Path, step: int) -> None:
@@ -67,9 +67,9 @@ def cut(file: Path, step: int) -> None:
     new = file.with_name("cut.tmp")  # a name that no server reads
     new.unlink(missing_ok=True)  # of a process that was killed
     with new.open("xb") as opened:
-        records = RecordWriter(opened)
+        frames = FrameWriter(opened)
         for raw in kept:
-            records.write(raw)
+            frames.write(raw)
     new.replace(file)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from urllib.parse import quote
 
 from fitwatch.state import State
@@ -45,6 +46,7 @@ def charts(tags: set[str]) -> dict[str, Charts]:
     return {category: group for category, group in page.items() if group}
 
 
+@lru_cache(maxsize=4096)  # the same names come in every log window
 def run_and_tag(name: str) -> tuple[str, str]:
     """Return the sub-run and the tag of the logged name ``name``."""
     run, _, tag = name.partition("/")
@@ -53,6 +55,7 @@ def run_and_tag(name: str) -> tuple[str, str]:
     return run, tag
 
 
+@lru_cache(maxsize=4096)
 def curve(tag: str) -> str:
     """Return the tag of a curve; TensorBoard groups charts by the part before the first slash."""
     if tag == "loss_se":  # belongs with the threshold, not with the loss

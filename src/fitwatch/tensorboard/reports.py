@@ -20,7 +20,7 @@ def end(state: State, name: str, seconds: float) -> str:
         "epochs, steps": f"{state.progress.epoch}, {state.progress.step}",
         "seconds": f"{seconds:.1f}",
         "ended by": repr(state.error) if state.error else state.stop_reason or "the end of training",
-        **state.report,
+        **_lines(state),
     }
     if state.verdict is not None:
         rows["verdict"] = f"{state.verdict.status}: {state.verdict.evidence}"
@@ -42,6 +42,12 @@ def _best(best: Mapping[str, float], name: str, monitor: str) -> str:
     where = f"{name}, best epoch {best['epoch']:g} (from 0, by {monitor}), step {best['step']:g}"
     rows = [(metric, found.get("train", ""), found.get("val", "")) for metric, found in values.items()]
     return table((where, "train", "val"), rows)
+
+
+def _lines(state: State) -> dict[str, str]:
+    """Return the callbacks' lines."""
+    lines = {name: line if isinstance(line, str) else line() for name, line in state.report.items()}
+    return {name: line for name, line in lines.items() if line}
 
 
 def _baseline(state: State) -> dict[str, str]:

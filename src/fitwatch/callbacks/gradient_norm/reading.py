@@ -70,7 +70,7 @@ class Reading:
         # At the first step of the log window:
         self._rates: list[float | Tensor] = []  # learning rate of each layer
         self._before: list[Tensor] = []  # weights, until the end of the step
-        self._sample: list[Tensor] = []  # for each layer: non-zero elements, norm of the weights, norm of the update
+        self._sample: list[Tensor] = []  # of each parameter: non-zero elements, norm of the weights, norm of the update
         self._values: dict[str, Tensor] = {}
 
     # -- within a step -------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Reading:
         rates = [group["lr"] for group in self.layers.groups]  # tensors may change in place
         self._rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
         nonzero = [self._zero if p.grad is None else torch.count_nonzero(_values(p.grad)) for p in self._parameters]
-        self._sample = [self._by_layer(self._stack(nonzero))]
+        self._sample = [self._stack(nonzero)]
         self._before = [p.detach().clone() for p in self._parameters]
         for layer, members in zip(self.layers.names, self.layers.members, strict=True):
             gradients = [g for i in members if (g := self._parameters[i].grad) is not None]
@@ -111,9 +111,11 @@ class Reading:
             before, self._before = self._before, []
             weights = _norms(before)
             torch._foreach_sub_(before, [p.detach() for p in self._parameters])  # in place: no third copy
-            self._sample += [self._by_layer(self._stack(n).square()).sqrt() for n in (weights, _norms(before))]
+            self._sample += [self._stack(weights), self._stack(_norms(before))]
 
     def _stack(self, values: Sequence[Tensor]) -> Tensor:
+        if self._dtype is not None and len({v.dtype for v in values}) == 1:
+            return torch.stack(list(values))
         return torch.stack([v.to(self._device, self._wide) for v in values])
 
     def _by_layer(self, values: Tensor) -> Tensor:
@@ -129,8 +131,14 @@ class Reading:
     # -- at the end of a log window ------------------------------------------------------------------------------
 
     def reduce(self, norms: Tensor) -> Tensor:
-        """Reduce norms by step and parameter, shape (S, P), to the flat tensor that `receive` unpacks."""
+        """Reduce norms by step and parameter, shape (S, P), to the flat tensor that `receive` unpacks.
+
+        There is nothing to reduce in one step: its layers are summed on the host, which takes fewer small kernels.
+        """
         norms = norms.to(self._wide)
+        if len(norms) == 1:
+            sample = self._sample if len(self._sample) == 3 else []
+            return torch.cat([part.reshape(-1).to(self._wide) for part in (norms, *sample, *self._totals[:1])])
         finite = norms.isfinite()
         parts = [torch.linalg.vector_norm(norms, dim=1), finite.cumprod(0).sum(0)]
         if self.layers.names:
@@ -148,7 +156,10 @@ class Reading:
         else:
             parts = [norms.mean(0), norms.amax(0), zero]
         unknown = torch.full((3 * len(self.layers.names),), math.nan, device=self._device)
-        return parts + (self._sample if len(self._sample) == 3 else [unknown])
+        if len(self._sample) < 3:
+            return [*parts, unknown]
+        nonzero, *norms_of_weights = (values.to(self._wide) for values in self._sample)
+        return [*parts, self._by_layer(nonzero), *(self._by_layer(n.square()).sqrt() for n in norms_of_weights)]
 
     def _layer_norms(self, norms: Tensor) -> Tensor:
         """Return the norm of each layer, shape (S, L), from those of its parameters, shape (S, P)."""
@@ -161,7 +172,7 @@ class Reading:
 
     def receive(self, numbers: list[float]) -> Mapping[str, Value]:
         """Unpack the result of `reduce`, now on the host, start a new log window, and return the values to log."""
-        rest = iter(numbers)
+        rest = iter(self._reduced(numbers) if len(self.places) == 1 else numbers)
         sizes = [len(self.places), len(self._parameters), *[len(self.layers.names)] * 6]
         norms, first_bad, *by_layer = [list(islice(rest, size)) for size in sizes]
         figures = Figures(
@@ -176,6 +187,24 @@ class Reading:
         )
         self._open_window()
         return self._write(figures)
+
+    def _reduced(self, numbers: list[float]) -> list[float]:
+        """Return what `reduce` gives for several steps, from the norms, and the sample if there is one, of one step."""
+        size, members = len(self._parameters), self.layers.members
+        rows = 1 + (len(self._sample) if len(self._sample) == 3 else 0)
+        norms, *sample = [numbers[i * size : (i + 1) * size] for i in range(rows)]
+        totals = numbers[size * rows :]
+        finite = all(map(math.isfinite, norms))
+        layers = [_norm([norms[i] for i in own]) for own in members]
+        shown = layers if finite or not self._skips else [math.nan] * len(layers)
+        zero = [float(norm == 0) for norm in layers]
+        sampled = [math.nan] * 3 * len(layers)
+        if len(sample) == 3:
+            nonzero = [sum(sample[0][i] for i in own) for own in members]
+            weights, updates = ([_norm([part[i] for i in own]) for own in members] for part in sample[1:])
+            sampled = [*nonzero, *weights, *updates]
+        first_bad = [float(math.isfinite(norm)) for norm in norms]
+        return [_norm(norms), *first_bad, *shown, *shown, *zero, *sampled, *totals]
 
     def _layer_gradients(self, by_layer: list[list[float]], *, sampled: bool) -> dict[str, LayerGradient]:
         """Describe each layer; not ``sampled``: a GradScaler skipped the sampled step, so no weight changed."""
@@ -202,6 +231,11 @@ class Reading:
                 module_mean=max(means[j] for j in layers.siblings[i]),
             )
         return gradients
+
+
+def _norm(values: list[float]) -> float:
+    """Return the 2-norm; NaN if one of them is, also beside an infinity."""
+    return math.nan if any(map(math.isnan, values)) else math.hypot(*values)
 
 
 def _values(gradient: Tensor) -> Tensor:

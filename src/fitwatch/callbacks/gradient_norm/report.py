@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,11 +54,10 @@ class Report:
             **_texts(findings),
             **_histograms(figures.samples),
         }
-        state.report["gradient norm"] = self._summary(rule)
-        state.report["layers not healthy"] = rule.trouble()
-        state.report.pop("layers not trained", None)
-        if (untrained := rule.untrained()) != "none":
-            state.report["layers not trained"] = untrained
+        if "gradient norm" not in state.report:  # in words only when the report is written
+            state.report["gradient norm"] = partial(self._summary, rule)
+            state.report["layers not healthy"] = rule.trouble
+            state.report["layers not trained"] = lambda: rule.untrained().removeprefix("none")
         return values
 
     def histograms_due(self, layers: list[str], every: int | None) -> list[str]:
