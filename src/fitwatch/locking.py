@@ -75,7 +75,7 @@ class FolderLock:
         """Give the folder free, if this lock holds it."""
         owner, self._owner = self._owner, None
         self._released.set()
-        if owner is not None:
+        if owner is not None and owner["pid"] == os.getpid():  # and not a child of it
             with suppress(OSError), self._opened() as file:
                 if _read(file) in (owner, None):
                     self._path.unlink()
