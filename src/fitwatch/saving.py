@@ -13,6 +13,8 @@ own state), and ``other_ranks`` (``rng``, ``generators`` and ``position`` of the
 import logging
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -227,35 +229,54 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
     with undone_on_failure(state, *loaders):
         try:
             changes = _apply(content, state, loaders, kept=kept)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not fit this training: {error}") from error
+        except _Unfit as error:
+            raise ValueError(f"{path} does not fit this training: {error}") from error.__cause__
     state.resumed, state.resumed_from = True, path
     return Before(content["settings"], changes, kept)
 
 
+class _Unfit(Exception):  # noqa: N818 - never leaves this module
+    """A key, and what failed when its value was used."""
+
+
+@contextmanager
+def _using(key: str) -> Iterator[None]:
+    """Name the key whose value a part does not take."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise _Unfit(f"{key}: {error}") from error
+
+
 def _apply(content: Content, state: State, loaders: tuple[object, ...], *, kept: bool) -> list[str]:
     """Restore all parts; return what differs from the script."""
-    own = [content, *content["other_ranks"]][ranks.rank()]
-    if state.callbacks is not None:
-        state.callbacks.load_state_dict(content["callbacks"])
-    modules.load_weights(state.model, content["trained"] or content["model"])
-    with torch.no_grad():
+    with _using("callbacks"):
+        if state.callbacks is not None:
+            state.callbacks.load_state_dict(content["callbacks"])
+    with _using("model"):
+        modules.load_weights(state.model, content["trained"] or content["model"])
+    with _using("loss"), torch.no_grad():
         for name, parameter in _loss_parameters(state).items():
             parameter.copy_(content["loss"][name])
-    changes = _load_optimizer(content, state, kept=kept)
-    if state.scaler is not None:
-        state.scaler.load_state_dict(content["scaler"])
+    with _using("optimizer"):
+        changes = _load_optimizer(content, state, kept=kept)
+    with _using("scaler"):
+        if state.scaler is not None:
+            state.scaler.load_state_dict(content["scaler"])
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
     state.history.entries = content["history"]
     if ranks.rank() == 0:  # the sums of all ranks
         since = state.train_loss.since_evaluation
         since.total, since.weight = content["train_loss"]
+    own = [content, *content["other_ranks"]][ranks.rank()]
     position = own["position"]
-    if position is not None and position["started"] is not None:  # used later: what does not fit must fail now
-        set_random_states(position["started"]["sources"], loaders[0])
-        set_rng_state(position["started"]["rng"])
-    state.position.resume(position, own["rng"], own["generators"], *loaders)
+    with _using("position"):
+        if position is not None and position["started"] is not None:  # used later: what does not fit must fail now
+            set_random_states(position["started"]["sources"], loaders[0])
+            set_rng_state(position["started"]["rng"])
+    with _using("rng or generators"):
+        state.position.resume(position, own["rng"], own["generators"], *loaders)
     return changes
 
 

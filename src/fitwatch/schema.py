@@ -151,6 +151,7 @@ def _check_place(content: StateDict, state: State) -> None:
         key = f"other_ranks[{number - 1}]"
         holds = isinstance(other, dict) and {"rng", "generators", "position"} <= other.keys()
         _must(key, other, "a dict of rng, generators and position", holds=holds)
+    generators = len(random_states(state.train_loader))
     known = {"train_loader", "val_loader", *state.val_loaders}
     for key, own in (("", content), *((f"other_ranks[{k}].", o) for k, o in enumerate(content["other_ranks"]))):
         _check_rng(f"{key}rng", own["rng"])
@@ -166,6 +167,9 @@ def _check_place(content: StateDict, state: State) -> None:
         if started is not None:
             holds = isinstance(started, dict) and isinstance(started.get("sources"), list)
             _must(f"{key}position['started']", started, "random states", holds=holds)
+            what = f"{generators} states, as train_loader has random generators"
+            sources = started["sources"]
+            _must(f"{key}position['started']['sources']", sources, what, holds=len(sources) == generators)
             _check_rng(f"{key}position['started']['rng']", started.get("rng"))
 
 
@@ -221,7 +225,8 @@ def _check_optimizer(content: StateDict, optimizer: Optimizer, named: Mapping[st
     holds = isinstance(groups, list) and bool(groups) and _are(dict, groups)
     _must("optimizer['param_groups']", groups, "a list of dicts", holds=holds)
     numbers = [number for group in groups for number in _numbers_of(group)]
-    _must("optimizer['param_groups']", numbers, "of different parameters", holds=len({*numbers}) == len(numbers))
+    holds = len({*numbers}) == len(numbers)
+    _must("optimizer['param_groups']", numbers, "of different params", holds=holds)
     names = content.get("groups", [])
     if names:
         sizes, kept = [len(g["params"]) for g in groups], [len(n) for n in names]
