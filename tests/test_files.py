@@ -184,6 +184,8 @@ WRONG = [
     (("generators", 0), torch.zeros(3)),
     (("callbacks", "Keep"), {"seen": [5], "poison": True}),
     (("callbacks", "EarlyStopping", "rule"), {"best": 1}),
+    (("guard", "skipped"), -1),
+    (("guard", "in_a_row"), None),
     (("settings", "lr"), 0.1),
     (("progress", "step"), -1),
     (("progress", "step"), 10**400),
@@ -228,7 +230,7 @@ def test_what_does_not_fit_changes_nothing(saved, tmp_path, key, value):
     assert len(trainer.state.history) == 0
 
 
-@pytest.mark.parametrize("missing", sorted({key[0] for key, _ in WRONG} - {"format", "groups", "frozen"}))
+@pytest.mark.parametrize("missing", sorted({key[0] for key, _ in WRONG} - {"format", "groups", "frozen", "guard"}))
 def test_a_missing_key_is_named(saved, tmp_path, missing):
     """Each key that a save writes must be there."""
     content = saving.read(saved)

@@ -44,7 +44,7 @@ def _undoing(state: State, loaders: tuple[object, ...]) -> Iterator[_Undo]:
         if isinstance(module, nn.Module):
             yield from _of_module(module)
     yield _of_optimizer(state.optimizer)
-    for part in (state.scheduler, state.scaler, *(own for own in loaders if isinstance(own, Stateful))):
+    for part in (state.scheduler, state.scaler, state.guard, *(own for own in loaders if isinstance(own, Stateful))):
         if part is not None:
             yield partial(part.load_state_dict, copy.deepcopy(part.state_dict()))
     yield from _of_callbacks(state.callbacks)

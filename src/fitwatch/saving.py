@@ -263,6 +263,9 @@ def _apply(content: Content, state: State, loaders: tuple[object, ...], *, kept:
     with _using("scaler"):
         if state.scaler is not None:
             state.scaler.load_state_dict(content["scaler"])
+    with _using("guard"):
+        if state.guard is not None and content.get("guard"):
+            state.guard.load_state_dict(content["guard"])
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
     state.history.entries = content["history"]

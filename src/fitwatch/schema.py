@@ -31,6 +31,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "frozen": list,
     "generators": list,
     "callbacks": dict,
+    "guard": dict,
     "settings": dict,
     "progress": dict,
     "history": list,
@@ -39,7 +40,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "position": (dict, NoneType),
     "other_ranks": list,
 }
-_ADDED = ("groups", "frozen")  # after the first files of format 2
+_ADDED = ("groups", "frozen", "guard")  # after the first files of format 2
 
 
 class _Wrong(Exception):  # noqa: N818 - never leaves this module
@@ -84,6 +85,8 @@ def check(
             _check_scheduler("scheduler", content["scheduler"])
         if content["scaler"]:
             _check_scaler(content["scaler"])
+        for name in ("skipped", "in_a_row") if content.get("guard") else ():
+            _check_counter(f"guard[{name!r}]", content["guard"].get(name))
     except _Wrong as error:
         raise ValueError(f"{path} does not fit this training: {error}") from None
 
