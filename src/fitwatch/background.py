@@ -18,11 +18,11 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        _all.add(self)
 
     def start(self, job: Callable[[], object]) -> None:
         """Start a job when the one before has ended."""
         self.wait()
+        _all.add(self)
         self._thread = threading.Thread(target=self._run, args=(job,), name="fitwatch-save")
         self._thread.start()
 
