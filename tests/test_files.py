@@ -363,13 +363,15 @@ def test_only_files_of_fitwatch_are_deleted(tmp_path):
 
     class Add(fw.Callback):
         def on_epoch_start(self, state):
-            (tmp_path / "epoch-0.pt").write_text("mine")
+            for name in ("epoch-0.pt", "epoch-99.pt"):
+                (tmp_path / name).write_text("mine")
 
     trainer, train, val = make(tmp_path, every_steps=1)
     trainer.callbacks = [Add(), *trainer.callbacks]
     trainer.fit(train, val, epochs=2)
-    assert all(file.read_text() == "mine" for file in [*mine, tmp_path / "victim", tmp_path / "epoch-0.pt"])
+    assert all(file.read_text() == "mine" for file in [*mine, tmp_path / "victim", *tmp_path.glob("epoch-*[09].pt")])
     assert {"step-6.pt", "epoch-2.pt"} <= {f.name for f in tmp_path.iterdir()}
+    assert {"epoch-0.pt", "epoch-99.pt"} <= {f.name for f in tmp_path.iterdir()}
     assert not {"step-5.pt", "epoch-1.pt"} & {f.name for f in tmp_path.iterdir()}
 
 

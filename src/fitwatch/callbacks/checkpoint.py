@@ -288,9 +288,8 @@ class Checkpoint(Callback):
             saving.write(self.dir / "best.pt", content)
             return
         saving.write(self.dir / f"{kind}-{count}.pt", content)
-        for old in self._files(kind)[: -self.keep]:
-            if files.is_own(old):
-                old.unlink()
+        for old in [file for file in self._files(kind) if files.is_own(file)][: -self.keep]:
+            old.unlink()
 
     def _refuses(self, state: State) -> bool:
         """Return whether the model has non-finite weights, on any rank; warn the first time."""
