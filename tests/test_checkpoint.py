@@ -124,13 +124,15 @@ def test_what_does_not_fit_is_refused(tmp_path, data):
         fw.Trainer(other, torch.optim.AdamW(other.parameters())).fit(train, val, epochs=2, resume=path)
     optimizer = torch.optim.AdamW(other.parameters())
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
-    with pytest.raises(ValueError, match="epoch-1.pt does not fit this training"):
+    with pytest.raises(ValueError, match=r"epoch-1.pt does not fit this training: model\['weight'\] is missing"):
         fw.Trainer(other, optimizer, scheduler=scheduler).fit(train, val, epochs=2, resume=path)
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
         trainer.fit(train, val, epochs=2, resume=tmp_path / "nowhere.pt")
     content = saving.read(path)
-    torch.save({**content, "format": 99}, tmp_path / "new.pt")
-    with pytest.raises(ValueError, match=r"new.pt was written by .*\(checkpoint format 99\).*reads format 2 only"):
+    saving.write(tmp_path / "new.pt", {**content, "format": 99})
+    with pytest.raises(
+        ValueError, match=r"new.pt was written by .*\(checkpoint format 99\).*reads formats 2 and 3 only"
+    ):
         trainer.fit(train, val, epochs=2, resume=tmp_path / "new.pt")
     (tmp_path / "part.pt").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="part.pt can't be read"):
@@ -142,13 +144,13 @@ def test_a_checkpoint_of_format_1_is_refused_with_both_versions(tmp_path, data):
     trainer, train, val = make(tmp_path, data)
     trainer.fit(train, val, epochs=1)
     content = saving.read(tmp_path / "epoch-1.pt")
-    assert (content["format"], content.pop("version")) == (2, fw.__version__)
+    assert (content["format"], content.pop("version")) == (3, fw.__version__)
     old = tmp_path / "old.pt"
     saving.write(old, {**content, "format": 1})
     again, train, val = make(tmp_path / "again", data)
     sentence = (
         f"{old} was written by fitwatch 0.1 (checkpoint format 1), and this is fitwatch {fw.__version__}, which reads "
-        "format 2 only: finish that training with the version that started it, or load the weights alone: "
+        "formats 2 and 3 only: finish that training with the version that started it, or load the weights alone: "
         "torch.load(path)['model']"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):

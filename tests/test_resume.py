@@ -387,8 +387,8 @@ def test_a_loader_without_a_state_is_named(tmp_path, caplog):
         assert any("has no state_dict: 3 batches are read again" in r.getMessage() for r in caplog.records) == told
 
 
-def test_a_loop_over_its_own_loader_cannot_resume_within_an_epoch(tmp_path):
-    """Its place is unknown, so a file saved within an epoch is refused, and a resumed watch asks for watch.train()."""
+def test_a_loop_over_its_own_loader_cannot_resume_within_an_epoch(tmp_path, caplog):
+    """Its place is unknown: a file saved within an epoch is refused or put aside, and a watch asks for watch.train()."""
 
     def go(own, **options):
         model = nn.Linear(4, 2)
@@ -407,10 +407,11 @@ def test_a_loop_over_its_own_loader_cannot_resume_within_an_epoch(tmp_path):
 
     go(own=True)
     with pytest.raises(ValueError, match=r"step-3.pt was saved within an epoch .*iterate over watch.train\(\)"):
-        go(own=False, resume="auto")
-    for file in tmp_path.glob("*.pt"):
-        file.unlink()
-    go(own=False)
+        go(own=False, resume=tmp_path / "step-3.pt")
+    go(own=False, resume="auto")
+    assert sorted(f.name for f in tmp_path.glob("*.old")) == [f"step-{k}.pt.old" for k in (1, 2, 3)]
+    assert caplog.text.count("a loop over its own loader, whose place is unknown") == 3
+    assert "training starts from the beginning" in caplog.text
     with pytest.raises(RuntimeError, match=r"training resumes within an epoch.*watch.train\(\)"):
         go(own=True, resume=tmp_path / "step-2.pt")
 

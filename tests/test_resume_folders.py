@@ -175,7 +175,7 @@ def test_a_hostile_checkpoint_changes_no_file(tmp_path):
     before = contents(tmp_path)
     for key, value in HOSTILE:
         path = tmp_path / "hostile.pt"
-        torch.save(hostile(saving.read(tmp_path / "saved/epoch-1.pt"), key, value), path)
+        saving.write(path, hostile(saving.read(tmp_path / "saved/epoch-1.pt"), key, value))
         last = "TensorBoard" if key == PAGE else [part for part in key if isinstance(part, str)][-1]
         with pytest.raises(ValueError, match=rf"hostile\.pt.*{last}"):
             trained(tmp_path, saved="saved", resume=path)
@@ -190,7 +190,7 @@ def test_an_absolute_path_of_an_older_file_is_ignored(tmp_path):
     content = saving.read(tmp_path / "saved/epoch-1.pt")
     content["callbacks"]["TensorBoard"].pop("run")
     content["callbacks"]["TensorBoard"]["run_dir"] = str(tmp_path / "victim")
-    torch.save(content, tmp_path / "saved/epoch-1.pt")
+    saving.write(tmp_path / "saved/epoch-1.pt", content)
     before = contents(tmp_path / "victim")
     trained(tmp_path, resume=tmp_path / "saved/epoch-1.pt")
     assert contents(tmp_path / "victim") == before

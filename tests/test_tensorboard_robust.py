@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,24 @@ def test_a_full_disk_in_the_last_epoch_is_an_error_too(tmp_path):
     assert re.search(rf"OSError: .*TensorBoard can't write to {re.escape(str(tmp_path))}/run/", ended.stderr)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_folder_removed_in_training_ends_the_fit_like_a_full_disk(tmp_path, caplog, last):
+    """Within an epoch the loss of the curves is logged; the epoch is completed and saved, and then the fit ends."""
+
+    class Remove(fw.Callback):
+        def on_epoch_start(self, state):
+            if state.progress.epoch == 2:
+                shutil.rmtree(tmp_path / "runs/run")
+
+    trainer = overfitting_trainer(tmp_path / "runs", callbacks=[Remove(), fw.Checkpoint(tmp_path / "saved")])
+    with pytest.raises(OSError, match=r"can't write to .*/runs/run/train/.*removed or renamed"):
+        trainer.fit(*noisy_data(), epochs=3 if last else 30)
+    assert trainer.state.progress.epoch == 3
+    assert (tmp_path / "saved/epoch-3.pt").exists()
+    assert caplog.text.count("removed or renamed") == 1
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nobody can create a folder")
 def test_a_folder_that_cannot_be_written_to_is_refused_before_step_1():
     """If the folder can't be created, even by root, the error names it before the first step."""
@@ -139,7 +158,7 @@ def test_a_disk_that_is_full_from_the_start_is_refused_before_step_1(tmp_path):
         finally:
             assert trainer.state.progress.step == 0
     """)
-    assert re.search(rf"OSError: .*TensorBoard can't write to {re.escape(str(tmp_path))}/run/train", ended.stderr)
+    assert re.search(rf"OSError: .*TensorBoard can't write to {re.escape(str(tmp_path))}/run", ended.stderr)
 
 
 # -- resume: three readers -----------------------------------------------------------------------------------------

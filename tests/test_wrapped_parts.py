@@ -115,7 +115,7 @@ def test_a_file_with_the_names_of_wrappers_still_loads(tmp_path, data):
     model = part(Net().double())
     content["model"] = dict(zip(model.state_dict(), content["model"].values(), strict=True))
     assert "enc._orig_mod.0.weight" in content["model"]
-    torch.save(content, path)
+    saving.write(path, content)
     fit(tmp_path, data, part, 2, "auto")
 
 

@@ -10,48 +10,45 @@ the last evaluation), ``rng`` (of rank 0), ``position`` (within an epoch: random
 own state), and ``other_ranks`` (``rng``, ``generators`` and ``position`` of the others).
 """
 
-import errno
 import logging
-import os
 import pickle
-from contextlib import suppress
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType
 
 import torch
-from attrs import asdict, fields_dict, frozen
+from attrs import asdict, frozen
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fitwatch import ranks, resuming
-from fitwatch.data.position import random_states
+from fitwatch import files, ranks, resuming, schema
+from fitwatch.data.position import random_states, set_random_states
 from fitwatch.helpers import modules
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.primitives import plain_data, unreadable
-from fitwatch.helpers.rng import rng_state
+from fitwatch.helpers.rng import rng_state, set_rng_state
+from fitwatch.restoring import undone_on_failure
 from fitwatch.state import State
-from fitwatch.state.progress import Progress
 from fitwatch.version import __version__
 
 logger = logging.getLogger("fitwatch")
 
-FORMAT = 2
+FORMAT = 3
+_UNSEALED = 2  # the format before, which differs only in that it has no checksum
 _VERSIONS = {1: "0.1"}  # of fitwatch, by the format that it wrote, before files named it
 
 Content = StateDict
 
 
-def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
-    """Write a checkpoint of ``state`` to ``path``, completely or not at all. All ranks call it; rank 0 writes.
+def content_of(state: State, *, weights: StateDict | None = None) -> Content | None:
+    """Return what a checkpoint of ``state`` holds, to be given to `write`. All ranks call it; None on all but rank 0.
+
+    The tensors are those of the training, not copies.
 
     Args:
-        path: The file.
         state: What is saved.
         weights: Saved as the model's weights. None: the current ones.
-
-    Raises:
-        OSError: It could not be written; the message names the path, and the file that was there is unchanged.
-        ValueError: It could not be read again; the message names the key.
     """
     state.train_loss.pull()
     since = state.train_loss.since_evaluation
@@ -62,8 +59,8 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
     position = state.position.saved(state.train_loader, validating, within=state.progress.epoch_batch > 0)
     (rng, generators, position), *others = ranks.gather((rng_state(), generators, position))
     if ranks.rank():
-        return
-    content = {
+        return None
+    return {
         "format": FORMAT,
         "version": __version__,
         "model": modules.weights(state.model) if weights is None else weights,
@@ -79,13 +76,12 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
         "guard": state.guard.state_dict() if state.guard is not None else {},
         "settings": {name: str(value) for name, value in state.settings.items()},
         "progress": asdict(state.progress),
-        "history": state.history.entries,
+        "history": list(state.history.entries),
         "train_loss": train_loss,
         "rng": rng,
         "position": position,
         "other_ranks": [dict(zip(("rng", "generators", "position"), other, strict=True)) for other in others],
     }
-    write(path, content)
 
 
 def _trained(state: State, measured: StateDict | None) -> StateDict | None:
@@ -103,58 +99,23 @@ def write(path: Path, content: Content) -> None:
         OSError: It could not be written; the message names the path.
         ValueError: It can't be read again; the message names the key.
     """
-    # In the same folder: a rename across file systems is a copy, which can be cut off halfway.
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
     content = plain_data(content)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # By its name, so that torch writes it without Python: Ctrl-C inside a Python file would end the process.
-            torch.save(content, str(part))
-            _load(part, data=False)
-        except (AttributeError, TypeError, ValueError, pickle.PickleError) as error:
-            raise ValueError(f"the checkpoint {path} was not written: {_reason(content, error)}") from error
-        with part.open("r+b") as file:  # Windows flushes only what may be written
-            _flush(file.fileno())
-        part.replace(path)
-        _flush_folder(path.parent)
+        with files.appearing(path) as (descriptor, name):
+            try:
+                # By a name, so that torch writes it without Python: Ctrl-C inside a Python file would end the process.
+                torch.save(content, name)
+                _load(Path(name), data=False)
+            except (AttributeError, TypeError, ValueError, pickle.PickleError) as error:
+                raise ValueError(f"the checkpoint {path} was not written: {_reason(content, error)}") from error
+            files.seal(descriptor)
     except BaseException as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         # Torch raises another error when it closes the file that Ctrl-C cut off.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None
         if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
             raise OSError(f"could not write the checkpoint {path}: {error}") from error
         raise
-
-
-def _flush(descriptor: int) -> None:
-    """Have the file system write a file or a folder to the disk, if it can.
-
-    Raises:
-        OSError: The disk is full or broken.
-    """
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FSYNC:
-            raise
-
-
-_NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EPERM}
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have the rename itself survive a power cut, where folders can be opened: not on Windows and some mounts."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return  # the file has its name by now
-    try:
-        _flush(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(content: Content, error: Exception) -> str:
@@ -178,38 +139,61 @@ def _load(path: Path, *, data: bool = True) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def read(path: Path, *, data: bool = True) -> Content:
+class DamagedError(ValueError):
+    """A file that is not what was saved, or is no checkpoint at all."""
+
+
+def read(path: Path, *, data: bool = True, verify: bool | None = None) -> Content:
     """Read a checkpoint, as data only.
 
     Args:
         path: The file.
         data: False: the values of tensors stay on the disk, until they are used.
+        verify: Whether to compute the checksum, for which the whole file is read. Default: with ``data``.
 
     Raises:
         FileNotFoundError: There is no file at ``path``.
-        ValueError: It is not a checkpoint of this format, or holds more than tensors and primitives.
+        DamagedError: It is incomplete or changed, is no checkpoint, or holds more than tensors and primitives.
+        ValueError: It is a checkpoint of another format.
     """
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder: name a file in it, such as {path / 'epoch-1.pt'}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
+    verify = data if verify is None else verify
+    sealed = files.sealed(path) if verify else None
+    if sealed is False:
+        raise DamagedError(f"{path} is damaged: its content does not have the checksum that was saved with it")
     try:
         content = _load(path, data=data)
     except Exception as error:
-        raise ValueError(f"{path} can't be read as a checkpoint: {error}") from error
+        raise DamagedError(f"{path} can't be read as a checkpoint: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(found, int):
-        raise ValueError(  # noqa: TRY004 - the argument has the right type
-            f"{path} is not a checkpoint of fitwatch: it has no format number"
-        )
-    if found != FORMAT:
+        raise DamagedError(f"{path} is not a checkpoint of fitwatch: it has no format number")
+    if found not in (_UNSEALED, FORMAT):
         writer = content.get("version", _VERSIONS.get(found, "another version"))
         raise ValueError(
             f"{path} was written by fitwatch {writer} (checkpoint format {found}), and this is fitwatch "
-            f"{__version__}, which reads format {FORMAT} only: finish that training with the version that "
-            "started it, or load the weights alone: torch.load(path)['model']"
+            f"{__version__}, which reads formats {_UNSEALED} and {FORMAT} only: finish that training with the version "
+            "that started it, or load the weights alone: torch.load(path)['model']"
         )
+    if verify and sealed is None:
+        _check_unsealed(path, found)
     return content
+
+
+def _check_unsealed(path: Path, found: int) -> None:
+    """Raise DamagedError if a file lacks the checksum of its format, or its parts lack those of a zip file."""
+    if found == FORMAT:
+        raise DamagedError(f"{path} is damaged, or was not written by fitwatch: it has no checksum")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except Exception as error:  # of many kinds, for a changed header
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    if part is not None:
+        raise DamagedError(f"{path} is damaged: its part {part} does not have its checksum")
 
 
 @frozen
@@ -228,7 +212,7 @@ class Before:
 
 
 def load(path: Path, state: State, *, kept: bool = True) -> Before:
-    """Restore ``state`` from the checkpoint at ``path``.
+    """Restore ``state`` from the checkpoint at ``path``, wholly or not at all.
 
     Args:
         path: The file.
@@ -240,23 +224,48 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
         ValueError: It can't be read, or does not fit the model, optimizer, scheduler or loader.
     """
     content = read(path)
-    _check_kinds(path, content)
     loaders = (state.train_loader, state.val_loader, *state.val_loaders.values())
-    _check(path, content, state, len(random_states(*loaders)))
+    schema.check(path, content, state, named=_named(state), loss=_loss_parameters(state))
+    with undone_on_failure(state, *loaders):
+        try:
+            changes = _apply(content, state, loaders, kept=kept)
+        except _Unfit as error:
+            raise ValueError(f"{path} does not fit this training: {error}") from error.__cause__
+    state.resumed, state.resumed_from = True, path
+    return Before(content["settings"], changes, kept)
+
+
+class _Unfit(Exception):  # noqa: N818 - never leaves this module
+    """A key, and what failed when its value was used."""
+
+
+@contextmanager
+def _using(key: str) -> Iterator[None]:
+    """Name the key whose value a part does not take."""
     try:
-        modules.load_weights(state.model, content["trained"] or content["model"])
-        with torch.no_grad():
-            for name, parameter in _loss_parameters(state).items():
-                parameter.copy_(content["loss"][name])
-        changes = _load_optimizer(content, state, kept=kept)
-        if state.scaler is not None:
-            state.scaler.load_state_dict(content["scaler"])
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise _Unfit(f"{key}: {error}") from error
+
+
+def _apply(content: Content, state: State, loaders: tuple[object, ...], *, kept: bool) -> list[str]:
+    """Restore all parts; return what differs from the script."""
+    with _using("callbacks"):
         if state.callbacks is not None:
             state.callbacks.load_state_dict(content["callbacks"])
+    with _using("model"):
+        modules.load_weights(state.model, content["trained"] or content["model"])
+    with _using("loss"), torch.no_grad():
+        for name, parameter in _loss_parameters(state).items():
+            parameter.copy_(content["loss"][name])
+    with _using("optimizer"):
+        changes = _load_optimizer(content, state, kept=kept)
+    with _using("scaler"):
+        if state.scaler is not None:
+            state.scaler.load_state_dict(content["scaler"])
+    with _using("guard"):
         if state.guard is not None and content.get("guard"):
             state.guard.load_state_dict(content["guard"])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit this training: {error}") from error
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
     state.history.entries = content["history"]
@@ -264,9 +273,14 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
         since = state.train_loss.since_evaluation
         since.total, since.weight = content["train_loss"]
     own = [content, *content["other_ranks"]][ranks.rank()]
-    state.position.resume(own["position"], own["rng"], own["generators"], *loaders)
-    state.resumed, state.resumed_from = True, path
-    return Before(content["settings"], changes, kept)
+    position = own["position"]
+    with _using("position"):
+        if position is not None and position["started"] is not None:  # used later: what does not fit must fail now
+            set_random_states(position["started"]["sources"], loaders[0])
+            set_rng_state(position["started"]["rng"])
+    with _using("rng or generators"):
+        state.position.resume(position, own["rng"], own["generators"], *loaders)
+    return changes
 
 
 def _load_optimizer(content: Content, state: State, *, kept: bool) -> list[str]:
@@ -307,76 +321,6 @@ def _named(state: State) -> dict[str, Tensor]:
     if isinstance(state.loss, nn.Module):
         named |= {f"loss.{name}": p for name, p in modules.named_parameters(state.loss)}
     return named
-
-
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "model": dict,
-    "trained": (dict, NoneType),
-    "loss": dict,
-    "optimizer": dict,
-    "scheduler": (dict, NoneType),
-    "scaler": (dict, NoneType),
-    "generators": list,
-    "callbacks": dict,
-    "settings": dict,
-    "progress": dict,
-    "history": list,
-    "train_loss": list,
-    "rng": dict,
-    "position": (dict, NoneType),
-    "other_ranks": list,
-}
-
-
-def _check_kinds(path: Path, content: Content) -> None:
-    """Raise ValueError if a value has another type than `save` gives it: counters become names of files."""
-    for key, kind in _KINDS.items():
-        if key not in content or not isinstance(content[key], kind):
-            raise ValueError(
-                f"{path} is not a valid checkpoint: {key} must be a {'list' if kind is list else 'dict'}, got "
-                f"{content.get(key)!r:.80}"
-            )
-    counters = [("progress", name, value) for name, value in content["progress"].items()]
-    for number, entry in enumerate(content["history"]):
-        known = entry if isinstance(entry, dict) else {}
-        counters += [(f"history[{number}]", name, known.get(name)) for name in ("epoch", "step")]
-    for key, name, value in counters:
-        if name not in fields_dict(Progress) or type(value) is not int or value < 0:
-            raise ValueError(
-                f"{path} is not a valid checkpoint: {key}[{name!r}] must be a counter of 0 or more, got {value!r:.80}"
-            )
-
-
-def _check(path: Path, content: Content, state: State, generators: int) -> None:
-    """Raise ValueError if ``content`` can't be resumed from, before ``state`` is changed."""
-    epoch, batch = content["progress"]["epoch"], content["progress"]["epoch_batch"]
-    if batch and content["position"] is None:
-        raise ValueError(
-            f"{path} was saved within an epoch (epoch {epoch}, after {batch} batches) by a loop over its own loader, "
-            "whose place is unknown: iterate over watch.train(), or use a checkpoint saved between epochs"
-        )
-    saved_by = 1 + len(content["other_ranks"])
-    if saved_by != ranks.size():
-        raise ValueError(
-            f"{path} was saved by {saved_by} rank{'s' * (saved_by > 1)}, and this fit has {ranks.size()}: the steps "
-            "would see different examples"
-        )
-    for name, part in (("scheduler", state.scheduler), ("scaler", state.scaler)):
-        if (part is None) != (content[name] is None):
-            raise ValueError(f"{path} was saved {'without' if content[name] is None else 'with'} a {name}")
-    for name, part in (("optimizer", state.optimizer), ("scheduler", state.scheduler)):
-        before, now = content["settings"].get(name), type(part).__name__
-        if part is not None and before not in (None, now):
-            raise ValueError(
-                f"{path} was saved with the {name} {before}, and this fit has {now}, for which its state means "
-                f"nothing: resume with {before}, or start a new fit from the weights alone: "
-                "model.load_state_dict(torch.load(path)['model'])"
-            )
-    if generators != len(content["generators"]):
-        raise ValueError(
-            f"{path} was saved with {len(content['generators'])} random generators in the loaders and their "
-            f"samplers, and these have {generators}: the order of the batches could not be resumed"
-        )
 
 
 def _loss_parameters(state: State) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fitwatch.engine.checks import Checks
 from fitwatch.engine.preflight import Report, TrainingStep, preflight
 from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_another_loss, warn_of_changes
-from fitwatch.engine.signals import Interrupts
+from fitwatch.engine.signals import Interrupts, held_back
 from fitwatch.engine.step import check_options, needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
 from fitwatch.engine.validator import ValidationStep, Validator
@@ -300,9 +300,13 @@ class Watch:
         progress.first_epoch, progress.first_step = progress.epoch, progress.step
         if not {id(p) for p in held} & {id(p) for p in state.model.parameters()}:
             raise ValueError("the optimizer holds no parameter of the model: training would change nothing")
-        path = ranks.from_main(_newest(self._hooks)) if self._resume == "auto" else self._resume
-        if path is not None:
+        path = self._resume
+        if path == "auto":
             with ranks.failing_together():
+                found = None if ranks.rank() else _newest(self._hooks)
+            path = ranks.from_main(found)
+        if path is not None:
+            with ranks.failing_together(), held_back():
                 self._before = saving.load(local_path(path), state, kept=self._keeps_options)
             loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader, **state.val_loaders}
             live = loaders if state.position.resumed is None else state.position.resumed["live"]
@@ -726,7 +730,7 @@ class Watch:
 
 
 def _newest(hooks: Callbacks) -> Path | None:
-    """Return the newest checkpoint of the attached `Checkpoint`; None if it has none yet."""
+    """Return the newest whole checkpoint of the attached `Checkpoint`; None if it has none."""
     for callback in hooks.callbacks:
         if isinstance(callback, Checkpoint):
             return callback.latest()

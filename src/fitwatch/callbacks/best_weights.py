@@ -1,7 +1,7 @@
 """A copy of the best weights."""
 
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.helpers.modules import copied_weights, load_weights
+from fitwatch.helpers.modules import copied_weights, load_weights, overwrite
 from fitwatch.state import State
 
 
@@ -23,5 +23,10 @@ class BestWeights:
 
     def restore(self, state: State) -> None:
         """Restore the copy, if there is one; not over the user's weights, if the fit took no step."""
-        if self.kept is not None and state.progress.step > state.progress.first_step:
+        if self.kept is None or state.progress.step <= state.progress.first_step:
+            return
+        try:
             load_weights(state.model, self.kept)
+        except BaseException:  # Ctrl-C in a hook of the model: it must not be left with weights of two epochs
+            overwrite(state.model, self.kept)
+            raise

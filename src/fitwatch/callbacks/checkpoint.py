@@ -1,22 +1,30 @@
 """Checkpoints, last and best."""
 
 import logging
+import math
+import re
+import time
 from functools import partial
 from pathlib import Path
 
 from attrs import define, field
 
-from fitwatch import ranks, saving
+from fitwatch import files, ranks, saving
+from fitwatch.background import Background
 from fitwatch.callback import Callback
 from fitwatch.data.batches import is_stream
 from fitwatch.helpers import health
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.helpers.options import instance, integer, local_path
+from fitwatch.helpers.options import instance, integer, local_path, number
+from fitwatch.helpers.primitives import bytes_of, copied_to_host
+from fitwatch.locking import FolderLock
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
 
 _STREAM_STEPS = 1000  # between two saves of a stream, if it is not evaluated more often
+_LARGE = 1 << 26  # bytes of tensors; what is smaller is written faster than a thread is worth
+_NAME = re.compile(r"(epoch|step)-(0|[1-9][0-9]*)\.pt")
 
 
 @define(eq=False, slots=False)
@@ -24,9 +32,16 @@ class Checkpoint(Callback):
     """Saves the state of training for resuming, and the best model.
 
     Writes ``epoch-N.pt`` every ``every_epochs`` epochs (N epochs are complete), ``step-N.pt`` every ``every_steps``
-    steps, and ``best.pt`` after an evaluation that is the best so far by the monitored metric. Each file holds model,
-    optimizer, scheduler, scaler, callbacks, counters, history and random generators. A file appears completely or not
-    at all, and older ones are deleted only once the newer one is safe on disk.
+    steps or ``every_minutes``, and ``best.pt`` after an evaluation that is the best so far by the monitored metric.
+    Each file holds model, optimizer, scheduler, scaler, callbacks, counters, history and random generators, and a
+    checksum of all that. A file appears completely or not at all, and older ones are deleted only once the newer one is
+    safe on disk. No file is deleted that fitwatch did not write.
+
+    ``resume="auto"`` goes on from the newest file that is whole. A damaged one is renamed to ``*.damaged``, and a
+    warning says so.
+
+    While a fit runs, ``fit.lock`` in the folder names its host and process: a second fit in the folder is refused. That
+    of a fit that was killed counts for nothing; if it ran on another host, a new fit waits a minute to be sure.
 
     It runs after the other callbacks, wherever it stands in the list, since it saves their state. When training resumes
     from an older file, the newer ones are renamed to ``*.old``.
@@ -54,15 +69,21 @@ class Checkpoint(Callback):
         dir: Folder for the files; created if it does not exist. ``~`` is the home folder.
         every_epochs: Epochs between two saves; None: no such saves.
         every_steps: Steps between two saves; None: no such saves.
+        every_minutes: Minutes after which ``step-N.pt`` is saved if nothing else was; None: no such saves. With several
+            ranks the clock is read only where a log window ends.
         keep: Number of newest files to keep of each kind.
         best: Whether to keep ``best.pt``.
+        background: Whether to write files of 64 MB and more in a thread, from a copy in the host's memory, while
+            training goes on. One is written at a time; an error is raised after the next step. False: training waits.
     """
 
     dir: Path = field(converter=local_path)
     every_epochs: int | None = field(default=1, kw_only=True, validator=integer(1, or_none=True))
     every_steps: int | None = field(default=None, kw_only=True, validator=integer(1, or_none=True))
+    every_minutes: float | None = field(default=None, kw_only=True, validator=number(above=0, or_none=True))
     keep: int = field(default=1, kw_only=True, validator=integer(1))
     best: bool = field(default=True, kw_only=True, validator=instance(bool))
+    background: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     runs_last = True
 
@@ -71,22 +92,33 @@ class Checkpoint(Callback):
         self._stream = False  # whether the training loader has no length, and the steps between saves are not given
         self._due, self._saved_step = False, 0  # of step-N.pt for a stream
         self._best: tuple[str, float] | None = None  # the monitored metric, and its value in best.pt
+        self._saved_at = 0.0  # when, by a clock that is never set
+        self._writing = Background()
+        self._lock: FolderLock | None = None  # during a fit
 
     def on_fit_start(self, state: State) -> None:
         """Create the folder, so that a path that can't be written to fails before step 1. Only rank 0 has files.
 
         Raises:
-            OSError: The folder can't be created.
+            OSError: The folder can't be created or written to.
             FileExistsError: It holds checkpoints of another run.
+            RuntimeError: Another fit runs in it.
         """
         if not len(state.history):
             self._best = None
         if self.best:
             state.validation.keep_weights()
         self._stream = self.every_epochs is not None and self.every_steps is None and is_stream(state.train_loader)
-        self._due, self._saved_step = False, state.progress.step
+        self._due, self._saved_step, self._saved_at = False, state.progress.step, time.monotonic()
         if ranks.rank():
             return
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self.dir)
+            lock.acquire()
+            self._lock = lock
+        except OSError as error:
+            raise OSError(f"can't create or write to the checkpoint folder {self.dir}: {error}") from error
         fork = state.resumed_from is not None and state.resumed_from.resolve().parent != self.dir.resolve()
         fresh = state.progress.step == 0 or fork
         if fresh and (old := [*self._files("epoch"), *self._files("step")]):
@@ -94,12 +126,7 @@ class Checkpoint(Callback):
                 f"{self.dir} holds the checkpoint {old[-1].name} of an earlier run: continue it with "
                 'resume="auto", or choose another folder'
             )
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"can't create the checkpoint folder {self.dir}: {error}") from error
-        for part in self.dir.glob("*.pt.part-*"):  # of a save that was killed
-            part.unlink()
+        files.remove_parts(self.dir)  # of saves that were killed
         if fork:
             self._warn_of_fork(state)
         later = [f for f in self._files("epoch") if _count(f) > state.progress.epoch]
@@ -130,9 +157,12 @@ class Checkpoint(Callback):
         )
 
     def on_step_end(self, state: State) -> None:
-        """Save every ``every_steps`` steps."""
+        """Save every ``every_steps`` steps, or ``every_minutes``; raise the error of a save in the background."""
+        self._writing.check()
         step = state.progress.step
         due = self._stream and (self._due or step - self._saved_step >= _STREAM_STEPS)
+        if self.every_minutes is not None and not due:
+            due = self._is_late(state, self.every_minutes)
         interrupted = state.interrupted is not None and state.position.started is not None
         if due or interrupted or (self.every_steps is not None and step % self.every_steps == 0):
             self._due, self._saved_step = False, step
@@ -156,12 +186,41 @@ class Checkpoint(Callback):
         if self.every_epochs is not None and complete and state.progress.epoch % self.every_epochs == 0:
             self._save(state, "epoch", state.progress.epoch)
 
+    def on_fit_end(self, _: State) -> None:
+        """Wait for the save that is under way, and give the folder free.
+
+        Raises:
+            OSError: That save failed.
+        """
+        try:
+            self._writing.wait()
+        finally:
+            lock, self._lock = self._lock, None
+            if lock is not None:
+                lock.release()
+
     def latest(self) -> Path | None:
-        """Return the newest checkpoint that training can resume from, by its step, or None."""
-        steps = self._files("step")
-        files = self._files("epoch")[-1:] + [file for file in steps if _is_resumable(file)][-1:]
-        # At the same step epoch-N.pt, which has the validation. A file without a place says so when it is resumed from.
-        return max(files or steps[-1:], key=_step_of, default=None)
+        """Return the file that training resumes from: the newest one that is whole. None: there is none.
+
+        What is newer and can't be resumed from is renamed, with a warning.
+
+        Raises:
+            RuntimeError: Another fit runs in the folder.
+        """
+        if not (found := [*self._files("epoch"), *self._files("step")]):
+            return None
+        lock = FolderLock(self.dir)
+        lock.acquire()
+        try:
+            for file in sorted(found, key=_age, reverse=True):
+                if (fault := _fault(file)) is None:
+                    return file
+                new = files.put_aside(file, fault[0])
+                logger.warning('resume="auto" skips %s, which is now %s: %s', file, new.name, fault[1])
+        finally:
+            lock.release()
+        logger.warning("no file in %s can be resumed from: training starts from the beginning", self.dir)
+        return None
 
     def state_dict(self) -> StateDict:
         """Return the monitored metric and its value in ``best.pt``."""
@@ -190,20 +249,46 @@ class Checkpoint(Callback):
         known = self._best
         if known is None or known[0] != history.monitor or sign * value < sign * known[1]:
             self._best = history.monitor, value
-            saving.save(self.dir / "best.pt", state, weights=state.validation.weights)
+            self._write(state, "best", 0, weights=state.validation.weights)
+
+    def _is_late(self, state: State, minutes: float) -> bool:
+        """Return whether the last save is ``minutes`` ago, on all ranks alike."""
+        late = time.monotonic() - self._saved_at >= 60 * minutes
+        if ranks.size() == 1:
+            return late
+        return state.progress.step % state.plan.log_every == 0 and ranks.from_main(late)
 
     def _save(self, state: State, kind: str, count: int) -> None:
-        path = self.dir / f"{kind}-{count}.pt"
         if self._refuses(state):
             return
-        saving.save(path, state)
-        if ranks.rank():
-            return
-        if state.interrupted:
+        self._saved_at = time.monotonic()
+        self._write(state, kind, count)
+        if state.interrupted and not ranks.rank():
             logger.warning(
-                'interrupted by %s: saved %s; run the script again with resume="auto" to go on', state.interrupted, path
+                'interrupted by %s: saved %s; run the script again with resume="auto" to go on',
+                state.interrupted,
+                self.dir / f"{kind}-{count}.pt",
             )
-        for old in self._files(kind)[: -self.keep]:
+
+    def _write(self, state: State, kind: str, count: int, *, weights: StateDict | None = None) -> None:
+        """Write a file, beside the training if that pays."""
+        content = saving.content_of(state, weights=weights)
+        if content is None:
+            return
+        self._writing.wait()  # one at a time, since each takes the memory of a copy
+        if self._lock is not None:
+            self._lock.check()
+        if self.background and state.interrupted is None and bytes_of(content) >= _LARGE:
+            self._writing.start(partial(self._write_now, copied_to_host(content), kind, count))
+        else:
+            self._write_now(content, kind, count)
+
+    def _write_now(self, content: saving.Content, kind: str, count: int) -> None:
+        if kind == "best":
+            saving.write(self.dir / "best.pt", content)
+            return
+        saving.write(self.dir / f"{kind}-{count}.pt", content)
+        for old in [file for file in self._files(kind) if files.is_own(file)][: -self.keep]:
             old.unlink()
 
     def _refuses(self, state: State) -> bool:
@@ -215,7 +300,7 @@ class Checkpoint(Callback):
         return name is not None
 
     def _files(self, kind: str) -> list[Path]:
-        files = [f for f in self.dir.glob(f"{kind}-*.pt") if f.stem.rpartition("-")[2].isdigit()]
+        files = [f for f in self.dir.glob(f"{kind}-*.pt") if _NAME.fullmatch(f.name)]
         return sorted(files, key=_count)
 
 
@@ -223,17 +308,35 @@ def _step_of(file: Path) -> int:
     """Return the step at which a checkpoint was saved; -1 if it can't be read."""
     try:
         return int(saving.read(file, data=False)["progress"]["step"])
-    except ValueError:
+    except (KeyError, OSError, TypeError, ValueError):
         return -1
 
 
-def _is_resumable(file: Path) -> bool:
-    """Return whether a file names its place in the epoch: a loop over its own loader has none."""
+def _age(file: Path) -> tuple[float, bool]:
+    """Order files by their step, and at the same one epoch-N.pt, with the validation, after step-N.pt.
+
+    A damaged file counts as the newest, since it may be, and one of another format as the oldest.
+    """
     try:
-        content = saving.read(file, data=False)
+        step: float = int(saving.read(file, data=False)["progress"]["step"])
+    except (saving.DamagedError, KeyError, OSError, TypeError):
+        step = math.inf
     except ValueError:
-        return True  # resuming from it says what is wrong
-    return not content["progress"]["epoch_batch"] or content.get("position") is not None
+        step = -1
+    return step, file.name.startswith("epoch")
+
+
+def _fault(file: Path) -> tuple[str, str] | None:
+    """Return the ending that a file gets, and why training can't resume from it; None if it can, as far as it shows."""
+    try:
+        content = saving.read(file, data=False, verify=True)
+        if not content["progress"]["epoch_batch"] or content.get("position") is not None:
+            return None
+    except (saving.DamagedError, KeyError, OSError, TypeError) as error:
+        return "damaged", str(error) if isinstance(error, (ValueError, OSError)) else "it is no checkpoint of fitwatch"
+    except ValueError:  # of another format: what is whole is refused by name, and not given up
+        return None
+    return "old", "it was saved within an epoch by a loop over its own loader, whose place is unknown"
 
 
 def _count(file: Path) -> int:

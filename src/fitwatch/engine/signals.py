@@ -2,7 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -64,3 +65,16 @@ class Interrupts:
         if self.received == "SIGINT":
             return KeyboardInterrupt()
         return SystemExit(128 + signal.Signals[self.received or "SIGTERM"])
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the body has ended, so that it leaves nothing half done."""
+    waiting = Interrupts()
+    waiting.shielded = True
+    try:
+        with waiting:
+            yield
+    finally:
+        if waiting.received is not None and not waiting.passed_on:
+            raise waiting.error()

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from fitwatch.helpers.expanded import compact
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module that `torch.compile`, `DistributedDataParallel` or `DataParallel` wrapped."""
@@ -71,6 +73,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
     inner = unwrap(model)
     own = _names(inner.state_dict())
     inner.load_state_dict(_renamed(weights, dict(zip(plain_names(inner, own), own, strict=True))))
+
+
+def overwrite(model: nn.Module, copied: Mapping[str, Any]) -> None:
+    """Copy the tensors of `copied_weights` back by name, without the hooks that `load_weights` runs."""
+    own = weights(model)
+    for name, value in copied.items():
+        if isinstance(value, Tensor):
+            compact(own[name]).copy_(compact(value))
 
 
 def _names(state: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,10 @@
 """What a checkpoint can hold: tensors, and Python's own numbers, strings and containers."""
 
+import copy
 import io
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -64,6 +65,56 @@ def _without_numpy(value: Any, numpy: Any) -> Any:
     if value.dtype.itemsize > 8 and value.dtype.kind == "f":
         value = value.astype(numpy.float64)
     return torch.tensor(value.astype(value.dtype.newbyteorder("=")))
+
+
+def bytes_of(value: Any) -> int:
+    """Return the bytes of the tensors in containers; what several of them share counts once."""
+    storages = {}
+    for tensor in _tensors(value):
+        if tensor.layout is torch.strided:
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()  # noqa: SLF001 - its identity
+    return sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def copied_to_host(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a copy of tensors and containers that training does not change, in the memory of the host.
+
+    Tensors that share memory do so in the copy. ``memo`` holds the copies by the identity of the memory.
+    """
+    memo = {} if memo is None else memo
+    if isinstance(value, Tensor):
+        return _tensor_on_host(value, memo)
+    if isinstance(value, dict):
+        new = copy.copy(value)  # with the attributes that a state dict of torch has
+        for key, item in value.items():
+            new[key] = copied_to_host(item, memo)
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(copied_to_host(item, memo) for item in value)
+    return value
+
+
+def _tensor_on_host(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+    if not plain or tensor.is_conj() or tensor.is_neg():
+        return copy.deepcopy(tensor.detach(), memo)
+    storage: Any = tensor.untyped_storage()
+    if storage._cdata not in memo:  # noqa: SLF001 - its identity
+        memo[storage._cdata] = storage.clone() if storage.device.type == "cpu" else storage.cpu()  # noqa: SLF001 - as above
+    new = torch.empty(0, dtype=tensor.dtype)
+    new.set_(memo[storage._cdata], tensor.storage_offset(), tensor.size(), tensor.stride())  # noqa: SLF001 - as above
+    return new.requires_grad_(tensor.requires_grad)
 
 
 def unreadable(value: object, place: str = "") -> tuple[str, object] | None:

@@ -12,6 +12,7 @@ from attrs import Attribute, asdict, define, field
 from fitwatch.callback import Callback
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.options import check_name, instance, local_path
+from fitwatch.locking import FolderLock
 from fitwatch.records import Record
 from fitwatch.state import State
 from fitwatch.tensorboard import page, reports
@@ -53,7 +54,8 @@ class TensorBoard(Callback):
     curves of the best evaluation. The command that opens the page and a link to the run are printed when training
     starts and ends.
 
-    If a file can't be written, for example because the disk is full, an error is logged and nothing more is written.
+    If a file can't be written, for example because the disk is full, or if the run's folder was removed or renamed, an
+    error is logged and nothing more is written.
     The epoch is completed, so that a `Checkpoint` can save it; then the fit ends with `OSError`.
 
     Args:
@@ -76,6 +78,7 @@ class TensorBoard(Callback):
         self._new = False  # whether this fit created it
         self._origin: StateDict | None = None  # the run of the checkpoint that training resumes from
         self._writer: RunWriter | None = None  # during a fit
+        self._lock: FolderLock | None = None  # as above
         self._curves = Thinner()
         self._metrics: list[str] = []  # tags to pin
         self._clock = Clock()
@@ -90,6 +93,7 @@ class TensorBoard(Callback):
 
         Raises:
             OSError: The folder can't be created or written; the message names it.
+            RuntimeError: Another fit writes to it.
         """
         from fitwatch.tensorboard import folders, writer  # noqa: PLC0415 - imports tensorboard
 
@@ -99,7 +103,8 @@ class TensorBoard(Callback):
         self._new = self.run_dir is None or first_step == 0
         if self.run_dir is None or self._new:
             self.run_dir, self._curves = folders.new_folder(self.dir, self.name), Thinner()
-        elif state.resumed:
+        self._lock_folder(self.run_dir)
+        if state.resumed and not self._new:
             folders.rewind(self.run_dir, first_step)
         if state.resumed and self._new and self._origin is not None:
             logger.warning(
@@ -167,6 +172,9 @@ class TensorBoard(Callback):
             OSError: Writing has failed since the last epoch started.
         """
         writer, self._writer = self._writer, None
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
         if writer is None or self.run_dir is None:
             return
         if writer.empty and self._new:  # the fit failed before its first step
@@ -226,6 +234,14 @@ class TensorBoard(Callback):
             return None
         names = (self._origin[key] for key in ("name", "folder", "file"))
         return folders.find(self.dir, self.name, folders.Origin(*names))
+
+    def _lock_folder(self, run_dir: Path) -> None:
+        lock = FolderLock(run_dir)
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise OSError(error.errno, f"TensorBoard can't write to {run_dir}: {error.strerror}") from error
+        self._lock = lock
 
     def _ready_writer(self, state: State) -> "RunWriter":
         """Return the writer; write the start report first if it is missing."""

@@ -66,6 +66,7 @@ class RunWriter:
         Numbers become points at ``step``; texts, pictures and bars keep their own step. ``horizon`` is the step at
         which the fit is expected to end.
         """
+        self._check_files()
         numbers: defaultdict[str, _Points] = defaultdict(dict)
         texts: _Texts = {}
         values: _Values = defaultdict(list)
@@ -106,6 +107,7 @@ class RunWriter:
 
     def finish(self, state: State, counts: Counts | None, group: str | None) -> None:
         """Write the waiting points and the sub-run ``best``, with ``counts`` of its outputs, and close the files."""
+        self._check_files()
         waiting: _Values = defaultdict(list)
         for name, (at, value) in self._curves.rest():
             run, _, tag = name.partition("/")
@@ -146,8 +148,23 @@ class RunWriter:
             path = self._files[run].path
             self._files[run].add(step, values)
         except OSError as error:
-            self.failure = OSError(error.errno, f"TensorBoard can't write to {path}: {error.strerror}")
-            logger.error("%s; nothing more is written, and the fit ends after this epoch", self.failure)  # noqa: TRY400 - the cause is named
+            self._fail(path, error)
+
+    def _check_files(self) -> None:
+        """Notice that the files were removed: what is written to them then goes nowhere, without an error."""
+        if not self._writes:
+            return
+        for file in self._files.values():
+            try:
+                file.path.stat()
+            except OSError as error:
+                self._fail(file.path, error)
+                return
+
+    def _fail(self, path: Path, error: OSError) -> None:
+        gone = " (it was removed or renamed)" if isinstance(error, FileNotFoundError) else ""
+        self.failure = OSError(error.errno, f"TensorBoard can't write to {path}: {error.strerror}{gone}")
+        logger.error("%s; nothing more is written, and the fit ends after this epoch", self.failure)
 
     def _write_all(self, values: _Values) -> None:
         for run, step in sorted(values):
