@@ -4,7 +4,7 @@
 
 Writes event files of a few kinds, and reads each kind in processes of their own, in turns: with the reader of
 ``fitwatch diagnose``, and with TensorBoard's EventAccumulator. Memory is the peak of the process above what it had
-before reading; time is CPU time of the process for reading alone, without the imports. Markdown on standard output.
+before reading; time is CPU time of the process for reading alone, without the imports. Prints a table in Markdown.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def write_scalars(folder, points):
 
 
 def write_pictures(folder, tags, size):
-    """Write pictures that can't be compressed, under so many tags, 20 of each."""
+    """Write 20 pictures of so many bytes under each of so many tags."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard import SummaryWriter
 

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fitwatch.logs import LogError, diagnose_logs
 from fitwatch.logs.drawing import draw
 from fitwatch.logs.event_files import is_event_file, masked_crc, read_event_file
-from fitwatch.logs.report import details, facts, table
+from fitwatch.logs.wording import details, facts, table
 from tests.test_logs import TRAIN, VAL, write
 
 

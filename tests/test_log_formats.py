@@ -134,7 +134,8 @@ def test_json_lines(tmp_path):
     kinds = {
         "flat": [{"epoch": i, "train_loss": TRAIN[i], "val_loss": VAL[i]} for i in EPOCHS],
         "nested": [{"epoch": i, "train": {"loss": TRAIN[i]}, "val": {"loss": VAL[i]}} for i in EPOCHS],
-        "mode": [
+        "mode": [{"env_info": "x", "seed": None}]
+        + [
             {"mode": mode, "epoch": i, "iter": 10, "loss": curve[i]}
             for i in EPOCHS
             for mode, curve in (("train", TRAIN), ("val", VAL))
@@ -145,6 +146,31 @@ def test_json_lines(tmp_path):
         one = only(diagnose_logs(tmp_path / f"{name}.jsonl"))
         train, val = ("train_loss", "val_loss") if name == "flat" else ("train/loss", "val/loss")
         check(one, train=train, val=val, axis="epoch")
+
+
+def test_a_table_with_a_row_for_each_value(tmp_path):
+    """The name of the value, or its role, stands in a column."""
+    pairs = (("train", TRAIN), ("val", VAL))
+    rows = [(i, f"{role}/loss", curve[i]) for role, curve in pairs for i in EPOCHS]
+    write_table(tmp_path / "a.csv", dict(zip(("step", "metric", "value"), zip(*rows, strict=True), strict=True)))
+    rows = [(i, role, curve[i], 0.5) for i in EPOCHS for role, curve in pairs]
+    write_table(tmp_path / "b.csv", dict(zip(("epoch", "split", "loss", "acc"), zip(*rows, strict=True), strict=True)))
+    for one in diagnose_logs(tmp_path).judged:
+        check(one, train="train/loss", val="val/loss")
+
+
+def test_a_file_for_each_curve(tmp_path):
+    """The CSV files that TensorBoard exports, and those of CatBoost, are one run in one folder."""
+    for kind, names, columns in (
+        ("tensorboard", ("run-x_train-tag-loss.csv", "run-x_val-tag-loss.csv"), ("Wall time", "Step", "Value")),
+        ("catboost", ("learn_error.tsv", "test_error.tsv"), ("time", "iter", "Logloss")),
+    ):
+        for name, curve in zip(names, (TRAIN, VAL), strict=True):
+            values = dict(zip(columns, (EPOCHS, EPOCHS, curve), strict=True))
+            write_table(tmp_path / kind / name, values, delimiter="\t" if kind == "catboost" else ",")
+    catboost, tensorboard = diagnose_logs(tmp_path).judged
+    check(catboost, train="learn_error/Logloss", val="test_error/Logloss", run="catboost")
+    check(tensorboard, train="run-x_train-tag-loss", val="run-x_val-tag-loss", run="tensorboard")
 
 
 def test_two_runs_in_one_table(tmp_path):

@@ -11,8 +11,8 @@ from typing import NoReturn, TextIO
 
 from fitwatch.logs import Diagnosis, LogError, NoLogsError, Report, diagnose_logs
 from fitwatch.logs.drawing import draw
-from fitwatch.logs.report import counts, details, facts, headline, table
 from fitwatch.logs.watching import turns
+from fitwatch.logs.wording import counts, details, facts, headline, table, worst_first
 
 _HELP = """
 Read the logs of any trainer, and report for each run whether it overfitted, since when, which evaluation was the best,
@@ -114,9 +114,9 @@ def _once(options: argparse.Namespace) -> int:
         return _fail(str(error), status, as_json=options.json, paths=options.paths)
     if options.plot and report.judged:
         try:
-            if left_out := draw(report.judged, options.plot):
+            if left_out := draw(worst_first(report.judged), options.plot):
                 _write(
-                    f"fitwatch diagnose: {options.plot} shows the first {len(report.judged) - left_out} runs",
+                    f"fitwatch diagnose: {options.plot} shows the worst {len(report.judged) - left_out} runs",
                     sys.stderr,
                 )
         except (ImportError, OSError, ValueError) as error:

@@ -206,27 +206,42 @@ def _read_metrics(found: Found, place: _Place) -> None:
 
 
 def _read_tables(found: Found, place: _Place, folder: Path, states: list[Path]) -> None:
+    tables: dict[Path, list[dict[str, Curve]]] = {}
     for path in place.tables:
-        name = place.name
-        if path.name == _STATE and folder != path:
-            if _is_older(folder, states):
-                continue
-            if folder.name.startswith("checkpoint-"):  # the training is what wrote the checkpoints
-                name = name.rpartition("/")[0] or ("." if name != "." else name)
+        if path.name == _STATE and _is_older(folder, states):
+            continue
         try:
             runs = read_table(path)
         except (LogError, OSError) as error:
             if folder == path or path.suffix.lower() not in _OFTEN_OTHER:
                 found.skip(path, error)
             continue
-        runs = [curves for curves in runs if folder == path or max(map(len, curves.values())) > 1]
-        alone = folder == path or path.name == _STATE or (len(place.tables) == 1 and name not in found.logged)
-        for number, curves in enumerate(runs, 1):
-            suffix = "" if len(runs) == 1 else f"#{number}"
-            run = (name if alone else f"{name}/{path.name}".removeprefix("./")) + suffix
-            found.tables[printable(run)] = printable(place.name)
-            notes = [f"number {number} of {len(runs)} runs in one file, {path.name}"] if suffix else []
-            found.add(run, curves, notes)
+        # In a table that nobody has named, a single row is no curve.
+        tables[path] = [curves for curves in runs if folder == path or max(map(len, curves.values())) > 1]
+    single = {path: runs[0] for path, runs in tables.items() if len(runs) == 1 and len(runs[0]) == 1}
+    if len(single) > 1:  # a file for each curve, as TensorBoard exports them
+        curves = {
+            tag if tag == path.stem else f"{path.stem}/{tag}": curve
+            for path, table in single.items()
+            for tag, curve in table.items()
+        }
+        tables = {path: runs for path, runs in tables.items() if path not in single} | {folder: [curves]}
+    for path, runs in tables.items():
+        _add_table(found, place, path, runs, alone=folder == path or len(tables) == 1)
+
+
+def _add_table(found: Found, place: _Place, path: Path, runs: list[dict[str, Curve]], *, alone: bool) -> None:
+    """Add the runs of a table, which have the name of their folder if there is nothing else in it."""
+    name = place.name
+    if path.name == _STATE and path.parent.name.startswith("checkpoint-"):  # the training is what wrote the checkpoints
+        name = name.rpartition("/")[0] or "."
+    elif not (alone and printable(name) not in found.logged):
+        name = f"{name}/{path.name}".removeprefix("./")
+    for number, curves in enumerate(runs, 1):
+        run = name if len(runs) == 1 else f"{name}#{number}"
+        found.tables[printable(run)] = printable(place.name)
+        notes = [f"number {number} of {len(runs)} runs in one file, {path.name}"] if len(runs) > 1 else []
+        found.add(run, curves, notes)
 
 
 def _is_older(folder: Path, states: list[Path]) -> bool:

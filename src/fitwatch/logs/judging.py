@@ -12,7 +12,7 @@ from fitwatch.logs.pairing import Pair, Series
 from fitwatch.rules.overfitting import Verdict, diagnose
 
 _FEW = 3  # evaluations from which on there is something to say
-_FAR = 2.5  # factor between the losses of an untrained model, above which they are not in one unit
+_BELOW, _ABOVE = 0.2, 10.0  # validation over training loss at first, beyond which they are hardly in one unit
 _FIRST = 3  # evaluations that tell the units
 
 
@@ -189,9 +189,9 @@ def _units(train_name: str, train: list[float], val_name: str, val: list[float])
         return []
     ratios = [v / t for t, v in both[:_FIRST]]
     low = median(v / t for t, v in both)
-    if max(ratios) < 1 / _FAR and low < 1 / _FAR:
+    if max(ratios) < _BELOW and low < _BELOW:
         factor = 1 / median(ratios)
-    elif min(ratios) > 2 * _FAR:  # a model may have learned much before its first evaluation
+    elif min(ratios) > _ABOVE:  # a model may have learned much before its first evaluation
         factor = median(ratios)
     else:
         return []

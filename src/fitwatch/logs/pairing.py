@@ -10,7 +10,7 @@ from fitwatch.logs.curves import Curve, LogError, Logged, total
 
 _TRAIN, _VAL, _TEST = "train", "val", "test"
 _ROLES = {
-    **dict.fromkeys(["train", "training", "tr", "trn"], _TRAIN),
+    **dict.fromkeys(["train", "training", "tr", "trn", "learn"], _TRAIN),
     **dict.fromkeys(["val", "valid", "validate", "validation", "vl", "vld"], _VAL),
     **dict.fromkeys(["eval", "evaluate", "evaluation", "dev", "holdout", "heldout"], _VAL),
     **dict.fromkeys(["test", "tst"], _TEST),  # a common name for the validation set

@@ -17,9 +17,11 @@ _HEAD = 1 << 16  # bytes from which a file is recognised
 _STEPS = ("step", "global_step", "global step", "trainer/global_step", "_step", "iteration", "iter", "batch", "n_iter")
 _EPOCHS = ("epoch", "epochs", "round", "trainer/epoch")
 _SPLITS = ("mode", "split", "phase", "stage")
+_NAMES = ("metric", "name", "key", "tag", "variable")  # of the value, in a table with a row for each value
 _TIMES = {"time", "timestamp", "wall_time", "wall time", "_timestamp", "_runtime"}
 _TENSOR = re.compile(r"tensor\(\[?([^,\])]+)")
 _LOSS = re.compile(r"loss|nll|mse|mae|entropy|error|perplexity|ppl|acc|auc|score|metric", re.IGNORECASE)
+_NEARLY = 0.9  # share of the rows that have the column that counts
 _GAPS = 0.25  # share of NaN, above which they are holes of a table and not losses
 
 Rows = Iterable[Mapping[str, object]]
@@ -172,7 +174,7 @@ def _runs(rows: list[Mapping[str, object]]) -> list[list[dict[str, object]]]:
     """Split the rows where a run begins anew: at a second header, or where the count goes back to its start."""
     flat = [dict(_flat(row)) for row in rows]
     parts = [list(group) for full, group in itertools.groupby(flat, key=bool) if full]
-    if len(parts) > 1 or any(_named(row, _SPLITS) for row in flat[:3]):
+    if len(parts) > 1 or any(_named(row, _SPLITS) or _long_name(row) for row in flat[:3]):
         return _joined(parts)
     return _joined([again for part in parts for again in _restarts(part)])
 
@@ -221,7 +223,7 @@ def _curves(rows: list[dict[str, object]], path: Path) -> dict[str, Curve]:
     """Return the curves of a run's rows: each column of numbers, without the one that counts."""
     names = dict.fromkeys(name for row in rows for name in row)
     step, axis = _axis(rows, names)
-    split = _named(names, _SPLITS)
+    split, long_name = _named(names, _SPLITS), _long_name(names)
     others = {step, *(name for name in names if name.strip().lower() in (*_TIMES, *_STEPS, *_EPOCHS, *_SPLITS))}
     curves: dict[str, Curve] = {}
     for index, row in enumerate(rows):
@@ -234,10 +236,15 @@ def _curves(rows: list[dict[str, object]], path: Path) -> dict[str, Curve]:
                 continue
             value = _number(cell)
             if value is not None:
-                tag = path.stem if name.lower() == "value" else role + name
+                tag = str(row.get(long_name)) if long_name else path.stem if name.lower() == "value" else role + name
                 curve = curves.setdefault(tag, Curve(axis=axis))
                 curve.add(at, value)
     return {tag: _without_holes(curve) for tag, curve in curves.items()}
+
+
+def _long_name(row: Mapping[str, object]) -> str:
+    """Return the column with the name of each row's value; "" if a row has the values of all."""
+    return _named(row, _NAMES) if _named(row, ("value",)) else ""
 
 
 def _axis(rows: list[dict[str, object]], names: Mapping[str, object]) -> tuple[str, str]:
@@ -247,7 +254,11 @@ def _axis(rows: list[dict[str, object]], names: Mapping[str, object]) -> tuple[s
     for name, axis in found:
         steps = [value for row in rows if (value := _number(row.get(name))) is not None]
         # A count within the epoch starts anew in each.
-        if len(steps) == len(rows) and all(a <= b for a, b in itertools.pairwise(steps)) and steps[0] < steps[-1]:
+        if (
+            len(steps) > _NEARLY * len(rows)
+            and all(a <= b for a, b in itertools.pairwise(steps))
+            and steps[0] < steps[-1]
+        ):
             return name, axis
     return found[0] if found else ("", "step")
 

@@ -11,6 +11,10 @@ from fitwatch.logs.pairing import natural
 _NAMED = 3  # runs named for a reason that many share
 _GROUPS = 10  # reasons and notes listed without -v
 _BAD = ("overfitting", "diverging")
+_STATUSES = {
+    **{status: status for status in (*_BAD, "underfitting", "plateau", "improving")},
+    "warming up": "with too few evaluations",
+}
 _AS_FACTOR = 10.0  # a larger change is written as a factor
 
 
@@ -39,7 +43,7 @@ def headline(one: Diagnosis) -> str:
 
 def table(runs: Sequence[Diagnosis | Unusable], skipped: Sequence[str]) -> str:
     """Return one line for each judged run, worst waste first, then the counts, and reasons and notes with theirs."""
-    judged = sorted((one for one in runs if isinstance(one, Diagnosis)), key=_order)
+    judged = worst_first(one for one in runs if isinstance(one, Diagnosis))
     width = max((len(_name(one)) for one in judged), default=0)
     lines = [f"{_name(one).ljust(width)}  {headline(one)}" for one in judged]
     lines += ["", counts(runs)] if judged else [counts(runs)]
@@ -56,14 +60,11 @@ def table(runs: Sequence[Diagnosis | Unusable], skipped: Sequence[str]) -> str:
 def counts(runs: Sequence[Diagnosis | Unusable]) -> str:
     """Return the number of runs by verdict."""
     found = Counter(one.verdict.status for one in runs if isinstance(one, Diagnosis))
-    named = [f"{count} {_STATUS.get(status, status)}" for status, count in found.most_common()]
+    named = [f"{found[status]} {words}" for status, words in _STATUSES.items() if found[status]]
     unusable = sum(isinstance(one, Unusable) for one in runs)
     if unusable:
         named.append(f"{unusable} not judged")
     return f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {', '.join(named)}"
-
-
-_STATUS = {"warming up": "with too few evaluations"}
 
 
 def details(one: Diagnosis, *, unicode: bool) -> str:
@@ -122,8 +123,12 @@ def facts(one: Diagnosis | Unusable) -> dict[str, object]:
     }
 
 
+def worst_first(judged: Iterable[Diagnosis]) -> list[Diagnosis]:
+    """Sort runs: what overfits or diverges first, by its waste; then the others by theirs, and what is too short."""
+    return sorted(judged, key=_order)
+
+
 def _order(one: Diagnosis) -> tuple[object, ...]:
-    """Sort what overfits or diverges first, by what was wasted."""
     status = one.verdict.status
     share = 0.0 if status in ("improving", "warming up") else one.wasted_share or 0.0
     bad = one.verdict.overfitting or status in _BAD
