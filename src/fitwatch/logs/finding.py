@@ -217,7 +217,8 @@ def _read_tables(found: Found, place: _Place, folder: Path, states: list[Path]) 
                 found.skip(path, error)
             continue
         # In a table that nobody has named, a single row is no curve.
-        tables[path] = [curves for curves in runs if folder == path or max(map(len, curves.values())) > 1]
+        if kept := [curves for curves in runs if folder == path or max(map(len, curves.values())) > 1]:
+            tables[path] = kept
     single = {path: runs[0] for path, runs in tables.items() if len(runs) == 1 and len(runs[0]) == 1}
     if len(single) > 1:  # a file for each curve, as TensorBoard exports them
         curves = {
