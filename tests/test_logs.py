@@ -512,6 +512,18 @@ def test_a_few_evaluations_have_an_answer(tmp_path):
     assert one.change == pytest.approx(0.71 / 0.42 - 1, rel=1e-5)
 
 
+def test_damage_in_a_sub_run_is_noted(tmp_path):
+    """What could not be read of a sub-run is a note of its run, wherever the sub-run lies."""
+    for name in ("a/train", "a/val", "b_train", "b_val"):
+        write(tmp_path / name, {"loss": TRAIN if name.endswith("train") else VAL})
+    for name in ("a/val", "b_val"):
+        (file,) = (tmp_path / name).iterdir()
+        file.write_bytes(file.read_bytes()[:-3])
+    found = diagnose_logs(tmp_path)
+    assert [one.run for one in found] == ["a", "b"]
+    assert all("bytes are not a whole record" in one.notes[0] for one in found)
+
+
 def test_runs_are_in_natural_order(tmp_path):
     """run2 comes before run10."""
     for name in ("run10", "run2", "run1"):

@@ -23,6 +23,7 @@ MLflow (mlruns) and DVCLive. Exit status: 0 if a run was judged, 1 if none could
 """
 _STATUSES = ("overfitting", "diverging", "underfitting", "plateau")
 JUDGED, NOT_JUDGED, WRONG_USE, FAILED = range(4)
+INTERRUPTED = 130  # as shells have it
 
 
 class _UsageError(Exception):
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except _UsageError as error:
         status = _fail(str(error), WRONG_USE, as_json="--json" in given, paths=[])
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = JUDGED

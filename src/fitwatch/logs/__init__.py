@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 
 from attrs import define, field
 
@@ -90,15 +91,15 @@ def _shown(pairs: list[Pair], found: Found) -> list[Pair]:
 def _is_repeated(pair: Pair, good: set[str], found: Found) -> bool:
     """Whether a table repeats the event files in its folder, or in ``runs`` below it, as Hugging Face has them."""
     folder = found.tables.get(pair.run)
-    events = {run for run in good if run not in found.tables}
-    return folder is not None and any(
-        run == folder or run.startswith(f"{folder}/runs/" if folder != "." else "runs/") for run in events
-    )
+    if folder is None:
+        return False
+    below = "runs/" if folder == "." else f"{folder}/runs/"
+    return any((run == folder or run.startswith(below)) and run not in found.tables for run in good)
 
 
 def _is_silent(pair: Pair, good: set[str], found: Found) -> bool:
     """Whether a run without a pair is no run of its own: a sub-run for markers, or a table of something else."""
-    if any(pair.run != other and (other == "." or pair.run.startswith(f"{other}/")) for other in good):
+    if pair.run != "." and any(str(parent) in good for parent in PurePosixPath(pair.run).parents):
         return True
     if pair.run not in found.tables:
         return any(found.tables.get(other) == pair.run for other in good)
@@ -108,7 +109,5 @@ def _is_silent(pair: Pair, good: set[str], found: Found) -> bool:
 
 def _notes(pair: Pair, found: Found) -> list[str]:
     """Return what could not be read of a run and its sub-runs."""
-    sides = [f"{pair.run}/{one.name.rpartition('/')[0]}" for one in (pair.train, pair.val) if one is not None]
-    if pair.run == ".":
-        sides = [side.removeprefix("./") for side in sides]
+    sides = [one.folder for one in (pair.train, pair.val) if one is not None]
     return [note for place in dict.fromkeys([pair.run, *sides]) for note in found.notes.get(place, ())]

@@ -10,7 +10,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -474,28 +474,24 @@ def _fields_of_file(file: BinaryIO, at: int, end: int) -> Iterator[tuple[int, _F
             at += {_FIXED32: used + 4, _FIXED64: used + 8}.get(key & 7) or _varint(head, used)[1]
 
 
-@cache
-def _tables() -> tuple[list[int], list[int], list[int]]:
-    """Return the tables of CRC-32C: for one byte, for two, and for two with two more after them."""
-    one = []
+def _table() -> list[int]:
+    """Return the table of CRC-32C for one byte."""
+    table = []
     for byte in range(256):
         crc = byte
         for _ in range(8):
             crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-        one.append(crc)
-    two = [one[(crc ^ high) & 0xFF] ^ (crc >> 8) for high in range(256) for crc in one]
-    four = [two[crc & 0xFFFF] ^ (crc >> 16) for crc in two]
-    return one, two, four
+        table.append(crc)
+    return table
+
+
+_CRC = _table()
 
 
 def masked_crc(data: bytes) -> int:
     """Return the checksum of a record's length or payload: CRC-32C, rotated by 15 bits, plus a constant."""
-    one, two, four = _tables()
-    crc, whole = 0xFFFFFFFF, len(data) & ~3
-    for (word,) in struct.iter_unpack("<I", data[:whole]):
-        crc ^= word
-        crc = four[crc & 0xFFFF] ^ two[crc >> 16]
-    for byte in data[whole:]:
-        crc = one[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    table, crc = _CRC, 0xFFFFFFFF
+    for byte in data:
+        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -119,7 +119,7 @@ def _walk(top: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if name not in _PASSED_OVER]
         for name in sorted(names):
             file = Path(place, name)
-            if _may_be_log(file) and file.is_file():  # no dangling link, no pipe
+            if _may_be_log(file) and os.path.isfile(file):  # noqa: PTH113 - no dangling link, no pipe, and no error
                 yield file
 
 

@@ -21,7 +21,23 @@ _FILLERS = {"total", "mean", "avg", "average", "running", "metrics", "history"}
 # Errors that are minimised, in order of preference, where nothing is called a loss.
 _ERRORS = (
     *("nll", "logloss", "crossentropy", "xent", "ce", "bce", "mse", "rmse", "mae", "mape", "smape", "msle", "huber"),
-    *("l1", "l2", "perplexity", "ppl", "bpc", "bpb", "elbo", "error", "err", "wer", "cer", "fid", "kl"),
+    *(
+        "l1",
+        "l2",
+        "perplexity",
+        "ppl",
+        "bpc",
+        "bpb",
+        "elbo",
+        "brier",
+        "crps",
+        "error",
+        "err",
+        "wer",
+        "cer",
+        "fid",
+        "kl",
+    ),
 )
 _SCORE = re.compile(
     r"(top)?\d*(acc|accuracy|auc|auroc|auprc|f1|fbeta|map|ap|precision|recall|m?iou|jaccard|dice|r2|bleu|rouge\w*|"
@@ -44,6 +60,7 @@ class Series:
         name: Tag, or sub-run and tag, within its run.
         curve: Its points.
         run: Its run: a folder relative to the top one.
+        folder: The folder that it was read from: that of the run, or of a sub-run.
         role: ``"train"``, ``"val"``, ``"test"``, or ``""`` if unknown.
         key: Remaining words of the tag, in lower case.
         grain: 0 for a value per epoch, 2 per step, 1 if unknown.
@@ -52,6 +69,7 @@ class Series:
     name: str
     curve: Curve = field(repr=False)
     run: str
+    folder: str
     role: str = ""
     key: tuple[str, ...] = ()
     grain: int = 1
@@ -164,19 +182,21 @@ def _runs(logged: Logged) -> dict[str, list[Series]]:
 
 
 def _named(logged: Logged, train: str, val: str) -> list[Pair]:
-    full = {_join(folder, tag): curve for folder, tags in logged.items() for tag, curve in tags.items()}
+    full = {_join(folder, tag): (folder, curve) for folder, tags in logged.items() for tag, curve in tags.items()}
     pairs = []
     for run in sorted({".", *logged, *(str(p) for f in logged for p in PurePosixPath(f).parents)}, key=natural):
         found = [(_join(run, name), name) for name in (train, val)]
         if all(path in full for path, _ in found):
-            one, other = (_series_of(run, name, full[path]) for path, name in found)
+            one, other = (_series_of(run, name, *full[path]) for path, name in found)
             pairs.append(Pair(run=run, train=one, val=other))
     return pairs
 
 
-def _series_of(run: str, name: str, curve: Curve) -> Series:
+def _series_of(run: str, name: str, folder: str, curve: Curve) -> Series:
     words = _words(name)
-    return Series(name=name, curve=curve, run=run, key=tuple(word for word in words if word not in _ROLES))
+    return Series(
+        name=name, curve=curve, run=run, folder=folder, key=tuple(word for word in words if word not in _ROLES)
+    )
 
 
 def _half_named(logged: Logged, train: str | None, val: str | None) -> list[Pair]:
@@ -272,6 +292,7 @@ def _series(folder: str, tag: str, curve: Curve, sides: Mapping[str, tuple[str, 
     words = _words(tag)
     return Series(
         run=run,
+        folder=folder,
         name=tag if run == folder else f"{name}/{tag}",
         curve=curve,
         role=_role(words) or role,

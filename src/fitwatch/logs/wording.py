@@ -59,7 +59,7 @@ def table(runs: Sequence[Diagnosis | Unusable], skipped: Sequence[str]) -> str:
 
 def counts(runs: Sequence[Diagnosis | Unusable]) -> str:
     """Return the number of runs by verdict."""
-    found = Counter(one.verdict.status for one in runs if isinstance(one, Diagnosis))
+    found = Counter[str](one.verdict.status for one in runs if isinstance(one, Diagnosis))
     named = [f"{found[status]} {words}" for status, words in _STATUSES.items() if found[status]]
     unusable = sum(isinstance(one, Unusable) for one in runs)
     if unusable:
