@@ -250,7 +250,9 @@ def test_other_tables_are_passed_over(tmp_path):
     write_table(tmp_path / "scores.csv", {"id": [1, 2, 3], "score": [0.5, 0.25, 0.125]})
     (tmp_path / "config.json").write_text('{"loss": "ce", "loss_weight": 1.0}')
     (tmp_path / "notes.txt").write_text("the loss is fine\n")
-    assert [one.run for one in diagnose_logs(tmp_path).runs] == ["log.csv"]
+    (tmp_path / "accounts.csv").write_text("account,map,return\n" + "1,2,3\n" * 3)
+    report = diagnose_logs(tmp_path)
+    assert ([one.run for one in report.runs], report.skipped) == (["."], [])
     with pytest.raises(NoLogsError, match="notes.txt: has no header with the names of columns"):
         diagnose_logs(tmp_path / "notes.txt")
     (unusable,) = diagnose_logs(tmp_path / "labels.csv").runs

@@ -273,6 +273,13 @@ def _sides(logged: Logged) -> dict[str, tuple[str, str]]:
     }
 
 
+def names_a_loss(name: str) -> bool:
+    """Whether a name is that of a loss or an error, or of a score with its role."""
+    words = _words(name)
+    loss = any(word.endswith(("loss", "losses")) or word in _ERRORS or word == "entropy" for word in words)
+    return loss or (bool(_role(words)) and any(map(_SCORE.fullmatch, words)))
+
+
 def is_role(name: str) -> bool:
     """Whether a folder of this name is a sub-run, as ``train`` is."""
     return name.lower() in _ROLES

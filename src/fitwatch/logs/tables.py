@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fitwatch.logs.curves import Curve, LogError
+from fitwatch.logs.pairing import names_a_loss
 
-_MOST = 1 << 28  # bytes of a table that are read
+_MOST = 1 << 26  # bytes of a table that are read
 _HEAD = 1 << 16  # bytes from which a file is recognised
 _STEPS = ("step", "global_step", "global step", "trainer/global_step", "_step", "iteration", "iter", "batch", "n_iter")
 _EPOCHS = ("epoch", "epochs", "round", "trainer/epoch")
@@ -20,7 +21,7 @@ _SPLITS = ("mode", "split", "phase", "stage")
 _NAMES = ("metric", "name", "key", "tag", "variable")  # of the value, in a table with a row for each value
 _TIMES = {"time", "timestamp", "wall_time", "wall time", "_timestamp", "_runtime"}
 _TENSOR = re.compile(r"tensor\(\[?([^,\])]+)")
-_LOSS = re.compile(r"loss|nll|mse|mae|entropy|error|perplexity|ppl|acc|auc|score|metric", re.IGNORECASE)
+_LOSS = re.compile(r"loss|nll|mse|rmse|perplexity|entropy|log_history", re.IGNORECASE)
 _NEARLY = 0.9  # share of the rows that have the column that counts
 _GAPS = 0.25  # share of NaN, above which they are holes of a table and not losses
 
@@ -62,8 +63,11 @@ def may_be_table(path: Path) -> bool:
         return False
     if not head or "\0" in head:
         return False
-    start = head if head[0] in "{[" else head.split("\n", 1)[0]
-    return bool(_LOSS.search(start)) or {"step", "value"} <= {name.strip().lower() for name in start.split(",")}
+    if head[0] in "{[":
+        return bool(_LOSS.search(head))
+    names = [name.strip(' "\r') for name in re.split(r"[,\t;|]", head.split("\n", 1)[0])]
+    long = {"step", "value"} <= {name.lower() for name in names}
+    return len(names) > 1 and (long or any(map(names_a_loss, names)))
 
 
 def _decoded(content: bytes) -> str:

@@ -60,7 +60,8 @@ def table(runs: Sequence[Diagnosis | Unusable], skipped: Sequence[str]) -> str:
 def counts(runs: Sequence[Diagnosis | Unusable]) -> str:
     """Return the number of runs by verdict."""
     found = Counter[str](one.verdict.status for one in runs if isinstance(one, Diagnosis))
-    named = [f"{found[status]} {words}" for status, words in _STATUSES.items() if found[status]]
+    order = [status for status in dict.fromkeys([*_STATUSES, *found]) if found[status]]
+    named = [f"{found[status]} {_STATUSES.get(status, status)}" for status in order]
     unusable = sum(isinstance(one, Unusable) for one in runs)
     if unusable:
         named.append(f"{unusable} not judged")
