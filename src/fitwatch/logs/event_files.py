@@ -230,7 +230,7 @@ def _read_record(file: BinaryIO, start: int, length: int, found: EventFile) -> b
             _read_small(file, length, found)
         else:
             found.add(_large(file, start, length))
-    except (_DamagedError, struct.error, IndexError, UnicodeDecodeError, OverflowError, StopIteration):
+    except (_DamagedError, struct.error, IndexError, UnicodeDecodeError, OverflowError):
         return False
     finally:
         if length > _SMALL:
@@ -469,8 +469,7 @@ def _fields_of_file(file: BinaryIO, at: int, end: int) -> Iterator[tuple[int, _F
             yield key >> 3, (at + used, at + used + size)
             at += used + size
         else:
-            ((number, value),) = [next(_fields(head, 0, len(head)))]
-            yield number, value
+            yield next(_fields(head, 0, len(head)))
             at += {_FIXED32: used + 4, _FIXED64: used + 8}.get(key & 7) or _varint(head, used)[1]
 
 

@@ -24,20 +24,17 @@ def headline(one: Diagnosis) -> str:
     if verdict.status == "warming up":
         return _too_few(one)
     best = "" if verdict.best is None else _at(one, verdict.best)
-    after = _percent(one.wasted_share) if one.wasted else ""
-    if verdict.overfitting and verdict.onset is not None:
-        what = f"overfitting since {_at(one, verdict.onset)}{_change(one)}"
-        if verdict.status == "diverging":
-            what = f"diverging{_since(one)}, overfitting since {_at(one, verdict.onset)}"
-    elif verdict.status == "diverging":
-        what = f"diverging{_since(one) or _change(one)}"
-    elif verdict.status == "improving":
+    if verdict.status == "improving" and not verdict.overfitting:
         return f"improving, best so far: {best}"
+    what, came = verdict.status + _since(one), "was wasted"
+    if verdict.overfitting and verdict.onset is not None:
+        before = f"{what}, " if verdict.status == "diverging" else ""
+        what = f"{before}overfitting since {_at(one, verdict.onset)}{_change(one)}"
+    elif verdict.status == "diverging":
+        what += _change(one)
     else:
-        what = verdict.status
-        after = after and f"{after} of the training came after it{_change(one)}"
-        return ", ".join(part for part in (what, best and f"best checkpoint: {best}", after) if part)
-    after = after and f"{after} of the training was wasted"
+        came = "came after it"
+    after = f"{_percent(one.wasted_share)} of the training {came}" if one.wasted else ""
     return ", ".join(part for part in (what, best and f"best checkpoint: {best}", after) if part)
 
 
