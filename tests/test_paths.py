@@ -9,8 +9,8 @@ from torch import nn
 import fitwatch as fw
 from fitwatch.cli import main
 from fitwatch.helpers.options import local_path
-from fitwatch.logs import read
-from fitwatch.logs.curves import LogError
+from fitwatch.logs import LogError, diagnose_logs
+from fitwatch.logs.finding import collect
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def test_the_home_folder_is_expanded(home, kind, capsys):
     model = nn.Linear(4, 2)
     with fw.Watch(model, torch.optim.SGD(model.parameters()), resume=kind("~/saved/epoch-1.pt")) as watch:
         assert watch.state.progress.epoch == 1
-    assert read(kind("~/runs")).keys() == {"run/train", "run/val", "run/best", "run/baseline"}
+    assert collect([kind("~/runs")]).logged.keys() == {"run/train", "run/val", "run/best", "run/baseline"}
     main(["diagnose", "~/runs"])
-    assert "Too few points" in capsys.readouterr().err
+    assert "too few" in capsys.readouterr().err
     assert list((home.parent / "work").iterdir()) == []
 
 
@@ -72,7 +72,7 @@ def test_an_address_is_refused_where_it_is_given(home, address, capsys):
         with pytest.raises(ValueError, match="is an address, and a folder or file of this machine is needed"):
             use(address)
     with pytest.raises(LogError, match="is an address"):
-        read(address)
+        diagnose_logs(address)
     assert main(["diagnose", str(address)]) == 2
     assert "is an address" in capsys.readouterr().err
     assert list((home.parent / "work").iterdir()) == []

@@ -177,3 +177,24 @@ def train(model: torch.nn.Module) -> float:
             check=False,
         )
         assert code == run.returncode, run.stdout
+
+
+def test_every_public_name_is_imported_when_it_is_used():
+    """Importing the package imports no torch; each public name does exist then, and a wrong one is an AttributeError."""
+    code = (
+        "import sys, fitwatch; assert 'torch' not in sys.modules; assert set(fitwatch.__all__) <= set(dir(fitwatch)); "
+        "assert all(hasattr(fitwatch, name) for name in fitwatch.__all__); assert not hasattr(fitwatch, 'nonsense'); "
+        "from fitwatch import *; print(Trainer is fitwatch.trainer.Trainer)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "True"
+
+
+def test_the_rules_need_no_torch():
+    """The rules on plain numbers import and judge curves without torch."""
+    code = (
+        "import sys; from fitwatch.rules import OverfittingRule, Patience, diagnose; "
+        "diagnose([1, .5] * 10, [1, .9] * 10); print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"

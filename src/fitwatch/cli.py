@@ -1,20 +1,38 @@
-"""The ``fitwatch`` command: verdicts on logged runs as a report, a table or JSON."""
+"""The ``fitwatch`` command: verdicts on logged runs as lines, as a report, as a picture or as JSON."""
 
 import argparse
 import json
 import math
+import os
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn, TextIO
 
-from fitwatch.logs import Diagnosis, Unusable, diagnose_logs
-from fitwatch.logs.curves import LogError
+from fitwatch.logs import Diagnosis, LogError, NoLogsError, Report, diagnose_logs
+from fitwatch.logs.drawing import draw
+from fitwatch.logs.watching import turns
+from fitwatch.logs.wording import counts, details, facts, headline, table, worst_first
 
 _HELP = """
-Read TensorBoard event files of any writer, and report for each run whether it overfitted, since when, which evaluation
-was the best, and how many came after it. Evaluations are the points of the validation loss, counted from 0.
+Read the logs of any trainer, and report for each run whether it overfitted, since when, which evaluation was the best,
+and how much of the training came after it. Reads event files of TensorBoard, results.csv of Ultralytics, metrics.csv
+of Lightning, trainer_state.json of Hugging Face, CSV, TSV and JSON lines with names of columns, and the folders of
+MLflow (mlruns) and DVCLive. Exit status: 0 if a run was judged, 1 if none could be, 2 for a wrong use, 3 for
+--fail-on.
 """
+_STATUSES = ("overfitting", "diverging", "underfitting", "plateau")
+JUDGED, NOT_JUDGED, WRONG_USE, FAILED = range(4)
+INTERRUPTED = 130  # as shells have it
 
-_MAX_PROBLEMS = 5  # in one message
+
+class _UsageError(Exception):
+    """Raised instead of an exit, so that --json prints JSON on a wrong use too."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}\n{self.format_usage().rstrip()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,115 +42,161 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None for those of the process.
 
     Returns:
-        Exit status: 0 if at least one run was judged, whatever the verdict; otherwise 2, with the reason on standard
-        error.
+        Exit status: 0 if at least one run was judged, whatever the verdict; 1 if none could be; 2 for a wrong use;
+        3 if a run has a verdict that ``--fail-on`` names. The reason for 1 and 2 is on standard error.
     """
-    options = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
     try:
-        found = diagnose_logs(options.logdir, run=options.run, train_tag=options.train_tag, val_tag=options.val_tag)
-    except (LogError, OSError) as error:
-        return _fail(str(error))
-    judged = [one for one in found if isinstance(one, Diagnosis)]
-    if not judged:
-        problems = [f"run {one.run}: {one.problem}" for one in found if isinstance(one, Unusable)]
-        more = f"; and {len(problems) - _MAX_PROBLEMS} more runs" if len(problems) > _MAX_PROBLEMS else ""
-        return _fail("; ".join(problems[:_MAX_PROBLEMS]) + more)
-    if options.json:
-        document = {"logdir": options.logdir, "runs": [_facts(one) for one in found]}
-        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    else:
-        sys.stdout.write(_report(judged[0]) if len(found) == 1 else _table(found))
-    return 0
+        options = _options(given)
+        status = _watch(options) if options.watch is not None else _once(options)
+        sys.stdout.flush()
+    except _UsageError as error:
+        status = _fail(str(error), WRONG_USE, as_json="--json" in given, paths=[])
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = JUDGED
+    return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fitwatch", description="Tell overfitting from noise.")
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="fitwatch", description="Tell overfitting from noise.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = commands.add_parser("diagnose", help="judge the loss curves in TensorBoard logs", description=_HELP)
-    command.add_argument("logdir", metavar="LOGDIR", help="folder with one or more runs")
-    command.add_argument("--run", metavar="NAME", help="judge only this run, and print all figures")
-    command.add_argument(
-        "--train-tag", metavar="TAG", help="training loss: a tag, or sub-run/tag as in train/loss; default: guessed"
+    command = commands.add_parser("diagnose", help="judge the loss curves in logs", description=_HELP)
+    add = command.add_argument
+    add("paths", metavar="PATH", nargs="+", help="folder with one or more runs, file, or pattern")
+    add("--run", metavar="NAME", help="judge only this run, and print all figures")
+    add("--train", "--train-tag", metavar="NAME", help="training loss: tag, column, or sub-run/tag; default: guessed")
+    add("--val", "--val-tag", "--metric", metavar="NAME", help="validation loss or metric; default: guessed")
+    add("--higher-is-better", action="store_true", help="the named metric is a score, such as an accuracy")
+    add("--each", action="store_true", help="judge the parts of a loss one by one, and not their sum")
+    add("-v", "--verbose", action="store_true", help="all figures of every run")
+    add("--json", action="store_true", help="print a JSON document, also on failure; NaN and infinity become null")
+    add("--plot", metavar="FILE", help="write a picture of the curves, such as curves.png (needs Pillow)")
+    add("--fail-on", metavar="STATUS", choices=_STATUSES, help=f"exit with 3 if a run is: {', '.join(_STATUSES)}")
+    add(
+        "--watch",
+        metavar="SECONDS",
+        nargs="?",
+        const=10.0,
+        type=_seconds,
+        help="follow runs that are being written, and say it once when one turns (every 10 seconds)",
     )
-    command.add_argument("--val-tag", metavar="TAG", help="validation loss; give both tags or neither")
-    command.add_argument("--json", action="store_true", help="print a JSON document; NaN and infinity become null")
-    return parser
+    options = parser.parse_args(argv)
+    if options.watch is not None and (options.json or options.plot):
+        raise _UsageError("--watch prints lines: leave out --json and --plot")
+    if options.higher_is_better and options.val is None:
+        raise _UsageError("--higher-is-better belongs to --metric NAME")
+    return options
 
 
-def _fail(message: str) -> int:
-    sys.stderr.write(f"fitwatch diagnose: {message}\n")
-    return 2
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError
+    return seconds
 
 
-def _report(one: Diagnosis) -> str:
-    """Format all figures of a run, one per line."""
-    verdict = one.verdict
-    rows = [
-        ("run", one.run),
-        ("losses", f"{one.train} and {one.val}, {len(one.steps)} evaluations"),
-        ("status", verdict.status),
-        ("onset", _at(one, verdict.onset)),
-        ("detected", _at(one, verdict.detected)),
-        ("best", _at(one, verdict.best, loss=True)),
-        ("wasted", "-" if one.wasted is None else f"{one.wasted} evaluations after the best"),
-        ("gap", f"{verdict.gap:.4g} (validation minus training loss, at the end)"),
-        ("evidence", verdict.evidence),
-        *(("note", note) for note in one.notes),
-    ]
-    return "".join(f"{name:<9} {value}\n" for name, value in rows)
+def _read(options: argparse.Namespace) -> Report:
+    return diagnose_logs(
+        *options.paths,
+        run=options.run,
+        train=options.train,
+        val=options.val,
+        each=options.each,
+        higher_is_better=options.higher_is_better,
+    )
 
 
-def _table(found: Sequence[Diagnosis | Unusable]) -> str:
-    """Format one line per run."""
-    rows = [("run", "status", "onset", "best", "wasted", "")]
-    for one in found:
-        if isinstance(one, Unusable):
-            rows.append((one.run, "not judged", "-", "-", "-", one.problem))
-            continue
-        verdict, wasted = one.verdict, "-" if one.wasted is None else f"{one.wasted} of {len(one.steps)}"
-        rows.append(
-            (one.run, verdict.status, _at(one, verdict.onset), _at(one, verdict.best), wasted, "; ".join(one.notes))
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]) for row in rows]
-    return "".join(f"{line.rstrip()}\n" for line in lines) + "For all figures and the evidence of a run: --run NAME\n"
+def _once(options: argparse.Namespace) -> int:
+    try:
+        report = _read(options)
+    except LogError as error:
+        status = NOT_JUDGED if isinstance(error, NoLogsError) else WRONG_USE
+        return _fail(str(error), status, as_json=options.json, paths=options.paths)
+    if options.plot and report.judged:
+        try:
+            if left_out := draw(worst_first(report.judged), options.plot):
+                _write(
+                    f"fitwatch diagnose: {options.plot} shows the worst {len(report.judged) - left_out} runs",
+                    sys.stderr,
+                )
+        except (ImportError, OSError, ValueError) as error:
+            why = "it needs Pillow: pip install pillow" if isinstance(error, ImportError) else str(error)
+            return _fail(f"--plot {options.plot}: {why}", WRONG_USE, as_json=options.json, paths=options.paths)
+    if options.json:
+        _write_json(options.paths, report, None)
+    else:
+        _write_text(report, verbose=options.verbose or options.run is not None)
+    if not report.judged:
+        return NOT_JUDGED
+    return FAILED if any(_is(one, options.fail_on) for one in report.judged) else JUDGED
 
 
-def _at(one: Diagnosis, index: int | None, *, loss: bool = False) -> str:
-    """Format an evaluation with its step."""
-    if index is None:
-        return "-"
-    return f"evaluation {index}, step {one.steps[index]}" + (f", loss {one.losses[index]:.6g}" if loss else "")
+def _watch(options: argparse.Namespace) -> int:
+    """Follow the runs until Ctrl-C, or until one has the verdict of ``--fail-on``."""
+    try:
+        for one in turns(lambda: _read(options), every=options.watch):
+            at = time.strftime("%H:%M:%S")
+            _write(f"{at}  {one}" if isinstance(one, str) else f"{at}  {one.run}  {headline(one)}", sys.stdout)
+            sys.stdout.flush()
+            if isinstance(one, Diagnosis) and _is(one, options.fail_on):
+                return FAILED
+    except LogError as error:
+        return _fail(str(error), WRONG_USE, as_json=False, paths=options.paths)
+    except KeyboardInterrupt:
+        pass
+    return JUDGED
 
 
-def _facts(one: Diagnosis | Unusable) -> dict[str, object]:
-    if isinstance(one, Unusable):
-        return {"run": one.run, "problem": one.problem}
-    verdict = one.verdict
-    return {
-        "run": one.run,
-        "problem": None,
-        "train": one.train,
-        "val": one.val,
-        "evaluations": len(one.steps),
-        "overfitting": verdict.overfitting,
-        "status": verdict.status,
-        "onset": _place(one, verdict.onset),
-        "detected": _place(one, verdict.detected),
-        "best": _place(one, verdict.best),
-        "wasted": one.wasted,
-        "gap": _finite(verdict.gap),
-        "rise": _finite(verdict.rise),
-        "evidence": verdict.evidence,
-        "notes": one.notes,
+def _is(one: Diagnosis, status: str | None) -> bool:
+    """Whether a run has the verdict that ``--fail-on`` names; one that overfitted may have diverged since."""
+    return one.verdict.status == status or (status == "overfitting" and one.verdict.overfitting)
+
+
+def _write_text(report: Report, *, verbose: bool) -> None:
+    runs, judged = report.runs, report.judged
+    if not judged:
+        _write(f"fitwatch diagnose: nothing could be judged\n{table(runs, report.skipped)}", sys.stderr)
+        return
+    if verbose or len(runs) == 1:
+        unicode = _can_write("▁█", sys.stdout)
+        _write("\n".join(details(one, unicode=unicode) for one in judged), sys.stdout)
+    if len(runs) > 1:
+        _write(("\n" if verbose else "") + table(runs, report.skipped), sys.stdout)
+    elif report.skipped:
+        _write("".join(f"skipped    {reason}\n" for reason in report.skipped), sys.stdout)
+
+
+def _write_json(paths: Sequence[str], report: Report, error: str | None) -> None:
+    document = {
+        "paths": list(paths),
+        "error": error,
+        "summary": counts(report.runs) if report.runs else None,
+        "runs": [facts(one) for one in report.runs],
+        "skipped": report.skipped,
     }
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")  # ASCII
 
 
-def _place(one: Diagnosis, index: int | None) -> dict[str, object] | None:
-    if index is None:
-        return None
-    return {"evaluation": index, "step": one.steps[index], "loss": _finite(one.losses[index])}
+def _fail(message: str, status: int, *, as_json: bool, paths: Sequence[str]) -> int:
+    if as_json:
+        _write_json(paths, Report(), message)
+    _write(f"fitwatch diagnose: {message}", sys.stderr)
+    return status
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _write(text: str, stream: TextIO) -> None:
+    """Write lines that may hold names of files and tags: what is no printable character is escaped."""
+    encoding = stream.encoding or "utf-8"
+    safe = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    stream.write(safe.encode(encoding, "backslashreplace").decode(encoding).rstrip("\n") + "\n")
+
+
+def _can_write(text: str, stream: TextIO) -> bool:
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

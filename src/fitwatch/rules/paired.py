@@ -1,13 +1,14 @@
 """Standard error of the difference between two evaluations on the same validation examples."""
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from attrs import define, field
-from torch import Tensor
 
 from fitwatch.rules.stateful import Stateful
+
+if TYPE_CHECKING:  # the command `fitwatch` judges curves and starts without torch
+    from torch import Tensor
 
 
 @define
@@ -32,8 +33,8 @@ class PairedRise(Stateful):
     """
 
     error: float = field(default=math.nan, init=False)
-    _last: Tensor | None = field(default=None, init=False, repr=False)  # of the previous evaluation
-    _reference: Tensor | None = field(default=None, init=False, repr=False)
+    _last: "Tensor | None" = field(default=None, init=False, repr=False)  # of the previous evaluation
+    _reference: "Tensor | None" = field(default=None, init=False, repr=False)
 
     @property
     def examples(self) -> int:
@@ -61,8 +62,10 @@ class PairedRise(Stateful):
         self.error = math.nan if self._reference is None else standard_error(now - self._reference)
 
 
-def influences(losses: object, weights: object) -> Tensor:
+def influences(losses: object, weights: object) -> "Tensor":
     """Return the influence of each example on the weighted mean, w_i (l_i - L) / sum(w), shape (N,), float64."""
+    import torch  # noqa: PLC0415 - see above
+
     values = torch.as_tensor(losses, dtype=torch.float64)
     scale = torch.ones_like(values) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
     if values.dim() != 1 or scale.shape != values.shape or not len(values):
@@ -74,7 +77,7 @@ def influences(losses: object, weights: object) -> Tensor:
     return scale * (values - scale @ values)
 
 
-def standard_error(difference: Tensor) -> float:
+def standard_error(difference: "Tensor") -> float:
     """Return the standard error of a mean, given the influences of its examples, shape (N,); NaN if unknown."""
     squares = difference.square()
     count, total = len(squares), float(squares.sum())

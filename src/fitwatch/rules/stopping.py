@@ -3,16 +3,17 @@
 import math
 import re
 from statistics import fmean
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from attrs import define, field
-from torch import Tensor
 
 from fitwatch.helpers.options import Option, instance, integer, number, one_of
 from fitwatch.rules.paired import standard_error
 from fitwatch.rules.prechelt import GL, PQ, UP
 from fitwatch.rules.stopping_rule import Decision, Evaluation, StoppingRule, StopReason
+
+if TYPE_CHECKING:  # the command `fitwatch` starts without torch
+    from torch import Tensor
 
 __all__ = ["GL", "PQ", "UP", "Patience", "StopReason", "StoppingRule"]
 
@@ -80,8 +81,8 @@ class Patience(StoppingRule):
     _reference: float | None = field(default=None, init=False, repr=False)
     _recent: list[float] = field(factory=list, init=False, repr=False)
     # Influences of the examples on these values, and on the reference; None if unknown.
-    _recent_examples: list[Tensor | None] = field(factory=list, init=False, repr=False)
-    _reference_examples: Tensor | None = field(default=None, init=False, repr=False)
+    _recent_examples: list["Tensor | None"] = field(factory=list, init=False, repr=False)
+    _reference_examples: "Tensor | None" = field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.relative and self.needs_standard_error:
@@ -151,11 +152,13 @@ class Patience(StoppingRule):
             )
         return count * error, False
 
-    def _mean_influences(self) -> Tensor | None:
+    def _mean_influences(self) -> "Tensor | None":
         """Return the influences of the examples on the mean of the last values; None unless known for all."""
         known = [examples for examples in self._recent_examples if examples is not None]
         if not known or len(known) < len(self._recent) or len({len(examples) for examples in known}) > 1:
             return None
+        import torch  # noqa: PLC0415 - see above
+
         return known[0] if len(known) == 1 else torch.stack(known).mean(0)
 
     def _no_improvement(self, least: float, *, paired: bool) -> str:

@@ -3,14 +3,16 @@
 import math
 from abc import ABC, abstractmethod
 from enum import Enum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from attrs import converters, define, field, fields, frozen
-from torch import Tensor
 
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.rules.paired import influences
 from fitwatch.rules.stateful import Stateful
+
+if TYPE_CHECKING:  # the command `fitwatch` starts without torch
+    from torch import Tensor
 
 
 class StopReason(Enum):
@@ -30,7 +32,7 @@ class Evaluation:
     value: float
     train_loss: float | None
     standard_error: float | None
-    influences: Tensor | None  # of the examples on the value, shape (N,)
+    influences: "Tensor | None"  # of the examples on the value, shape (N,)
     warm_up: bool
 
 

@@ -1,0 +1,272 @@
+"""The logs of other trainers: tables, JSON, and the folders of MLflow and DVCLive."""
+
+import csv
+import json
+import math
+
+import pytest
+
+import fitwatch as fw
+from fitwatch.logs import LogError, NoLogsError, diagnose_logs
+from tests.test_logs import TRAIN, VAL, write
+
+EPOCHS = range(60)
+
+
+def only(report):
+    """The one verdict there is."""
+    (one,) = report.judged
+    assert len(report.runs) == 1
+    return one
+
+
+def check(one, *, train, val, run=None, axis=None, first=0, apart=1):
+    """The run was judged by these two series, with the verdict on the curves which were written, at these steps."""
+    assert (one.train, one.val) == (train, val)
+    assert one.losses == VAL
+    expected = fw.diagnose(TRAIN, VAL)
+    assert (one.verdict.status, one.verdict.onset, one.verdict.best) == ("overfitting", expected.onset, expected.best)
+    assert one.steps == [first + apart * epoch for epoch in EPOCHS]
+    assert run in (None, one.run)
+    assert axis in (None, one.axis)
+
+
+def write_table(path, columns, *, delimiter=","):
+    """A table with these columns: name -> one value for each row, None for an empty cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def test_ultralytics(tmp_path):
+    """results.csv has box, cls and dfl losses, with padded names in its first versions: judged is their sum."""
+    for name, pad in (("train", 0), ("train2", 14)):
+        third = [[value / 4 for value in curve] for curve in (TRAIN, VAL)]
+        half = [[value / 2 for value in curve] for curve in (TRAIN, VAL)]
+        parts = {"box": third, "cls": third, "dfl": half}
+        columns = {"epoch": EPOCHS, "time": EPOCHS}
+        columns |= {f"train/{part}_loss".rjust(pad): curves[0] for part, curves in parts.items()}
+        columns |= {"metrics/mAP50(B)": TRAIN, "metrics/precision(B)": TRAIN}
+        columns |= {f"val/{part}_loss".rjust(pad): curves[1] for part, curves in parts.items()}
+        write_table(tmp_path / "detect" / name / "results.csv", {**columns, "lr/pg0": TRAIN})
+        (tmp_path / "detect" / name / "args.yaml").write_text("task: detect\n")
+    report = diagnose_logs(tmp_path)
+    assert [one.run for one in report.runs] == ["detect/train", "detect/train2"]
+    for one in report.judged:
+        assert one.val == "val/box_loss + val/cls_loss + val/dfl_loss"
+        assert one.losses == pytest.approx(VAL, rel=1e-12)
+        assert (one.axis, one.verdict.onset) == ("epoch", fw.diagnose(TRAIN, VAL).onset)
+        assert "sum of its 3 parts" in one.notes[0]
+
+
+@pytest.mark.parametrize("hole", ["", "nan"])
+def test_lightning(tmp_path, hole):
+    """metrics.csv has training and validation in different rows, with holes that are empty or NaN, and two counts."""
+    rows = []
+    for epoch in EPOCHS:
+        rows += [[epoch, 20 * epoch + 9, 5.0, hole, hole], [epoch, 20 * epoch + 19, hole, hole, VAL[epoch]]]
+        rows += [[epoch, 20 * epoch + 19, hole, TRAIN[epoch], hole]]
+    columns = dict(
+        zip(("epoch", "step", "train_loss_step", "train_loss_epoch", "val_loss"), zip(*rows, strict=True), strict=True)
+    )
+    write_table(tmp_path / "lightning_logs/version_0/metrics.csv", columns)
+    one = only(diagnose_logs(tmp_path))
+    check(one, train="train_loss_epoch", val="val_loss", run="lightning_logs/version_0", first=19, apart=20)
+    assert one.notes == []
+
+
+def test_nan_in_a_table_is_a_loss(tmp_path):
+    """A loss that is NaN from some epoch on, or once, is no hole: the verdict is that on the curve."""
+    for name, curve in (("end", [*VAL[:50], *[math.nan] * 10]), ("once", [*VAL[:30], math.nan, *VAL[31:]])):
+        write_table(tmp_path / f"{name}.csv", {"epoch": EPOCHS, "loss": TRAIN, "val_loss": curve})
+        one = only(diagnose_logs(tmp_path / f"{name}.csv"))
+        assert len(one.losses) == 60
+        assert fw.diagnose(TRAIN, curve).status == one.verdict.status
+
+
+def test_hugging_face(tmp_path):
+    """trainer_state.json: of several checkpoints the last has all; the mean loss at the end is no point of the curve."""
+    history = []
+    for i, (train, val) in enumerate(zip(TRAIN, VAL, strict=True), 1):
+        history.append({"epoch": i / 2, "step": 50 * i, "loss": train, "grad_norm": 1.0, "learning_rate": 1e-4})
+        history.append({"epoch": i / 2, "step": 50 * i, "eval_loss": val, "eval_runtime": 1.5})
+    history.append({"epoch": 30.0, "step": 3000, "train_loss": 9.0, "train_runtime": 100.0, "total_flos": 1e18})
+    for folder, count in (("out/checkpoint-900", 36), ("out/checkpoint-3000", 120)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text('{"problem_type": null, "loss": "ce"}')
+        state = {"best_metric": 0.5, "global_step": 3000, "log_history": history[:count]}
+        (tmp_path / folder / "trainer_state.json").write_text(json.dumps(state))
+    check(only(diagnose_logs(tmp_path)), train="loss", val="eval_loss", run="out", first=50, apart=50, axis="step")
+    state = {"log_history": history}
+    (tmp_path / "out/trainer_state.json").write_text(json.dumps(state))
+    check(only(diagnose_logs(tmp_path)), train="loss", val="eval_loss", run="out", first=50, apart=50)
+    write(tmp_path / "out/runs/Dec01", {"train/loss": TRAIN, "eval/loss": VAL})
+    assert only(diagnose_logs(tmp_path)).run == "out/runs/Dec01"
+
+
+def test_keras(tmp_path):
+    """CSVLogger, and the dictionary of a History."""
+    curves = {"accuracy": TRAIN, "loss": TRAIN, "val_accuracy": TRAIN, "val_loss": VAL}
+    write_table(tmp_path / "a/training.log", {"epoch": EPOCHS, **curves})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/history.json").write_text(json.dumps(curves))
+    logger, history = diagnose_logs(tmp_path).judged
+    check(logger, train="loss", val="val_loss", run="a", axis="epoch")
+    check(history, train="loss", val="val_loss", run="b")
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter", "encoding"),
+    [("a.csv", ",", "utf-8"), ("a.tsv", "\t", "utf-8"), ("a.csv", ";", "utf-8-sig"), ("a.txt", ",", "utf-16")],
+)
+def test_tables_of_any_kind(tmp_path, name, delimiter, encoding):
+    """Commas, tabs and semicolons with decimal commas, and any encoding, are told by the content."""
+    write_table(tmp_path / name, {"Epoch": EPOCHS, "Train Loss": TRAIN, "Valid Loss": VAL}, delimiter=delimiter)
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace(".", ",") if delimiter == ";" else text, encoding=encoding)
+    check(only(diagnose_logs(tmp_path)), train="Train Loss", val="Valid Loss", run=".", axis="epoch")
+
+
+def test_json_lines(tmp_path):
+    """Objects by line, flat, nested, or with the role in a field of its own; a line that is cut off is passed over."""
+    kinds = {
+        "flat": [{"epoch": i, "train_loss": TRAIN[i], "val_loss": VAL[i]} for i in EPOCHS],
+        "nested": [{"epoch": i, "train": {"loss": TRAIN[i]}, "val": {"loss": VAL[i]}} for i in EPOCHS],
+        "mode": [{"env_info": "x", "seed": None}]
+        + [
+            {"mode": mode, "epoch": i, "iter": 10, "loss": curve[i]}
+            for i in EPOCHS
+            for mode, curve in (("train", TRAIN), ("val", VAL))
+        ],
+    }
+    for name, rows in kinds.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"epoch": 60, "tra')
+        one = only(diagnose_logs(tmp_path / f"{name}.jsonl"))
+        train, val = ("train_loss", "val_loss") if name == "flat" else ("train/loss", "val/loss")
+        check(one, train=train, val=val, axis="epoch")
+
+
+def test_a_table_with_a_row_for_each_value(tmp_path):
+    """The name of the value, or its role, stands in a column."""
+    pairs = (("train", TRAIN), ("val", VAL))
+    rows = [(i, f"{role}/loss", curve[i]) for role, curve in pairs for i in EPOCHS]
+    write_table(tmp_path / "a.csv", dict(zip(("step", "metric", "value"), zip(*rows, strict=True), strict=True)))
+    rows = [(i, role, curve[i], 0.5) for i in EPOCHS for role, curve in pairs]
+    write_table(tmp_path / "b.csv", dict(zip(("epoch", "split", "loss", "acc"), zip(*rows, strict=True), strict=True)))
+    for one in diagnose_logs(tmp_path).judged:
+        check(one, train="train/loss", val="val/loss")
+
+
+def test_a_file_for_each_curve(tmp_path):
+    """The CSV files that TensorBoard exports, and those of CatBoost, are one run in one folder."""
+    for kind, names, columns in (
+        ("tensorboard", ("run-x_train-tag-loss.csv", "run-x_val-tag-loss.csv"), ("Wall time", "Step", "Value")),
+        ("catboost", ("learn_error.tsv", "test_error.tsv"), ("time", "iter", "Logloss")),
+    ):
+        for name, curve in zip(names, (TRAIN, VAL), strict=True):
+            values = dict(zip(columns, (EPOCHS, EPOCHS, curve), strict=True))
+            write_table(tmp_path / kind / name, values, delimiter="\t" if kind == "catboost" else ",")
+    catboost, tensorboard = diagnose_logs(tmp_path).judged
+    check(catboost, train="learn_error/Logloss", val="test_error/Logloss", run="catboost")
+    check(tensorboard, train="run-x_train-tag-loss", val="run-x_val-tag-loss", run="tensorboard")
+
+
+def test_two_runs_in_one_table(tmp_path):
+    """A table that a second training has appended to, with or without a header, holds two runs; a resumed one is one."""
+    columns = {"epoch": EPOCHS, "loss": TRAIN, "val_loss": VAL}
+    write_table(tmp_path / "a/log.csv", columns)
+    text = (tmp_path / "a/log.csv").read_text()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/log.csv").write_text(text + text)
+    (tmp_path / "c").mkdir()
+    lines = text.splitlines(keepends=True)
+    (tmp_path / "c/log.csv").write_text("".join([*lines, *lines[1:]]))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/log.csv").write_text("".join([*lines[:31], lines[0], *lines[31:]]))
+    report = diagnose_logs(tmp_path)
+    assert [one.run for one in report.judged] == ["a", "b#1", "b#2", "c#1", "c#2", "d"]
+    for one in report.judged:
+        check(one, train="loss", val="val_loss")
+
+
+def test_mlflow(tmp_path):
+    """A file for each metric with lines of time, value and step; names with slashes; the user's name of the run."""
+    for run, (train, val) in {"aaa": ("train_loss", "val_loss"), "bbb": ("train/loss", "val/loss")}.items():
+        folder = tmp_path / "mlruns/0" / run
+        for name, curve in ((train, TRAIN), (val, VAL), ("lr", TRAIN)):
+            file = folder / "metrics" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(f"{1700000000000 + i} {value!r} {i}\n" for i, value in enumerate(curve)))
+        (folder / "tags").mkdir()
+        (folder / "tags/mlflow.runName").write_text("bold-shark-1")
+        (folder / "params").mkdir()
+        (folder / "params/epochs").write_text("60")
+        (folder / "meta.yaml").write_text("name: x\n")
+    first, second = diagnose_logs(tmp_path).judged
+    check(first, train="train_loss", val="val_loss", run="mlruns/0/aaa")
+    check(second, train="train/loss", val="val/loss", run="mlruns/0/bbb")
+    assert first.notes == ["its name in MLflow is bold-shark-1"]
+
+
+def test_dvclive(tmp_path):
+    """A table for each metric, with and without a time stamp, in subfolders."""
+    for run, stamp in (("a", True), ("b", False)):
+        for side, curve in (("train", TRAIN), ("val", VAL)):
+            times = {"timestamp": [1700000000000 + i for i in EPOCHS]} if stamp else {}
+            path = tmp_path / run / "dvclive/plots/metrics" / side / "loss.tsv"
+            write_table(path, {**times, "step": EPOCHS, "loss": curve}, delimiter="\t")
+        (tmp_path / run / "dvclive/metrics.json").write_text('{"step": 59, "train": {"loss": 0.1}, "val": {"loss": 1}}')
+    first, second = diagnose_logs(tmp_path).judged
+    check(first, train="train/loss", val="val/loss", run="a/dvclive")
+    check(second, train="train/loss", val="val/loss", run="b/dvclive")
+
+
+def test_the_same_training_in_two_formats_is_one_run(tmp_path):
+    """Event files and a table in one folder are judged once; where the event files lack the losses, the table is."""
+    write_table(tmp_path / "a/results.csv", {"epoch": EPOCHS, "train/loss": TRAIN, "val/loss": VAL})
+    write(tmp_path / "a", {"train/loss": TRAIN, "val/loss": VAL})
+    write_table(tmp_path / "b/results.csv", {"epoch": EPOCHS, "train/loss": TRAIN, "val/loss": VAL})
+    write(tmp_path / "b", {"lr": TRAIN})
+    report = diagnose_logs(tmp_path)
+    assert [one.run for one in report.runs] == ["a", "b/results.csv"]
+    for one in report.judged:
+        check(one, train="train/loss", val="val/loss")
+
+
+def test_columns_by_name(tmp_path):
+    """Columns that no guess would find are named; one that does not exist is refused with those there are."""
+    write_table(tmp_path / "log.csv", {"epoch": EPOCHS, "a": TRAIN, "b": VAL, "score": TRAIN})
+    check(only(diagnose_logs(tmp_path / "log.csv", train="a", val="b")), train="a", val="b")
+    with pytest.raises(LogError, match="no series is named 'c'; there are log.csv/a, log.csv/b"):
+        diagnose_logs(tmp_path / "log.csv", train="a", val="c")
+
+
+def test_other_tables_are_passed_over(tmp_path):
+    """Tables of data, settings and results beside the logs are no runs; one that is named says what is wrong with it."""
+    write_table(tmp_path / "log.csv", {"epoch": EPOCHS, "loss": TRAIN, "val_loss": VAL})
+    write_table(tmp_path / "labels.csv", {"image": list("abc"), "label": [0, 1, 2]})
+    write_table(tmp_path / "scores.csv", {"id": [1, 2, 3], "score": [0.5, 0.25, 0.125]})
+    (tmp_path / "config.json").write_text('{"loss": "ce", "loss_weight": 1.0}')
+    (tmp_path / "notes.txt").write_text("the loss is fine\n")
+    (tmp_path / "accounts.csv").write_text("account,map,return\n" + "1,2,3\n" * 3)
+    report = diagnose_logs(tmp_path)
+    assert ([one.run for one in report.runs], report.skipped) == (["."], [])
+    with pytest.raises(NoLogsError, match="notes.txt: has no header with the names of columns"):
+        diagnose_logs(tmp_path / "notes.txt")
+    (unusable,) = diagnose_logs(tmp_path / "labels.csv").runs
+    assert "only one series, label" in unusable.problem
+
+
+def test_pointers_and_databases_say_what_to_do(tmp_path):
+    """A Git LFS pointer and MLflow's database are named with what helps, and the other files are judged."""
+    write_table(tmp_path / "log.csv", {"epoch": EPOCHS, "loss": TRAIN, "val_loss": VAL})
+    (tmp_path / "events.out.tfevents.1.host").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "mlflow.db").write_bytes(b"SQLite format 3\0" + bytes(100))
+    report = diagnose_logs(tmp_path)
+    check(only(report), train="loss", val="val_loss")
+    assert [reason for text in report.skipped for reason in ("git lfs pull", "mlruns") if reason in text] == [
+        "git lfs pull",
+        "mlruns",
+    ]
