@@ -261,7 +261,7 @@ def report(results):
         for size in SIZES:
             mean, error, *_ = differences(results, arm, size, "auroc by refined", "auroc", relative=False)
             lines.append(
-                f"| {name} | {size:,} | AUROC, points: restored by refined - by raw loss | {mean:+.2f} | {error:.2f} | | |"
+                f"| {name} | {size:,} | AUROC, points: by refined - by raw loss | {mean:+.2f} | {error:.2f} | | |"
             )
     lines += ["", *coverage(results)]
     return "\n".join(lines)
@@ -269,8 +269,7 @@ def report(results):
 
 def coverage(results):
     lines = [
-        "| weights | N | runs whose loss rose | share undone on test, median | interval holds it | "
-        "worse / confidence / open | wrong, if told |",
+        "| weights | N | runs that rose | share undone | interval holds it | worse / confidence / open | wrong |",
         "|---|---|---|---|---|---|---|",
     ]
     for arm, name in ((False, "none"), (True, "balanced")):
@@ -284,9 +283,7 @@ def coverage(results):
                 if not math.isnan(r["true share"])
             ]
             told = [r["cause"] for r in runs]
-            wrong = sum(
-                {r["cause"], r["true cause"]} == {"model", "confidence"} for r in runs
-            )
+            wrong = sum({r["cause"], r["true cause"]} == {"model", "confidence"} for r in runs)
             shares = [r["true share"] for r in runs if not math.isnan(r["true share"])]
             kinds = " / ".join(str(told.count(kind)) for kind in ("model", "confidence", "open"))
             lines.append(

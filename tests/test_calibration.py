@@ -152,7 +152,9 @@ def test_scale_and_biases_are_those_of_lbfgs(case, prior):
     """Temperature and biases are those that torch's LBFGS finds on torch's cross-entropy."""
     z, y = CASES[case]
     theta = torch.zeros(1 + z.shape[1], dtype=z.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([theta], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [theta], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -166,7 +168,9 @@ def test_scale_and_biases_are_those_of_lbfgs(case, prior):
     t, bias = fit_affine(Rows.of(z, y), prior=prior)
     wanted = theta[1:].detach()
     assert t == pytest.approx(float(theta[0].detach().exp()), rel=1e-6)
-    torch.testing.assert_close(bias, wanted - wanted.mean() if case in ("classes", "two classes") else wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        bias, wanted - wanted.mean() if case in ("classes", "two classes") else wanted, atol=1e-6, rtol=0
+    )
 
 
 def test_the_calibration_error_is_that_of_torchmetrics():

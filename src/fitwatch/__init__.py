@@ -1,6 +1,7 @@
 """fitwatch: a small PyTorch Trainer that is exact about weighted losses and honest about overfitting."""
 
 from fitwatch import data, losses, records, rules
+from fitwatch.calibration.calibrated import Calibrated, Calibration
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.callbacks.early_stopping import EarlyStopping
@@ -33,6 +34,8 @@ from fitwatch.watch import Watch
 
 __all__ = [  # noqa: RUF022 - sorted() order, not isort's
     "BinaryCrossEntropy",
+    "Calibrated",
+    "Calibration",
     "Callback",
     "Callbacks",
     "Checkpoint",

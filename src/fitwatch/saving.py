@@ -4,10 +4,10 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 ``version`` (of fitwatch), ``model``, ``trained`` (the weights in training, if the model's are others: an average),
 ``loss`` (its parameters), ``optimizer``, ``groups`` (names of its parameters),
 ``frozen`` (parameters that are not trained), ``scheduler``, ``scaler``, ``generators`` (of the loaders, their samplers
-and data sets), ``callbacks`` (by class name),
-``guard`` (counts of steps left out), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since
-the last evaluation), ``rng`` (of rank 0), ``position`` (within an epoch: random states at its start, and the loader's
-own state), and ``other_ranks`` (``rng``, ``generators`` and ``position`` of the others).
+and data sets), ``callbacks`` (by class name), ``guard`` (counts of steps left out), ``calibration`` (of the model, if
+it is measured), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since the last evaluation), ``rng``
+(of rank 0), ``position`` (within an epoch: random states at its start, and the loader's own state), and
+``other_ranks`` (``rng``, ``generators`` and ``position`` of the others).
 """
 
 import errno
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fitwatch import ranks, resuming
+from fitwatch.calibration.calibrated import Calibration, Fitted
 from fitwatch.data.position import random_states
 from fitwatch.helpers import modules
 from fitwatch.helpers.aliases import StateDict
@@ -77,6 +78,7 @@ def save(path: Path, state: State, *, weights: StateDict | None = None) -> None:
         "generators": generators,
         "callbacks": state.callbacks.state_dict() if state.callbacks is not None else {},
         "guard": state.guard.state_dict() if state.guard is not None else {},
+        "calibration": None if state.calibration is None else state.calibration.state_dict(),
         "settings": {name: str(value) for name, value in state.settings.items()},
         "progress": asdict(state.progress),
         "history": state.history.entries,
@@ -255,10 +257,13 @@ def load(path: Path, state: State, *, kept: bool = True) -> Before:
             state.callbacks.load_state_dict(content["callbacks"])
         if state.guard is not None and content.get("guard"):
             state.guard.load_state_dict(content["guard"])
+        calibration = content.get("calibration")  # older files have none
+        known = None if calibration is None else Calibration.from_state_dict(calibration)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this training: {error}") from error
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
+    state.fitted = None if known is None else Fitted.of(known, state.progress.step)
     state.history.entries = content["history"]
     if ranks.rank() == 0:  # the sums of all ranks
         since = state.train_loss.since_evaluation

@@ -51,10 +51,18 @@ def fit_affine(rows: Rows, *, start: float = 1.0, prior: bool = True) -> tuple[f
 def _objective(rows: Rows, theta: Tensor, strength: float) -> float:
     a = rows.logits * (-theta[0]).exp() + theta[1:, None]
     if rows.exclusive:
-        each = a.logsumexp(0) - a.gather(0, rows.targets.unsqueeze(0)).squeeze(0)
+        each = _normalized(a)[1] - a.gather(0, rows.targets.unsqueeze(0)).squeeze(0)
     else:
         each = (torch.nn.functional.softplus(a, threshold=40) - rows.targets * a).sum(0)
     return float(each @ rows.weights + strength / 2 * theta.square().sum())
+
+
+def _normalized(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax and logsumexp over the classes, whose dimension torch's own functions are slow in."""
+    top = a.amax(0)
+    e = (a - top).exp_()
+    total = e.sum(0)
+    return e / total, total.log() + top
 
 
 def _slope(rows: Rows, theta: Tensor, strength: float) -> tuple[Tensor, Tensor]:
@@ -65,7 +73,7 @@ def _slope(rows: Rows, theta: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     d = -scale * z  # the derivative of a by log T
     curvature = torch.zeros(len(theta), len(theta), dtype=torch.float64)
     if rows.exclusive:
-        p = a.softmax(0)
+        p = _normalized(a)[0]
         residual = p.clone()
         residual.scatter_add_(0, rows.targets.unsqueeze(0), -torch.ones_like(w).unsqueeze(0))
         mean = (p * d).sum(0)

@@ -30,7 +30,7 @@ def fit_temperature(rows: Rows, *, start: float = 1.0, prior: bool = True) -> fl
     log_t = min(max(math.log(start), -_WIDEST), _WIDEST)
     low, high = -_WIDEST, _WIDEST
     for _ in range(100):
-        slope, curvature = _derivatives(*_sums(rows, log_t), log_t, prior=prior)
+        slope, curvature = _derivatives(_sums(rows, log_t), log_t, prior=prior)
         if slope > 0:
             high = log_t
         else:
@@ -64,22 +64,22 @@ def cross_fitted(rows: Rows, temperature: float) -> Tensor:
     others = (sums.sum(1, keepdim=True) - sums).T.tolist()
     small = rows.logits.numel() <= _SMALL
     for k in range(FOLDS):
-        own = _newton(*_derivatives(*others[k], log_t, prior=True), log_t)
+        own = _newton(*_derivatives(others[k], log_t, prior=True), log_t)
         if small and count > 1:
             rest = rows.part(fold != k)
             for _ in range(2):
-                own = _newton(*_derivatives(*_sums(rest, own), own, prior=True), own)
+                own = _newton(*_derivatives(_sums(rest, own), own, prior=True), own)
         scales[k] = math.exp(-own)
     return scales[fold]
 
 
-def _sums(rows: Rows, log_t: float) -> tuple[float, float]:
-    first, second = rows.moments(math.exp(-log_t))
-    return float(first @ rows.weights), float(second @ rows.weights)
+def _sums(rows: Rows, log_t: float) -> list[float]:
+    return [float(part @ rows.weights) for part in rows.moments(math.exp(-log_t))]
 
 
-def _derivatives(first: float, second: float, log_t: float, *, prior: bool) -> tuple[float, float]:
-    """Return the derivatives of the total loss by log T, given those by the scale 1 / T."""
+def _derivatives(sums: list[float], log_t: float, *, prior: bool) -> tuple[float, float]:
+    """Return the first two derivatives of the total loss by log T, given those by the scale 1 / T."""
+    first, second = sums
     scale, strength = math.exp(-log_t), prior / PRIOR_SD**2
     return strength * log_t - scale * first, strength + scale * first + scale**2 * second
 
