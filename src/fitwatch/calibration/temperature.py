@@ -56,8 +56,7 @@ def cross_fitted(rows: Rows, temperature: float) -> Tensor:
         temperature: T fitted to all of them, with the prior.
     """
     log_t, count = math.log(temperature), len(rows)
-    fold = torch.empty(count, dtype=torch.int64)
-    fold[torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))] = torch.arange(count) % FOLDS
+    fold = folds(count)
     scales = torch.empty(FOLDS, dtype=torch.float64)
     sums = torch.zeros(2, FOLDS, dtype=torch.float64)
     sums.index_add_(1, fold, torch.stack(rows.moments(math.exp(-log_t))) * rows.weights)
@@ -71,6 +70,13 @@ def cross_fitted(rows: Rows, temperature: float) -> Tensor:
                 own = _newton(*_derivatives(_sums(rest, own), own, prior=True), own)
         scales[k] = math.exp(-own)
     return scales[fold]
+
+
+def folds(count: int) -> Tensor:
+    """Return the fold of each of ``count`` examples, shape (N,): always the same."""
+    fold = torch.empty(count, dtype=torch.int64)
+    fold[torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))] = torch.arange(count) % FOLDS
+    return fold
 
 
 def _sums(rows: Rows, log_t: float) -> list[float]:

@@ -21,6 +21,7 @@ from fitwatch.measuring.kept_logits import KeptLogits
 from fitwatch.measuring.metrics import Metric, Metrics, WeightedMean, evaluating
 
 Measure = Callable[[Loader], dict[str, float]]
+CalibratedMetrics = Callable[[Refined | None], dict[str, float]]
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
 """Marks that there is no baseline, and that none should be computed."""
 
@@ -58,6 +59,7 @@ class Validation:
             times, and unless `keep_weights` was called.
         measures_standard_error: Whether ``val/loss_se``, the standard error of ``val/loss``, is measured.
         keeps_logits: Whether `keep_logits` was called.
+        calibrated: Functions that measure more of the calibration: it -> values by name, without ``val/``.
         refined: The calibration of the newest validation; None if it is unknown, or was not measured.
         not_refined: Why the calibration is unknown; None if it is known, or was not measured.
     """
@@ -74,6 +76,7 @@ class Validation:
         self.keeps_weights = False
         self.weights: StateDict | None = None
         self.keeps_logits = False
+        self.calibrated: list[CalibratedMetrics] = []
         self.refined: Refined | None = None
         self.not_refined: str | None = None
         self._keeps_losses = self._measured = False
@@ -122,6 +125,7 @@ class Validation:
             classes=self.classes,
             logits=logits,
         )
+        new.calibrated = self.calibrated
         if of_fit:
             self.losses = new.losses
         return new
@@ -148,6 +152,7 @@ class Pass:
 
     Attributes:
         losses: The losses of the examples, if they are kept.
+        calibrated: As for `Validation`.
         refined: The calibration, known at the end.
         baseline: The baseline, known at the end.
     """
@@ -165,6 +170,7 @@ class Pass:
         logits: KeptLogits | None = None,
     ) -> None:
         self.logits = logits
+        self.calibrated: Sequence[CalibratedMetrics] = ()
         self.refined: Refined | None = None
         self.loss, self.baseline = loss, None if baseline is NO_BASELINE else baseline
         self.losses = ExampleLosses(loss) if keep_losses else None
@@ -287,6 +293,8 @@ class Pass:
             self.refined = self.logits.refined()
             if self.logits.unknown is None:
                 known = dict.fromkeys(CALIBRATION, math.nan) if self.refined is None else self.refined.values()
+                for measure in self.calibrated:
+                    known |= measure(self.refined)
                 values |= {f"val/{name}": value for name, value in known.items()}
         return values
 

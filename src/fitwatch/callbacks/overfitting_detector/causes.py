@@ -53,10 +53,10 @@ class Causes:
         found = attribute(Pair(before.raw, before.refined), Pair(now.raw, now.refined), now.weights)
         verdict = evolve(
             verdict,
-            calibration_share=found.share,
-            calibration_share_se=found.share_se,
-            refined_rise=found.refined_rise,
-            refined_rise_se=found.refined_rise_se,
+            calibration_share=_known(found.share),
+            calibration_share_se=_known(found.share_se),
+            refined_rise=_known(found.refined_rise),
+            refined_rise_se=_known(found.refined_rise_se),
         )
         if not verdict.overfitting:
             return verdict
@@ -77,6 +77,10 @@ class Causes:
             return None if saved is None else _Point(*saved)
 
         self._last, self._reference = point(state_dict["last"]), point(state_dict["reference"])
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _sentences(found: Attribution, cause: str, needed: int | None, refined: Refined) -> str:
