@@ -17,7 +17,7 @@ from fitwatch.calibration.temperature import cross_fitted, fit_temperature
 from fitwatch.measuring import kept_logits
 from fitwatch.measuring.kept_logits import KeptLogits
 
-NAMES = {"val/refined_loss", "val/refined_loss_se", "val/temperature", "val/calibration_error"}
+NAMES = {"val/log_loss", "val/refined_loss", "val/refined_loss_se", "val/temperature", "val/calibration_error"}
 
 
 def examples(n=500, seed=0):

@@ -26,7 +26,8 @@ class Refined:
         temperature: Fitted to all examples.
         scales: 1 / T for each example, cross-fitted, shape (N,).
         pair: The log-losses of the examples, without and with the temperature; both without what class weights added.
-        log_loss: Mean log-loss of the model's own outputs.
+        losses: The log-losses of the examples by the model's own outputs, shape (N,).
+        log_loss: Their mean.
         refined_loss: Mean log-loss after calibration, cross-fitted.
         refined_loss_se: Standard error of the difference of the two, a paired one.
     """
@@ -37,6 +38,7 @@ class Refined:
     temperature: float
     scales: Tensor
     pair: Pair
+    losses: Tensor
     log_loss: float
     refined_loss: float
     refined_loss_se: float
@@ -55,6 +57,7 @@ class Refined:
             temperature,
             scales,
             Pair(raw.float(), refined.float()),
+            own,
             float(own @ rows.weights / len(rows)),
             float(refined @ rows.weights / len(rows)),
             standard_error(influences(refined - own, rows.weights)),
@@ -62,15 +65,16 @@ class Refined:
 
     def tables(self) -> Tensor:
         """Return the `reliability` of the outputs, and after calibration, cross-fitted; shape (2, 3, bins)."""
-        return torch.stack([reliability(self.outputs), reliability(self.rows, self.scales)])
+        return torch.stack([reliability(self.outputs, 1.0, self.losses), reliability(self.rows, self.scales)])
 
     def values(self) -> dict[str, float]:
         """Return what a validation reports, by name without ``val/``."""
         return {
+            "log_loss": self.log_loss,
             "refined_loss": self.refined_loss,
             "refined_loss_se": self.refined_loss_se,
             "temperature": self.temperature,
-            "calibration_error": calibration_error(reliability(self.outputs)),
+            "calibration_error": calibration_error(reliability(self.outputs, 1.0, self.losses)),
         }
 
     def calibration(self) -> Calibration:
@@ -89,10 +93,11 @@ class Refined:
             log_loss=self.log_loss,
             calibrated_log_loss=self.refined_loss,
             calibrated_log_loss_se=self.refined_loss_se,
-            decisions=self._decisions(biased, biases),
+            decisions=self.decisions(biased, biases),
         )
 
-    def _decisions(self, biased: float, biases: Tensor | None) -> dict[str, Tensor]:
+    def decisions(self, biased: float = 1.0, biases: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the confusion matrices of `Calibration`; ``"biased"`` needs the biases and their temperature."""
         columns = len(self.rows.logits)
         if columns > _MOST_DECISIONS or (columns > 1 and not self.rows.exclusive):
             return {}

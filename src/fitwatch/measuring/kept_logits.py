@@ -1,5 +1,6 @@
 """The logits of a validation, or a fixed part of them, from which its calibration is measured."""
 
+import math
 from itertools import zip_longest
 
 import torch
@@ -14,7 +15,7 @@ from fitwatch.losses import BinaryCrossEntropy
 MOST = 2_000_000
 """Logits that are kept at most, N times C: of larger validation sets a fixed part."""
 
-_Batch = tuple[Tensor, Tensor, Tensor]  # logits, targets, weights
+_Batch = tuple[Tensor, Tensor, Tensor | None]  # logits, targets, weights
 
 
 class KeptLogits:
@@ -71,20 +72,25 @@ class KeptLogits:
             self._halve()
         while sum(ranks.gather(self._logits)) > MOST:
             self._halve()
-        own = [tuple(t.cpu() for t in batch) for batch, _ in self._kept]
+        own = [(z.cpu(), y.cpu(), None if w is None else w.cpu()) for (z, y, w), _ in self._kept]
         together = [batch for row in zip_longest(*ranks.gather(own)) for batch in row if batch is not None]
-        self._kept = [((z, y, w), None) for z, y, w in together]
+        self._kept = [(batch, None) for batch in together]
 
     def refined(self) -> Refined | None:
         """Measure the calibration; None if it is unknown, or the outputs are not finite."""
         if self.unknown is not None or not self._kept:
             self.unknown = self.unknown or "the validation step does not pass its outputs to update_metrics"
             return None
-        z, y, w = (torch.cat(parts).cpu() for parts in zip(*(batch for batch, _ in self._kept), strict=True))
+        batches = [batch for batch, _ in self._kept]
+        z, y = torch.cat([z for z, _, _ in batches]).cpu(), torch.cat([y for _, y, _ in batches]).cpu()
+        w = torch.cat([torch.ones(len(z)) if w is None else w.cpu() for z, _, w in batches])
         counts = w > 0
+        ignored = getattr(self._loss, "ignore_index", None)
+        if ignored is not None:
+            counts &= y.reshape(len(y), -1)[:, 0] != ignored
         if not bool(counts.all()):
             z, y, w = z[counts], y[counts], w[counts]
-        if not len(z) or bool(z.isnan().any()) or bool(z.isposinf().any()):
+        if not len(z) or not math.isfinite(z.amax()):  # a masked class may be -inf
             return None
         try:
             shift = prior_shift(self._trained, columns=z.shape[1] if z.dim() > 1 else 1)
@@ -109,17 +115,12 @@ class KeptLogits:
                 "class index, or labels, for each example"
             )
             return None
-        weight = torch.ones(len(outputs), device=outputs.device)
+        weight = None
         if sample_weight is not None:
             if sample_weight.numel() != len(outputs):
                 self.unknown = "the weights are those of positions, not of examples"
                 return None
-            weight = sample_weight.detach().reshape(-1).to(weight)
-        ignored = getattr(self._loss, "ignore_index", None)
-        if ignored is not None:
-            left_out = targets.reshape(len(outputs), -1)[:, 0] == ignored
-            weight = torch.where(left_out, 0, weight)
-            targets = torch.where(left_out.reshape(-1, *[1] * (targets.dim() - 1)), 0, targets)
+            weight = sample_weight.detach().reshape(-1).to(torch.float32, copy=True)
         return outputs.detach().clone(), targets.detach().clone(), weight
 
     def _halve(self) -> None:
@@ -136,6 +137,6 @@ class KeptLogits:
         stays = (drawn < self._bound).nonzero().squeeze(1)
         index = stays.to(z.device)
         self._logits -= z.numel()
-        z, y, w = z[index], y[index], w[index]
+        z, y, w = z[index], y[index], None if w is None else w[index]
         self._logits += z.numel()
         self._kept[i] = (z, y, w), drawn[stays]

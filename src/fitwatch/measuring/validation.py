@@ -25,7 +25,7 @@ CalibratedMetrics = Callable[[Refined | None], dict[str, float]]
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
 """Marks that there is no baseline, and that none should be computed."""
 
-CALIBRATION = ("refined_loss", "refined_loss_se", "temperature", "calibration_error")
+CALIBRATION = ("log_loss", "refined_loss", "refined_loss_se", "temperature", "calibration_error")
 """What is reported of the calibration, if it is measured."""
 
 

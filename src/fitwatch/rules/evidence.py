@@ -37,8 +37,8 @@ class Verdict:
             zero by two standard errors; None if there are enough, the smoothed curve is at its minimum, or the losses
             of the examples are unknown.
         evidence: One to three sentences with the figures.
-        calibration_share: Share of the rise of the log-loss since ``reference`` that a temperature undoes; None if it is
-            not measured (see `OverfittingDetector`) or the log-loss has not risen.
+        calibration_share: Share of the rise of the log-loss since ``reference`` that a temperature undoes; None if it
+            is not measured (see `OverfittingDetector`) or the log-loss has not risen.
         calibration_share_se: Its standard error.
         refined_rise: Rise of the log-loss after calibration since ``reference``: what the model itself got worse by, in
             nats; None if it is not measured.

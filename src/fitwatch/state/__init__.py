@@ -152,8 +152,10 @@ class State:
     def measure_calibration(self) -> bool:
         """Have validation measure the calibration; call it in ``on_fit_start``.
 
-        The evaluations then have ``val/refined_loss``, the log-loss after calibration, with ``val/refined_loss_se``,
-        ``val/temperature`` and ``val/calibration_error``.
+        The evaluations then have ``val/log_loss``, that of the outputs, which for a plain cross-entropy is
+        ``val/loss``; ``val/refined_loss``, the log-loss after calibration; ``val/refined_loss_se``, the standard error
+        of their difference; ``val/temperature`` and ``val/calibration_error``, the expected calibration error of the
+        outputs.
 
         Returns:
             Whether the loss takes logits; else nothing is measured.

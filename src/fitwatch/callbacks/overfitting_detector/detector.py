@@ -38,7 +38,7 @@ class OverfittingDetector(Callback):
     Don't shuffle the validation set: without pairs the standard error is larger.
 
     For losses that take logits (cross-entropy, with class weights or without, binary and of several labels), each
-    validation also measures how far the outputs are from calibrated: ``val/refined_loss``, the log-loss after a
+    validation also measures how far the outputs are from calibrated: ``val/log_loss``, and ``val/refined_loss`` after a
     temperature, with ``val/refined_loss_se``, ``val/temperature`` and ``val/calibration_error``. So the verdict says
     how much of a rise is confidence, which the temperature undoes, and whether the model itself got worse
     (``verdict.cause``); and the fit's result has a ``calibration``. Of more than 2 million logits a fixed part is used.
