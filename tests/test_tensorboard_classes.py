@@ -116,7 +116,8 @@ def test_the_page_shows_the_best_epoch(tmp_path):
     train, val = noisy_data()
     result = trainer.fit(train, val, epochs=60)
     assert result.stop_reason
-    assert shown(tmp_path / "run") == ["pr_curve/1", "report/confusion"]
+    pictures = ["report/confusion", "report/confusion_calibrated", "report/reliability"]
+    assert shown(tmp_path / "run") == ["pr_curve/1", *pictures]
     [event] = read(tmp_path / "run/best").Tensors("pr_curve/1")
     assert event.step == result.best.step
     x, y = val.dataset.tensors
