@@ -239,7 +239,7 @@ def differences(results, arm, size, one, two, *, relative=True):
 
 COMPARED = [
     ("log-loss: calibrated - raw", "calibrated", "raw"),
-    ("log-loss: with biases - calibrated", "affine", "calibrated"),
+    ("log-loss: with biases - raw", "affine", "raw"),
     ("cost: calibrated - raw", "calibrated cost", "raw cost"),
     ("cost, two classes: tuned threshold - calibrated", "tuned cost", "calibrated cost"),
     ("log-loss, calibrated: restored by refined - by raw loss", "restored by refined", "calibrated"),
@@ -269,26 +269,29 @@ def report(results):
 
 def coverage(results):
     lines = [
-        "| weights | N | runs that rose | share undone | interval holds it | worse / confidence / open | wrong |",
-        "|---|---|---|---|---|---|---|",
+        "| weights | N | runs that rose | share undone | held | both errors | model / confidence / open | wrong |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm, name in ((False, "none"), (True, "balanced")):
         for size in SIZES:
             runs = [r[size] for (_, _, balanced), r in results.items() if balanced == arm and "share" in r[size]]
             if not runs:
                 continue
-            held = [
-                abs(r["share"] - r["true share"]) <= 2 * math.hypot(r["share_se"], r["true share_se"])
-                for r in runs
-                if not math.isnan(r["true share"])
-            ]
+            known = [r for r in runs if not math.isnan(r["true share"])]
+            alone, both = (
+                sum(
+                    abs(r["share"] - r["true share"]) <= 2 * math.hypot(r["share_se"], test * r["true share_se"])
+                    for r in known
+                )
+                for test in (0, 1)
+            )
             told = [r["cause"] for r in runs]
             wrong = sum({r["cause"], r["true cause"]} == {"model", "confidence"} for r in runs)
-            shares = [r["true share"] for r in runs if not math.isnan(r["true share"])]
+            shares = [r["true share"] for r in known]
             kinds = " / ".join(str(told.count(kind)) for kind in ("model", "confidence", "open"))
             lines.append(
                 f"| {name} | {size:,} | {len(runs)} | {statistics.median(shares):.0%} | "
-                f"{sum(held)} of {len(held)} ({sum(held) / len(held):.0%}) | {kinds} | {wrong} |"
+                f"{alone / len(known):.0%} | {both / len(known):.0%} | {kinds} | {wrong} |"
             )
     return lines
 

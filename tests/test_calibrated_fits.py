@@ -374,3 +374,80 @@ def test_any_number_of_ranks_gives_the_same_figures(tmp_path):
         assert whole["val/temperature"] == pytest.approx(parts["val/temperature"], rel=1e-9)
         assert whole["val/refined_loss"] == pytest.approx(parts["val/refined_loss"], rel=1e-9)
     assert found[0]["examples"] == found[1]["examples"]
+
+
+def test_a_hand_written_loop_has_the_same_figures():
+    """With Watch, in a plain loop, history, verdict and calibration are those of the Trainer."""
+    x, y = examples()
+    train, val = [(x[:100], y[:100])] * 5, list(zip(x[100:].split(64), y[100:].split(64), strict=True))
+    model = network()
+    expected = trainer_of(model, None, fw.OverfittingDetector(probe_examples=0)).fit(train, val, epochs=6)
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    detector = fw.OverfittingDetector(probe_examples=0)
+    with fw.Watch(model, optimizer, [detector], train_loader=train, val_loader=val) as watch:
+        for _ in watch.epochs(6):
+            for inputs, targets in watch.train():
+                watch.loss(model(inputs), targets).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            with watch.validating():
+                for inputs, targets in val:
+                    watch.loss(model(inputs), targets)
+    assert watch.result.history == expected.history
+    assert watch.result.calibration.temperature == expected.calibration.temperature
+
+
+def test_steps_after_the_last_evaluation_leave_no_calibration():
+    """A calibration of older weights is not handed over."""
+    x, y = examples()
+    train, val = [(x[:100], y[:100])] * 5, [(x[100:], y[100:])]
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    with fw.Watch(model, optimizer, [fw.OverfittingDetector()], train_loader=train, val_loader=val) as watch:
+        for epoch in watch.epochs(2):
+            for inputs, targets in watch.train():
+                watch.loss(model(inputs), targets).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if epoch == 0:
+                watch.validate()
+                assert watch.state.calibration is not None
+    assert watch.result.calibration is None
+
+
+def test_early_stopping_on_the_refined_loss_compares_the_same_examples():
+    """min_delta in standard errors is that of the paired gain of the refined losses; no detector is needed."""
+    train, val = loaders()
+    model = network()
+    stop = fw.EarlyStopping("val/refined_loss", patience=3, min_delta="1se")
+    result = trainer_of(model, None, stop).fit(train, val, epochs=40)
+    assert "of the difference" in result.stop_reason
+    assert result.best.metrics["val/refined_loss"] == min(e["val/refined_loss"] for e in result.history)
+    assert result.calibration is not None
+
+
+def test_a_metric_of_the_same_name_is_the_users():
+    """A metric called log_loss or temperature keeps its value; the calibration is measured beside it."""
+    train, val = loaders()
+    model = network()
+    trainer = fw.Trainer(
+        model,
+        torch.optim.Adam(model.parameters(), 0.01),
+        callbacks=fw.OverfittingDetector(),
+        metrics={"temperature": lambda o, t: -5.0},
+        device="cpu",
+    )
+    result = trainer.fit(train, val, epochs=2)
+    assert [entry["val/temperature"] for entry in result.history] == [-5.0, -5.0]
+    assert result.calibration.temperature > 0
+
+
+def test_half_precision_outputs_are_calibrated_in_float32():
+    """A model in bfloat16 gives float32 calibrated logits that do not lose the scale."""
+    train, val = loaders()
+    found = trainer_of(network(), None, fw.OverfittingDetector()).fit(train, val, epochs=2).calibration
+    half = fw.Calibrated(network().to(torch.bfloat16), found)
+    z = half.model(torch.ones(3, 6, dtype=torch.bfloat16))
+    assert half(torch.ones(3, 6, dtype=torch.bfloat16)).dtype is torch.float32
+    torch.testing.assert_close(half(torch.ones(3, 6, dtype=torch.bfloat16)), z.float() / found.temperature)

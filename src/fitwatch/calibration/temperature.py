@@ -39,7 +39,7 @@ def fit_temperature(rows: Rows, *, start: float = 1.0, prior: bool = True) -> fl
         new = log_t + step
         if not low < new < high:
             new = (low + high) / 2 if slope else log_t
-        done, log_t = abs(new - log_t) < 1e-7, new  # the error is of the order of the square of the step
+        done, log_t = abs(new - log_t) < 1e-5, new  # the error is of the order of the square of the step
         if done:
             break
     return math.exp(log_t)

@@ -162,7 +162,7 @@ class Validator:
     def _logits(self) -> KeptLogits:
         # The newest temperature is that of the history, so that a resumed fit starts where the other would have.
         newest = self._state.history.newest.get("val/temperature", math.nan)
-        return KeptLogits(self.loss, self._state.loss, start=newest if math.isfinite(newest) else 1.0)
+        return KeptLogits(self.loss, self._state.loss, start=newest if 0 < newest < math.inf else 1.0)
 
     def _others(self, first: Mapping[str, float]) -> dict[str, float]:
         """Return the values for each of several loaders under its name; those of the first are known."""

@@ -286,7 +286,8 @@ class Pass:
             self.baseline, self._targets = self._targets.baseline(), None
         if self.baseline is not None:
             values["val/loss_left"] = self.baseline.left(self._mean.value)
-        values |= {f"val/{name}": value for name, value in self._metrics.compute().items()}
+        metrics = {f"val/{name}": value for name, value in self._metrics.compute().items()}
+        values |= metrics
         if self._standard_error and self.losses is not None:
             values["val/loss_se"] = self.losses.standard_error()
         if self.logits is not None:
@@ -295,7 +296,8 @@ class Pass:
                 known = dict.fromkeys(CALIBRATION, math.nan) if self.refined is None else self.refined.values()
                 for measure in self.calibrated:
                     known |= measure(self.refined)
-                values |= {f"val/{name}": value for name, value in known.items()}
+                # A metric of the user's may have such a name.
+                values = {**values, **{f"val/{name}": value for name, value in known.items()}, **metrics}
         return values
 
 
