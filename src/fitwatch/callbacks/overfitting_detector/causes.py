@@ -58,7 +58,8 @@ class Causes:
             refined_rise=_known(found.refined_rise),
             refined_rise_se=_known(found.refined_rise_se),
         )
-        if not verdict.overfitting:
+        told = math.isfinite(found.refined_rise_se) and found.refined_before > 0  # no error from a single example
+        if not (verdict.overfitting and told):
             return verdict
         cause = found.cause(self._least)
         needed = found.examples_needed(self._least) if cause == "open" else None
