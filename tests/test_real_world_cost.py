@@ -10,6 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import fitwatch as fw
+from fitwatch.calibration.rows import Rows
+from fitwatch.calibration.temperature import cross_fitted, fit_temperature, folds
 from fitwatch.tensorboard.confusion import confusion_image
 
 COSTS = fw.CostMatrix([1.0, 2, 9], [[0.0, 0, 1], [4, 0, 0], [0, 3, 0]], classes=["low", "mid", "high"])
@@ -185,3 +187,78 @@ def test_targets_are_checked_once_at_the_end():
     metric.reset()
     with pytest.raises(ValueError, match="got 5 targets for 6 decisions"):
         metric.update(outputs, targets[:5])
+
+
+def of_two_classes(loss, n=400, column=False):
+    """Return the trainer, the result, and the outputs and targets of the validation set."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, 4, generator=generator)
+    y = (x[:, 0] + torch.randn(n, generator=generator) > 1.2).long()
+    targets = y.float().unsqueeze(1) if column else y
+    trainer = trainer_of(fw.RealWorldCost([[0, 1], [8, 0]]), outputs=1 if column else 2, loss=loss)
+    result = trainer.fit([(x[:100], targets[:100])] * 20, [(x[100:], targets[100:])], epochs=3)
+    with torch.no_grad():
+        return trainer, result, trainer.model(x[100:]).double(), y[100:]
+
+
+@pytest.mark.parametrize(
+    ("loss", "column", "shift"),
+    [
+        (fw.CrossEntropy(), False, [0.0, 0.0]),
+        (fw.CrossEntropy([1.0, 5.0]), False, [0.0, math.log(5)]),
+        (fw.BinaryCrossEntropy(5.0), True, [math.log(5)]),
+    ],
+)
+def test_calibrated_costs_are_those_of_calibrated_probabilities(loss, column, shift):
+    """val/cost_calibrated is the cost of the least expected cost, by logits without class weights over a temperature."""
+    trainer, result, z, y = of_two_classes(loss, column=column)
+    costs = torch.tensor([[0.0, 1.0], [8.0, 0.0]], dtype=torch.float64)
+    rows = Rows.of(z - torch.tensor(shift), y.double().unsqueeze(1) if column else y)
+    scaled = (z - torch.tensor(shift)) * cross_fitted(rows, fit_temperature(rows))[:, None]
+    p = torch.cat([(-scaled).sigmoid(), scaled.sigmoid()], 1) if column else scaled.softmax(1)
+    decided = fw.cost_optimal_decision(p, costs)
+    assert result.history[-1]["val/cost_calibrated"] == pytest.approx(float(costs[y, decided].mean()))
+    calibrated = trainer.state.calibration.probabilities(z)
+    assert calibrated.shape == z.shape
+    assert fw.cost_optimal_decision(calibrated, costs).shape == y.shape
+
+
+def test_the_tuned_threshold_never_sees_the_example_that_it_decides():
+    """val/cost_tuned is that of thresholds found on the other folds by trying all; its error is that of the pairs."""
+    _, result, z, y = of_two_classes(fw.CrossEntropy())
+    score, fold, paid = z[:, 1] - z[:, 0], folds(len(y)), torch.zeros(len(y), dtype=torch.float64)
+
+    def cost(chosen, threshold):
+        positive = score[chosen] > threshold
+        return torch.where(positive & (y[chosen] == 0), 1.0, torch.where(~positive & (y[chosen] == 1), 8.0, 0.0))
+
+    for k in range(5):
+        tried = [-math.inf, *score[fold != k].sort().values.tolist()]
+        totals = [float(cost(fold != k, t).sum()) for t in tried]
+        best = totals.index(min(totals))
+        between = (tried[best] + tried[best + 1]) / 2 if 0 < best < len(tried) - 1 else tried[best]
+        paid[fold == k] = cost(fold == k, between).double()
+    entry = result.history[-1]
+    assert entry["val/cost_tuned"] == pytest.approx(float(paid.mean()))
+    assert 0 <= entry["val/cost_tuned_se"] < 0.2
+
+
+def test_class_weights_and_a_cost_optimal_decision_are_warned_of_once(caplog):
+    """With class weights the prior counts twice: one warning says what to use instead; without weights there is none."""
+    of_two_classes(fw.CrossEntropy())
+    assert not [r for r in caplog.records if "class frequencies twice" in r.getMessage()]
+    of_two_classes(fw.CrossEntropy([1.0, 5.0]))
+    (warning,) = [r.getMessage() for r in caplog.records if "class frequencies twice" in r.getMessage()]
+    assert "val/cost_calibrated takes the weights off first" in warning
+
+
+def test_calibrated_costs_can_be_left_out():
+    """One option turns them off, and a loss that gives no logits has none."""
+    x, y = data()
+    for cost, loss in [
+        (fw.RealWorldCost(COSTS, calibrated=False), None),
+        (fw.RealWorldCost(COSTS), fw.RealWorldCrossEntropy(COSTS)),
+    ]:
+        result = trainer_of(cost, loss=loss).fit([(x, y)], [(x, y)], epochs=1)
+        assert {"val/cost", "val/cost_optimal"} <= result.history[-1].keys()
+        assert not [name for name in result.history[-1] if "calibrated" in name or "refined" in name]

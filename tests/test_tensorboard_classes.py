@@ -1,13 +1,18 @@
 """The confusion matrix and the precision-recall curves of the best epoch."""
 
+import io
+
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fitwatch as fw
 from fitwatch.tensorboard.classifier import STEPS, ClassCounts, curve
+from fitwatch.tensorboard.diagram import reliability_image
 from tests._events import read
 from tests._server import noisy_data, overfitting_trainer
 
@@ -111,7 +116,8 @@ def test_the_page_shows_the_best_epoch(tmp_path):
     train, val = noisy_data()
     result = trainer.fit(train, val, epochs=60)
     assert result.stop_reason
-    assert shown(tmp_path / "run") == ["pr_curve/1", "report/confusion"]
+    pictures = ["report/confusion", "report/confusion_calibrated", "report/reliability"]
+    assert shown(tmp_path / "run") == ["pr_curve/1", *pictures]
     [event] = read(tmp_path / "run/best").Tensors("pr_curve/1")
     assert event.step == result.best.step
     x, y = val.dataset.tensors
@@ -148,3 +154,61 @@ def test_other_models_show_neither(tmp_path):
     trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), fw.MeanSquaredError(), callbacks=[page])
     trainer.fit(loader, loader, epochs=2)
     assert shown(tmp_path / "run") == []
+
+
+def calibrated_run(folder, *callbacks, epochs=25):
+    """Train a network that becomes overconfident, and return the trainer and the accumulators of val and best."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 6, generator=generator)
+    y = (x[:, 0] + x[:, 1] * x[:, 2] + torch.randn(500, generator=generator) > 0.7).long()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2))
+    board = fw.TensorBoard(folder, show_link=False)
+    trainer = fw.Trainer(model, torch.optim.Adam(model.parameters(), 0.01), callbacks=[*callbacks, board], device="cpu")
+    trainer.fit([(x[:100], y[:100])] * 4, [(x[100:], y[100:])], epochs=epochs)
+    size = {"images": 0, "tensors": 0, "scalars": 0}
+    return trainer, *(EventAccumulator(str(board.run_dir / run), size).Reload() for run in ("val", "best"))
+
+
+def test_the_refined_loss_is_on_the_loss_chart_where_it_differs(tmp_path):
+    """The curve has a point at those evaluations where it differs from the log-loss by two standard errors."""
+    trainer, val, _ = calibrated_run(tmp_path, fw.OverfittingDetector())
+    wanted = {
+        entry["step"]: entry["val/refined_loss"]
+        for entry in trainer.state.history
+        if abs(entry["val/refined_loss"] - entry["val/log_loss"]) > 2 * entry["val/refined_loss_se"]
+    }
+    assert 0 < len(wanted) < 25
+    assert {point.step: point.value for point in val.Scalars("refined_loss")} == pytest.approx(wanted)
+
+
+def test_the_best_evaluation_has_a_reliability_diagram(tmp_path):
+    """It is one image with both diagrams; with class weights there are the calibrated decisions too, and both figures."""
+    for weights in ([], [fw.WeightedLoss("balanced")]):
+        trainer, _, best = calibrated_run(
+            tmp_path, *weights, fw.OverfittingDetector(), fw.RealWorldCost([[0, 1], [5, 0]]), epochs=5
+        )
+        images = set(best.Tags()["images"])
+        assert "report/reliability" in images
+        assert ("report/confusion_calibrated" in images) is bool(weights)
+        with Image.open(io.BytesIO(best.Images("report/reliability")[0].encoded_image_string)) as picture:
+            assert picture.format == "PNG"
+            assert picture.width > 2 * 260
+        report = best.Tensors("report/end")[0].tensor_proto.string_val[0].decode()
+        entry = trainer.state.history.best
+        assert f"| log-loss | {entry['val/log_loss']:.6g} |" in report
+        assert f"| calibrated log-loss | {entry['val/refined_loss']:.6g} (" in report
+        assert f"| calibrated cost | {entry['val/cost_calibrated']:.6g} |" in report
+
+
+def test_the_diagram_shows_how_far_truth_is_from_confidence():
+    """A calibrated table has no orange; one whose predictions come true half as often as they say is half orange."""
+    weight = torch.ones(15, dtype=torch.float64)
+    confidence = (torch.arange(15) + 0.5) / 15
+    good, bad = torch.stack([weight, confidence, confidence]), torch.stack([weight, confidence, confidence / 2])
+    orange = []
+    for tables in (torch.stack([good, good]), torch.stack([bad, good])):
+        with Image.open(io.BytesIO(reliability_image(tables).png)) as picture:
+            colours = {colour: n for n, colour in picture.convert("RGB").getcolors(1 << 24)}
+        orange.append(colours.get((244, 180, 148), 0))
+    assert orange[0] < orange[1] / 10

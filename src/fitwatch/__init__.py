@@ -7,6 +7,7 @@ from fitwatch.version import __version__
 
 if TYPE_CHECKING:  # at run time, a name is imported when it is first used: the command `fitwatch` needs no torch
     from fitwatch import data, losses, records, rules
+    from fitwatch.calibration.calibrated import Calibrated, Calibration
     from fitwatch.callback import Callback, Callbacks
     from fitwatch.callbacks.checkpoint import Checkpoint
     from fitwatch.callbacks.early_stopping import EarlyStopping
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # at run time, a name is imported when it is first used: the 
     from fitwatch.watch import Watch
 else:
     _HOMES = {
+        "calibration.calibrated": "Calibrated Calibration",
         "callback": "Callback Callbacks",
         "callbacks.checkpoint": "Checkpoint",
         "callbacks.early_stopping": "EarlyStopping",
@@ -80,6 +82,8 @@ else:
 
 __all__ = [  # noqa: RUF022 - sorted() order, not isort's
     "BinaryCrossEntropy",
+    "Calibrated",
+    "Calibration",
     "Callback",
     "Callbacks",
     "Checkpoint",

@@ -2,6 +2,7 @@
 
 from attrs import frozen
 
+from fitwatch.calibration.calibrated import Calibration
 from fitwatch.losses.baseline import Baseline
 from fitwatch.rules.overfitting import Verdict
 from fitwatch.state import State
@@ -28,6 +29,9 @@ class Result:
         stop_reason: Why training stopped early; None if it did not.
         verdict: The overfitting verdict, if a detector was attached.
         baseline: The validation loss of predictions that are the same for every input; None if unknown.
+        calibration: How to calibrate the model as the fit leaves it: at the restored evaluation, else at the last one.
+            None if no callback had it measured (an `OverfittingDetector` does, for losses that take logits), or if
+            steps were trained after the last evaluation.
     """
 
     history: list[dict[str, float]]
@@ -35,6 +39,7 @@ class Result:
     stop_reason: str | None
     verdict: Verdict | None
     baseline: Baseline | None = None
+    calibration: Calibration | None = None
 
     @classmethod
     def of(cls, state: State) -> "Result":
@@ -46,4 +51,5 @@ class Result:
             stop_reason=state.stop_reason,
             verdict=state.verdict,
             baseline=state.baseline,
+            calibration=state.calibration,
         )

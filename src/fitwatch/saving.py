@@ -4,10 +4,10 @@ A file holds tensors and primitives only and is read with ``weights_only=True``.
 ``version`` (of fitwatch), ``model``, ``trained`` (the weights in training, if the model's are others: an average),
 ``loss`` (its parameters), ``optimizer``, ``groups`` (names of its parameters),
 ``frozen`` (parameters that are not trained), ``scheduler``, ``scaler``, ``generators`` (of the loaders, their samplers
-and data sets), ``callbacks`` (by class name),
-``guard`` (counts of steps left out), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since
-the last evaluation), ``rng`` (of rank 0), ``position`` (within an epoch: random states at its start, and the loader's
-own state), and ``other_ranks`` (``rng``, ``generators`` and ``position`` of the others).
+and data sets), ``callbacks`` (by class name), ``guard`` (counts of steps left out), ``calibration`` (of the model, if
+it is measured), ``settings``, ``progress``, ``history``, ``train_loss`` (the sums since the last evaluation), ``rng``
+(of rank 0), ``position`` (within an epoch: random states at its start, and the loader's own state), and
+``other_ranks`` (``rng``, ``generators`` and ``position`` of the others).
 """
 
 import logging
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fitwatch import files, ranks, resuming, schema
+from fitwatch.calibration.calibrated import Calibration, Fitted
 from fitwatch.data.position import random_states, set_random_states
 from fitwatch.helpers import modules
 from fitwatch.helpers.aliases import StateDict
@@ -74,6 +75,7 @@ def content_of(state: State, *, weights: StateDict | None = None) -> Content | N
         "generators": generators,
         "callbacks": state.callbacks.state_dict() if state.callbacks is not None else {},
         "guard": state.guard.state_dict() if state.guard is not None else {},
+        "calibration": None if state.calibration is None else state.calibration.state_dict(),
         "settings": {name: str(value) for name, value in state.settings.items()},
         "progress": asdict(state.progress),
         "history": list(state.history.entries),
@@ -266,8 +268,12 @@ def _apply(content: Content, state: State, loaders: tuple[object, ...], *, kept:
     with _using("guard"):
         if state.guard is not None and content.get("guard"):
             state.guard.load_state_dict(content["guard"])
+    with _using("calibration"):
+        calibration = content.get("calibration")  # files of a fit without logits have none
+        known = None if calibration is None else Calibration.from_state_dict(calibration)
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
+    state.fitted = None if known is None else Fitted.of(known, state.progress.step)
     state.history.entries = content["history"]
     if ranks.rank() == 0:  # the sums of all ranks
         since = state.train_loss.since_evaluation

@@ -32,6 +32,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "generators": list,
     "callbacks": dict,
     "guard": dict,
+    "calibration": (dict, NoneType),
     "settings": dict,
     "progress": dict,
     "history": list,
@@ -40,7 +41,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "position": (dict, NoneType),
     "other_ranks": list,
 }
-_ADDED = ("groups", "frozen", "guard")  # after the first files of format 2
+_ADDED = ("groups", "frozen", "guard", "calibration")  # after the first files of format 2
 
 
 class _Wrong(Exception):  # noqa: N818 - never leaves this module

@@ -11,6 +11,7 @@ from attrs import define, field, fields
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.calibration.calibrated import required
 from fitwatch.callback import Callback
 from fitwatch.data import batches
 from fitwatch.engine.guard import MODES
@@ -262,7 +263,7 @@ class Trainer:
         """
         return {f"test/{name.removeprefix('val/')}": value for name, value in self.validate(loader).items()}
 
-    def predict(self, loader: Loader, *, proba: bool = False) -> Any:
+    def predict(self, loader: Loader, *, proba: bool = False, calibrated: bool = False) -> Any:
         """Return the model's outputs for all batches of a loader, joined along the first dimension, on the CPU.
 
         In eval mode and without gradients; afterwards all modes are as before. The order is that of the loader.
@@ -271,23 +272,28 @@ class Trainer:
             loader: Batches with or without targets; see `prediction_step`.
             proba: Whether to return probabilities instead of outputs: softmax over the classes for a loss of classes
                 (for one logit the probability of class 1), sigmoid for `BinaryCrossEntropy`.
+            calibrated: Whether to calibrate the outputs first, by that of the last fit: ``result.calibration``.
 
         Returns:
             A tensor; or, like the outputs, a tuple, list, dict or dataclass of tensors.
 
         Raises:
-            ValueError: There is no batch; the outputs can't be joined, for example because their lengths vary; or with
-                ``proba`` the loss does not say what the outputs are.
-            TypeError: ``proba`` is True and the outputs are not a single tensor.
+            ValueError: There is no batch; the outputs can't be joined, for example because their lengths vary; with
+                ``proba`` the loss does not say what the outputs are; or with ``calibrated`` the last fit has no
+                calibration.
+            TypeError: ``proba`` or ``calibrated`` is True and the outputs are not a single tensor.
         """
         convert = as_probabilities(self.loss) if proba else None
+        if calibrated:
+            known = required(self.state.calibration, self.state.validation.not_refined)
+            convert = known.probabilities if proba else known.logits
         outputs = self._watch.predict(loader, self._predict_batch)
         if convert is None:
             return outputs
         if not isinstance(outputs, Tensor):
             raise TypeError(
-                f"proba=True needs outputs that are one tensor, got {type(outputs).__name__}: return the logits alone "
-                "from prediction_step"
+                f"{'calibrated' if calibrated else 'proba'}=True needs outputs that are one tensor, got "
+                f"{type(outputs).__name__}: return the logits alone from prediction_step"
             )
         return convert(outputs)
 

@@ -10,6 +10,7 @@ from fitwatch.callbacks.best_weights import BestWeights
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.options import instance, integer, one_of
 from fitwatch.losses import Loss
+from fitwatch.measuring.validation import CALIBRATION
 from fitwatch.rules.stopping import PQ, Patience, StoppingRule, StopReason
 from fitwatch.state import State
 from fitwatch.state.history import History
@@ -17,6 +18,8 @@ from fitwatch.state.history import History
 logger = logging.getLogger("fitwatch")
 
 _PATIENCE = 10
+_REFINED = "val/refined_loss"
+_CALIBRATION = {f"val/{name}" for name in CALIBRATION}
 
 
 @define(eq=False, slots=False)
@@ -33,14 +36,15 @@ class EarlyStopping(Callback):
     ``reason`` is the `StopReason`; the fit's ``stop_reason`` is a sentence.
 
     Args:
-        monitor: A metric of the fit's history, such as ``"val/loss"``.
+        monitor: A metric of the fit's history, such as ``"val/loss"``. With ``"val/refined_loss"``, the log-loss after
+            calibration, which is then measured, calibrate the model that you get: see `Calibrated`.
         mode: ``"min"`` or ``"max"``: whether lower or higher is better. Default: the mode of ``rule`` if one is given,
             else ``"min"`` if the name contains "loss", "cost" or "error"; required for any other metric.
         patience: Consecutive evaluations without improvement after which training ends, 1 or more. Default: 10.
         min_delta: Gain that an improvement must exceed, 0 or more, in units of the metric; or a number of standard
-            errors, such as ``"1se"``. For ``"val/loss"`` and a `Loss` this is the standard error of the gain, from the
-            same examples at both evaluations (don't shuffle the validation set: without pairs the error is larger).
-            For other metrics it is read from the metric ``<monitor>_se``.
+            errors, such as ``"1se"``. For ``"val/loss"`` and a `Loss`, and for ``"val/refined_loss"``, this is the
+            standard error of the gain, from the same examples at both evaluations (don't shuffle the validation set:
+            without pairs the error is larger). For other metrics it is read from the metric ``<monitor>_se``.
         start_epoch: Before this epoch (index from 0) training is not stopped and nothing counts against the patience.
             Improvements and the best weights count from the start.
         restore_best: Whether to restore the best weights. Takes memory for one copy of the weights, also
@@ -88,13 +92,15 @@ class EarlyStopping(Callback):
         self._pairs = False
         if self.restore_best:
             state.validation.keep_weights()
+        if self.monitor in _CALIBRATION:
+            state.measure_calibration()
         if self.rule.needs_standard_error:
             name, names = f"{self.monitor}_se", state.history.names
             measurable = self.monitor == "val/loss" and state.val_loader is not None and isinstance(state.loss, Loss)
             if measurable and name not in names:  # unless another callback measures it
                 state.validation.measure_standard_error()
                 names.add(name)
-            self._pairs = state.validation.measures_standard_error
+            self._pairs = state.validation.measures_standard_error or self.monitor == _REFINED
             state.watch(name, "min", by="EarlyStopping with min_delta in standard errors")
         before, self._history = self._history, state.history
         if state.resumed:
@@ -131,22 +137,30 @@ class EarlyStopping(Callback):
         metrics = state.history.newest
         if self.monitor not in metrics:
             names = ", ".join(name for name in metrics if name not in ("epoch", "step"))
-            raise ValueError(f"EarlyStopping monitors {self.monitor!r}, which was not measured; available are {names}")
+            unknown = state.validation.not_refined if self.monitor in _CALIBRATION else None
+            why = "" if unknown is None else f" ({unknown})"
+            raise ValueError(
+                f"EarlyStopping monitors {self.monitor!r}, which was not measured{why}; available are {names}"
+            )
         trained = state.history.trained  # else this is an evaluation before the first step, without a training loss
         if not trained and (self.monitor == "train/loss" or isinstance(self.rule, PQ)):
             return
         before, examples = self.rule.best, state.validation.losses
-        if self._pairs and examples is not None and examples.unknown is not None:
+        if self._pairs and self.monitor == _REFINED:
+            refined = state.validation.refined
+            losses, weights = (None, None) if refined is None else (refined.pair.refined, refined.rows.weights)
+        elif self._pairs and examples is not None and examples.unknown is not None:
             raise ValueError(
                 "EarlyStopping with min_delta in standard errors needs the loss of each validation example, but "
                 f"{examples.unknown}: compute it once with self.compute_loss (Trainer) or watch.loss, give min_delta "
                 f"as a number, or add a metric {self.monitor.removeprefix('val/')}_se"
             )
-        losses, weights = (examples.on_host() if self._pairs and examples is not None else None) or (None, None)
+        else:
+            losses, weights = (examples.on_host() if self._pairs and examples is not None else None) or (None, None)
         stop = self.rule.update(
             metrics[self.monitor],
             train_loss=metrics.get("train/loss") if trained else None,
-            standard_error=metrics.get(f"{self.monitor}_se"),
+            standard_error=None if self.monitor == _REFINED else metrics.get(f"{self.monitor}_se"),
             losses=losses,
             weights=weights,
             warm_up=metrics["epoch"] < self.start_epoch,
@@ -162,7 +176,11 @@ class EarlyStopping(Callback):
 
     def state_dict(self) -> StateDict:
         """Return the rule's state, the options, and the best weights, which may be older than the checkpoint."""
-        options = {"options": self._options(), "restore_best": self.restore_best}
+        options = {
+            "options": self._options(),
+            "restore_best": self.restore_best,
+            "calibration": self._best.calibration(),
+        }
         return {"rule": self.rule.state_dict(), "best": self._best.kept, **options}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -188,7 +206,10 @@ class EarlyStopping(Callback):
                 "and lacks the best weights"
             )
         self.rule.load_state_dict(state_dict["rule"])
-        self._best.kept = state_dict["best"] if self.restore_best else None
+        if self.restore_best:
+            self._best.load(state_dict["best"], state_dict.get("calibration"))
+        else:
+            self._best.kept = None
         if changes := [f"{name} {now[name]} (was {was[name]})" for name in now if now[name] != was[name]]:
             logger.warning("EarlyStopping resumes with different options: %s", ", ".join(changes))
             self.rule.reason = self.rule.sentence = None

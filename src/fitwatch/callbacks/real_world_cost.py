@@ -1,17 +1,26 @@
 """The cost of decisions on the validation set."""
 
+import logging
+import math
 from collections.abc import Callable
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
+from fitwatch.calibration.decisions import calibrated_costs, tuned_costs
+from fitwatch.calibration.logit_losses import takes_logits
+from fitwatch.calibration.refined import Refined
 from fitwatch.callback import Callback
 from fitwatch.helpers.dtypes import wide_float
 from fitwatch.helpers.markdown import table
+from fitwatch.helpers.options import instance
 from fitwatch.losses.costs import CostMatrix, as_cost_matrix, confusion_sums, decide, probabilities_of
+from fitwatch.rules.paired import influences, standard_error
 from fitwatch.state import State
 from fitwatch.tensorboard.confusion import confusion_image
+
+logger = logging.getLogger("fitwatch")
 
 
 @define(eq=False, slots=False)
@@ -24,13 +33,21 @@ class RealWorldCost(Callback):
     with the cost of each cell, and a table of the savings over the best constant decision.
 
     The second decision relies on the probabilities. A loss with class weights or costs has already shifted them: the
-    model was then trained for the first decision, and the second counts the costs twice.
+    model was then trained for the first decision, and the second counts the costs twice. With class weights a warning
+    says so.
+
+    So for losses that take logits, ``val/cost_calibrated`` is the cost of the second decision by calibrated
+    probabilities (see `Calibration`; what class weights add is taken off), each example's by a temperature fitted to
+    the others. For two classes, ``val/cost_tuned`` is the cost by a threshold on the output that costs least on the
+    other examples, and ``val/cost_tuned_se`` the standard error of its difference from ``val/cost_calibrated``, a
+    paired one. Of more than 2 million logits both use a fixed part.
 
     Outputs are logits of shape (N, C) or (N, C, d1, ...), or a single logit of shape (N,) or (N, 1). Targets are class
     indices; those equal to the loss's ``ignore_index`` are skipped. Sample weights count.
 
     Args:
         costs: A `CostMatrix`, or a matrix of shape (C, C); rows are true classes, columns predictions.
+        calibrated: Whether to measure the costs by calibrated probabilities too.
 
     Raises:
         ValueError: The costs are invalid; when fitting starts: there is no validation set, or another metric is named
@@ -38,6 +55,7 @@ class RealWorldCost(Callback):
     """
 
     costs: CostMatrix = field(converter=as_cost_matrix)
+    calibrated: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def on_fit_start(self, state: State) -> None:
         """Add both metrics."""
@@ -51,9 +69,17 @@ class RealWorldCost(Callback):
         }
         for name, metric in self._decisions.items():
             state.add_metric(name, metric)
+        self._calibrates = self.calibrated and state.measure_calibration()
+        if self._calibrates:
+            state.validation.calibrated.append(self._measure_calibrated)
+            state.history.names |= {"val/cost_calibrated"}
+            if self.costs.num_classes == 2:
+                state.history.names |= {"val/cost_tuned", "val/cost_tuned_se"}
+        self._warned = False
 
     def on_validation_end(self, state: State) -> None:
         """After a new best evaluation, log the confusion matrices and the table."""
+        self._warn(state)
         if not state.history.is_best or not bool(self._decisions["cost"].counts.any()):  # all targets ignored
             return
         rows = []
@@ -65,8 +91,52 @@ class RealWorldCost(Callback):
             cost = state.metrics[f"val/{name}"]
             savings = f"{1 - cost / constant:.1%}" if constant else ""
             rows.append([title, f"{cost:.6g}", savings])
+        if "val/cost_calibrated" in state.metrics:
+            cost = state.metrics["val/cost_calibrated"]
+            savings = f"{1 - cost / constant:.1%}" if constant else ""
+            rows.append(["least expected cost, calibrated", f"{cost:.6g}", savings])
+        if "val/cost_tuned" in state.metrics:
+            tuned, error = state.metrics["val/cost_tuned"], state.metrics["val/cost_tuned_se"]
+            savings = f"{1 - tuned / constant:.1%}" if constant else ""
+            rows.append(
+                ["threshold tuned", f"{tuned:.6g} ({tuned - cost:+.2g} ± {error:.2g} from calibrated)", savings]
+            )
         rows.append([f"always {self.costs.classes[answer]}", f"{constant:.6g}", ""])
         state.log("val/report/costs", table(("decision", "cost per example", "savings"), rows))
+
+    def _warn(self, state: State) -> None:
+        """Warn that class weights and the costs count the prior twice."""
+        loss = state.loss
+        if self._warned or not (takes_logits(loss) and getattr(loss, "has_weights", False)):
+            return
+        self._warned = True
+        instead = (
+            "val/cost_calibrated takes the weights off first, and so does trainer.predict(..., proba=True, "
+            "calibrated=True) for cost_optimal_decision"
+            if "val/cost_calibrated" in state.metrics
+            else "measure with RealWorldCost(costs, calibrated=True), train without class weights"
+        )
+        logger.warning(
+            "the loss has class weights, which have shifted the probabilities: the cost-optimal decision by them "
+            "(val/cost_optimal) counts the class frequencies twice: %s; or decide for the most probable class",
+            instead,
+        )
+
+    def _measure_calibrated(self, refined: Refined | None) -> dict[str, float]:
+        binary = self.costs.num_classes == 2
+        names = ["cost_calibrated", *(["cost_tuned", "cost_tuned_se"] if binary else [])]
+        if refined is None:
+            return dict.fromkeys(names, math.nan)
+        costs, weights = self.costs.matrix.double().cpu(), refined.rows.weights
+        calibrated = calibrated_costs(refined, costs)
+        values = [float(calibrated @ weights / weights.sum())]
+        if binary:
+            tuned = tuned_costs(refined, costs)
+            values += [
+                float(tuned @ weights / weights.sum()),
+                standard_error(influences(tuned - calibrated, weights)),
+            ]
+        return dict(zip(names, values, strict=True))
 
     def _least_cost(self, outputs: Tensor) -> Tensor:
         probabilities = probabilities_of(outputs)

@@ -1,11 +1,13 @@
 """Runs validations: those of the fit, which enter the history, and measurements of other batches."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from fitwatch import ranks
+from fitwatch.calibration.calibrated import Fitted
 from fitwatch.callback import Callbacks
 from fitwatch.data import batches
 from fitwatch.data.joining import mapped
@@ -15,6 +17,7 @@ from fitwatch.engine.recorder import Recorder
 from fitwatch.engine.rehearsal import rehearse
 from fitwatch.helpers.aliases import Batch, Loader
 from fitwatch.helpers.modules import copied_weights
+from fitwatch.measuring.kept_logits import KeptLogits
 from fitwatch.measuring.metrics import Metric, evaluating
 from fitwatch.measuring.predictions import predictions
 from fitwatch.measuring.validation import NO_BASELINE, Pass
@@ -143,10 +146,11 @@ class Validator:
         state = self._state
         self._hooks.on_validation_start(state)
         self._align()
-        done = state.validation.start(self.loss)
+        done = state.validation.start(self.loss, logits=self._logits() if state.validation.keeps_logits else None)
         yield done
         values = ranks.from_main(done.values())
         state.validation.finish(done)
+        state.fitted = None if done.refined is None else Fitted(done.refined.calibration, state.progress.step)
         values |= self._others(values)
         # Now, not when a callback finds them to be the best: another may have swapped weights back by then.
         state.validation.weights = copied_weights(state.model) if state.validation.keeps_weights else None
@@ -154,6 +158,11 @@ class Validator:
         self._hooks.on_validation_end(state)
         state.validation.weights = None
         self._recorder.close_window()
+
+    def _logits(self) -> KeptLogits:
+        # The newest temperature is that of the history, so that a resumed fit starts where the other would have.
+        newest = self._state.history.newest.get("val/temperature", math.nan)
+        return KeptLogits(self.loss, self._state.loss, start=newest if 0 < newest < math.inf else 1.0)
 
     def _others(self, first: Mapping[str, float]) -> dict[str, float]:
         """Return the values for each of several loaders under its name; those of the first are known."""

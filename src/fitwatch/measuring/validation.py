@@ -10,17 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.calibration.refined import Refined
 from fitwatch.data.joining import mapped
 from fitwatch.helpers.aliases import Loader, StateDict
 from fitwatch.losses import LossSum, apply
 from fitwatch.losses.base import FAILURES
 from fitwatch.losses.baseline import Baseline, TargetSums
 from fitwatch.measuring.example_losses import ExampleLosses
+from fitwatch.measuring.kept_logits import KeptLogits
 from fitwatch.measuring.metrics import Metric, Metrics, WeightedMean, evaluating
 
 Measure = Callable[[Loader], dict[str, float]]
+CalibratedMetrics = Callable[[Refined | None], dict[str, float]]
 NO_BASELINE = Baseline(constant=math.nan, uniform=math.nan)
 """Marks that there is no baseline, and that none should be computed."""
+
+CALIBRATION = ("log_loss", "refined_loss", "refined_loss_se", "temperature", "calibration_error")
+"""What is reported of the calibration, if it is measured."""
 
 
 class Observer(Protocol):
@@ -52,6 +58,10 @@ class Validation:
         weights: In ``on_validation_end``: a copy of the weights that were measured, as a state dict. None at other
             times, and unless `keep_weights` was called.
         measures_standard_error: Whether ``val/loss_se``, the standard error of ``val/loss``, is measured.
+        keeps_logits: Whether `keep_logits` was called.
+        calibrated: Functions that measure more of the calibration: it -> values by name, without ``val/``.
+        refined: The calibration of the newest validation; None if it is unknown, or was not measured.
+        not_refined: Why the calibration is unknown; None if it is known, or was not measured.
     """
 
     def __init__(self, metrics: Mapping[str, Metric] | None = None, measure: Measure | None = None) -> None:
@@ -65,6 +75,10 @@ class Validation:
         self.measures_standard_error = False
         self.keeps_weights = False
         self.weights: StateDict | None = None
+        self.keeps_logits = False
+        self.calibrated: list[CalibratedMetrics] = []
+        self.refined: Refined | None = None
+        self.not_refined: str | None = None
         self._keeps_losses = self._measured = False
 
     def add_metric(self, name: str, metric: Metric) -> None:
@@ -84,12 +98,22 @@ class Validation:
         """
         self.keeps_weights = True
 
+    def keep_logits(self) -> None:
+        """Keep the logits of a validation until its end; see `State.measure_calibration`."""
+        self.keeps_logits = True
+
     def measure_standard_error(self) -> None:
         """Measure ``val/loss_se``; call it in ``on_fit_start``."""
         self._keeps_losses = self.measures_standard_error = True
 
-    def start(self, loss: Any, *, of_fit: bool = True) -> "Pass":
-        """Start a pass: over the validation set of the fit, or over other batches, whose results are not kept."""
+    def start(self, loss: Any, *, of_fit: bool = True, logits: KeptLogits | None = None) -> "Pass":
+        """Start a pass: over the validation set of the fit, or over other batches, whose results are not kept.
+
+        Args:
+            loss: The loss that is measured.
+            of_fit: Whether it is the validation set of the fit.
+            logits: Where its logits are kept, if they are.
+        """
         known = (self.baseline or NO_BASELINE) if of_fit and self._measured else None
         new = Pass(
             loss,
@@ -99,7 +123,9 @@ class Validation:
             keep_losses=self._keeps_losses if of_fit else self.measures_standard_error,
             standard_error=self.measures_standard_error,
             classes=self.classes,
+            logits=logits,
         )
+        new.calibrated = self.calibrated
         if of_fit:
             self.losses = new.losses
         return new
@@ -107,6 +133,8 @@ class Validation:
     def finish(self, done: "Pass") -> None:
         """Keep the results of a completed pass."""
         self.baseline, self.bad_batch, self._measured = done.baseline, done.bad_batch, True
+        self.refined = done.refined
+        self.not_refined = None if done.logits is None else done.logits.unknown
 
 
 class Pass:
@@ -120,9 +148,12 @@ class Pass:
         keep_losses: Whether to keep the loss of each example.
         standard_error: Whether to report ``val/loss_se``, which needs ``keep_losses``.
         classes: Names of the classes, for metrics that are vectors.
+        logits: Where the logits are kept, to measure the calibration.
 
     Attributes:
         losses: The losses of the examples, if they are kept.
+        calibrated: As for `Validation`.
+        refined: The calibration, known at the end.
         baseline: The baseline, known at the end.
     """
 
@@ -136,7 +167,11 @@ class Pass:
         keep_losses: bool = False,
         standard_error: bool = False,
         classes: Sequence[str] | None = None,
+        logits: KeptLogits | None = None,
     ) -> None:
+        self.logits = logits
+        self.calibrated: Sequence[CalibratedMetrics] = ()
+        self.refined: Refined | None = None
         self.loss, self.baseline = loss, None if baseline is NO_BASELINE else baseline
         self.losses = ExampleLosses(loss) if keep_losses else None
         self._standard_error = standard_error
@@ -190,6 +225,8 @@ class Pass:
             loss, mean = self._unweighted
             with suppress(*FAILURES):  # outputs of a step that computes another loss
                 mean.add(*(loss.sums(outputs, targets, sample_weight)))
+        if self.logits is not None:
+            self.logits.add(outputs, targets, sample_weight)
         if self._shares:
             # The baseline needs the shape of the outputs only.
             shown = outputs if self._anyone_watches else mapped(_meta, outputs)
@@ -214,6 +251,8 @@ class Pass:
         self._batches = int(ranks.sums([self._batches])[0])
         if self.losses is not None:
             self.losses.share(device)
+        if self.logits is not None:
+            self.logits.share()
         if self._shares:
             kept = [tuple(mapped(_copied, part) for part in seen) for seen in self._kept]
             for together in zip_longest(*ranks.gather(kept)):
@@ -247,9 +286,18 @@ class Pass:
             self.baseline, self._targets = self._targets.baseline(), None
         if self.baseline is not None:
             values["val/loss_left"] = self.baseline.left(self._mean.value)
-        values |= {f"val/{name}": value for name, value in self._metrics.compute().items()}
+        metrics = {f"val/{name}": value for name, value in self._metrics.compute().items()}
+        values |= metrics
         if self._standard_error and self.losses is not None:
             values["val/loss_se"] = self.losses.standard_error()
+        if self.logits is not None:
+            self.refined = self.logits.refined()
+            if self.logits.unknown is None:
+                known = dict.fromkeys(CALIBRATION, math.nan) if self.refined is None else self.refined.values()
+                for measure in self.calibrated:
+                    known |= measure(self.refined)
+                # A metric of the user's may have such a name.
+                values = {**values, **{f"val/{name}": value for name, value in known.items()}, **metrics}
         return values
 
 

@@ -37,6 +37,15 @@ class Verdict:
             zero by two standard errors; None if there are enough, the smoothed curve is at its minimum, or the losses
             of the examples are unknown.
         evidence: One to three sentences with the figures.
+        calibration_share: Share of the rise of the log-loss since ``reference`` that a temperature undoes; None if it
+            is not measured (see `OverfittingDetector`) or the log-loss has not risen.
+        calibration_share_se: Its standard error.
+        refined_rise: Rise of the log-loss after calibration since ``reference``: what the model itself got worse by, in
+            nats; None if it is not measured.
+        refined_rise_se: Its standard error, a paired one.
+        cause: Of overfitting, by two standard errors: ``"model"``: the model itself got worse. ``"confidence"``: it is
+            overconfident only, and no worse by ``min_rise``. ``"open"``: too few examples to tell. None if it is not
+            overfitting, or not measured.
     """
 
     overfitting: bool
@@ -52,6 +61,11 @@ class Verdict:
     threshold: float
     examples_needed: int | None
     evidence: str
+    calibration_share: float | None = None
+    calibration_share_se: float | None = None
+    refined_rise: float | None = None
+    refined_rise_se: float | None = None
+    cause: Literal["model", "confidence", "open"] | None = None
 
 
 def evidence(

@@ -9,12 +9,14 @@ from attrs import define, field
 from torch import Tensor, nn
 
 from fitwatch import ranks
+from fitwatch.calibration.calibrated import Calibration, Fitted
+from fitwatch.calibration.logit_losses import takes_logits
 from fitwatch.data.batches import class_names
 from fitwatch.data.position import Position
 from fitwatch.helpers.aliases import Batch, Loader, Scheduler, StateDict
 from fitwatch.losses.baseline import Baseline
 from fitwatch.measuring.metrics import Metric, RunningLoss
-from fitwatch.measuring.validation import Validation
+from fitwatch.measuring.validation import CALIBRATION, Validation
 from fitwatch.records import Record
 from fitwatch.rules.overfitting import Verdict
 from fitwatch.state.history import Entry, History
@@ -68,6 +70,7 @@ class State:
         resumed: Whether a checkpoint was loaded.
         resumed_from: Its path, or None.
         verdict: The overfitting verdict, if a detector is attached.
+        fitted: The calibration of the newest evaluation or of the restored weights, if it is measured; else None.
         stop_request: This rank's reason to stop, from `request_stop`, or None.
         stop_reason: Why training stops early, agreed by all ranks; None until then.
         interrupted: The name of the signal that ends the fit, such as ``"SIGTERM"``, or None.
@@ -101,6 +104,7 @@ class State:
     resumed: bool = False
     resumed_from: Path | None = None
     verdict: Verdict | None = None
+    fitted: Fitted | None = None
     stop_request: str | None = None
     stop_reason: str | None = None
     interrupted: str | None = None
@@ -134,6 +138,33 @@ class State:
     def baseline(self) -> Baseline | None:
         """The validation loss of the best constant prediction; None until it is known."""
         return self.validation.baseline
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration of the model as it is: of the newest evaluation, or of restored weights.
+
+        None if it is not measured, or steps were trained since.
+        """
+        if self.fitted is None or self.fitted.step != self.progress.step:
+            return None
+        return self.fitted.calibration
+
+    def measure_calibration(self) -> bool:
+        """Have validation measure the calibration; call it in ``on_fit_start``.
+
+        The evaluations then have ``val/log_loss``, that of the outputs, which for a plain cross-entropy is
+        ``val/loss``; ``val/refined_loss``, the log-loss after calibration; ``val/refined_loss_se``, the standard error
+        of their difference; ``val/temperature`` and ``val/calibration_error``, the expected calibration error of the
+        outputs.
+
+        Returns:
+            Whether the loss takes logits; else nothing is measured.
+        """
+        if self.val_loader is None or not takes_logits(self.loss):
+            return False
+        self.validation.keep_logits()
+        self.history.names |= {f"val/{name}" for name in CALIBRATION}
+        return True
 
     def between_steps(self, function: Callable[[], object]) -> None:
         """Call ``function`` when all that follows the current step is done, before the next batch is read: to save.

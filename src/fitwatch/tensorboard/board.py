@@ -16,7 +16,7 @@ from fitwatch.locking import FolderLock
 from fitwatch.records import Record
 from fitwatch.state import State
 from fitwatch.tensorboard import page, reports
-from fitwatch.tensorboard.classifier import ClassCounts, Counts
+from fitwatch.tensorboard.classifier import CalibrationCounts, ClassCounts, Counts
 from fitwatch.tensorboard.clock import Clock
 from fitwatch.tensorboard.thinning import Thinner, horizon
 
@@ -50,9 +50,11 @@ class TensorBoard(Callback):
     windows, by their mean or their maximum. Later fits in the same folder share the remaining points, but write at
     least 15.
 
-    For a classifier (recognized by its loss) the page also shows the confusion matrix and the precision-recall
-    curves of the best evaluation. The command that opens the page and a link to the run are printed when training
-    starts and ends.
+    For a classifier (recognized by its loss) the page also shows the confusion matrix and the precision-recall curves
+    of the best evaluation. If the calibration is measured, as with an `OverfittingDetector`, the loss chart has
+    ``refined_loss`` where it differs from the loss by two standard errors, and the best evaluation has a reliability
+    diagram before and after calibration and, with class weights, the confusion matrix without them. The command that
+    opens the page and a link to the run are printed when training starts and ends.
 
     If a file can't be written, for example because the disk is full, or if the run's folder was removed or renamed, an
     error is logged and nothing more is written.
@@ -86,6 +88,7 @@ class TensorBoard(Callback):
         self._logged = (0, 0.0)  # examples and seconds at the last log
         self._counts: ClassCounts | None = None  # observes validation
         self._best_counts: Counts | None = None
+        self._best_calibration: CalibrationCounts | None = None
         self._evaluation: Mapping[str, float] = {}  # the newest one seen
 
     def on_fit_start(self, state: State) -> None:
@@ -115,7 +118,7 @@ class TensorBoard(Callback):
                 self._origin["folder"],
             )
         if not len(state.history):
-            self._best_counts = None
+            self._best_counts = self._best_calibration = None
         self._curves.start(resumed=state.resumed)
         self._writer = writer.RunWriter(self.run_dir, first_step, self._curves)
         self._clock, self._logged = Clock(), (state.train_loss.examples, 0.0)
@@ -149,11 +152,14 @@ class TensorBoard(Callback):
         self._logged = state.train_loss.examples, self._clock.pause()
         new, passed = self._logged[0] - examples, self._logged[1] - seconds
         speed = [Record("train/speed/examples_per_second", step, new / passed, "mean")] if new and passed else []
-        writer.log([*state.records, *speed], step, horizon(state))
+        hidden = () if page.shows_refined(state.metrics) else ("val/refined_loss",)  # two curves of one value
+        records = [record for record in state.records if record.name not in hidden]
+        writer.log([*records, *speed], step, horizon(state))
         if state.metrics is not self._evaluation:
             self._evaluation = state.metrics
             if state.history.is_best and self._counts is not None:
                 self._best_counts = self._counts.counts
+                self._best_calibration = CalibrationCounts.of(state.validation.refined)
             if state.baseline is not None and "val/loss" in state.metrics:
                 writer.baseline(step, state.baseline.constant, state.metrics["val/loss"])
         self._clock.run()
@@ -182,7 +188,7 @@ class TensorBoard(Callback):
                 self.run_dir.rmdir()
             self.run_dir = None
             return
-        writer.finish(state, self._best_counts, self.group)
+        writer.finish(state, (self._best_counts, self._best_calibration), self.group)
         self._print_link()
         if writer.failure is not None and state.error is not writer.failure:
             raise writer.failure
@@ -207,6 +213,7 @@ class TensorBoard(Callback):
             "run": None if origin is None else asdict(origin),
             "curves": self._curves.state_dict(),
             "best_counts": None if self._best_counts is None else asdict(self._best_counts),
+            "best_calibration": None if self._best_calibration is None else asdict(self._best_calibration),
         }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -225,6 +232,8 @@ class TensorBoard(Callback):
         self._origin = origin
         self._curves.load_state_dict(state_dict["curves"])
         self._best_counts = None if counts is None else Counts(**counts)
+        calibration = state_dict.get("best_calibration")  # older checkpoints have none
+        self._best_calibration = None if calibration is None else CalibrationCounts(**calibration)
 
     def _resumed_folder(self) -> Path | None:
         """Return the folder of the checkpoint's run; None if ``dir`` and ``name`` lead elsewhere."""

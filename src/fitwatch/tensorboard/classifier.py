@@ -1,9 +1,12 @@
 """Counts of a classifier's validation outputs, for its confusion matrix and precision-recall curves."""
 
+from typing import Self
+
 import torch
 from attrs import define
 from torch import Tensor
 
+from fitwatch.calibration.refined import Refined
 from fitwatch.helpers.dtypes import wide_float
 from fitwatch.losses import BinaryCrossEntropy, ExpectedCost, RealWorldCrossEntropy
 from fitwatch.losses.base import ClassLoss
@@ -29,6 +32,26 @@ class Counts:
 
     matrix: Tensor | None
     scores: Tensor | None
+
+
+@define
+class CalibrationCounts:
+    """What the best evaluation shows of its calibration.
+
+    Attributes:
+        tables: `reliability` of the outputs, and after calibration, shape (2, 3, bins).
+        matrix: Confusion matrix of the calibrated decisions, shape (C, C); None if they are those of the outputs.
+    """
+
+    tables: Tensor
+    matrix: Tensor | None
+
+    @classmethod
+    def of(cls, refined: Refined | None) -> Self | None:
+        """Return that of an evaluation; None if it was not measured."""
+        if refined is None:
+            return None
+        return cls(refined.tables(), None if refined.shift is None else refined.decisions().get("calibrated"))
 
 
 class ClassCounts:

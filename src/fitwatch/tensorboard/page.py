@@ -1,11 +1,13 @@
 """The TensorBoard page: sub-runs and tags, the charts of Custom Scalars, and links."""
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from urllib.parse import quote
 
+from fitwatch.measuring.validation import CALIBRATION
 from fitwatch.state import State
 
 # Title -> kind and tags. The tags of "lines" are regular expressions, anchored at their start only; those of "margin"
@@ -14,7 +16,7 @@ Charts = dict[str, tuple[str, list[str]]]
 
 _CHARTS: dict[str, Charts] = {
     "1 Overfitting": {
-        "train and validation loss": ("lines", ["loss$"]),
+        "train and validation loss": ("lines", ["loss$", "refined_loss$"]),
         "generalization gap (shaded)": ("margin", ["overfit/val_loss", "overfit/train_loss", "overfit/val_loss"]),
         "rise of the validation loss, and its threshold": ("lines", ["overfit/rise$", "overfit/threshold$"]),
     },
@@ -58,15 +60,22 @@ def run_and_tag(name: str) -> tuple[str, str]:
 @lru_cache(maxsize=4096)
 def curve(tag: str) -> str:
     """Return the tag of a curve; TensorBoard groups charts by the part before the first slash."""
-    if tag == "loss_se":  # belongs with the threshold, not with the loss
-        return "overfit/loss_se"
-    return tag if "/" in tag or tag.startswith("loss") else f"metrics/{tag}"
+    if tag in ("loss_se", "refined_loss_se"):  # belong with the threshold, not with the loss
+        return f"overfit/{tag}"
+    return tag if "/" in tag or tag.startswith("loss") or tag == "refined_loss" else f"metrics/{tag}"
+
+
+def shows_refined(evaluation: Mapping[str, float]) -> bool:
+    """Return whether the log-loss after calibration differs from that of the outputs by two standard errors."""
+    refined, error = (evaluation.get(f"val/{name}", math.nan) for name in ("refined_loss", "refined_loss_se"))
+    return abs(refined - evaluation.get("val/log_loss", math.nan)) > 2 * error
 
 
 def metrics(state: State) -> list[str]:
     """Return the tags of the metrics: the monitored one, the user's in their order, then the callbacks'."""
     given = [f"val/{name}" for name in state.validation.metrics]
-    names = dict.fromkeys([state.history.monitor, *given, *sorted(state.history.names)])
+    others = state.history.names - {f"val/{name}" for name in CALIBRATION}
+    names = dict.fromkeys([state.history.monitor, *given, *sorted(others)])
     tags = dict.fromkeys(curve(run_and_tag(name)[1]) for name in names)
     return [tag for tag in tags if tag.startswith("metrics/")]
 

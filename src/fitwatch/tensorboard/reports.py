@@ -17,6 +17,7 @@ def end(state: State, name: str, seconds: float) -> str:
     """Return the values of the best epoch and how the fit ended, ready to paste into a message."""
     rows = {
         **_baseline(state),
+        **_calibration(state),
         "epochs, steps": f"{state.progress.epoch}, {state.progress.step}",
         "seconds": f"{seconds:.1f}",
         "ended by": repr(state.error) if state.error else state.stop_reason or "the end of training",
@@ -58,6 +59,20 @@ def _baseline(state: State) -> dict[str, str]:
     if math.isfinite(state.baseline.uniform):
         rows["val/loss of equal logits"] = f"{state.baseline.uniform:.6g}"
     return rows
+
+
+def _calibration(state: State) -> dict[str, str]:
+    """Return log-loss and cost of the best epoch, as they are and calibrated."""
+    best = state.history.best or {}
+    if "val/refined_loss" not in best:
+        return {}
+    values = {
+        "log-loss": f"{best['val/log_loss']:.6g}",
+        "calibrated log-loss": f"{best['val/refined_loss']:.6g} (difference ± {best['val/refined_loss_se']:.2g})",
+    }
+    if "val/cost_calibrated" in best:
+        values |= {"cost": f"{best['val/cost']:.6g}", "calibrated cost": f"{best['val/cost_calibrated']:.6g}"}
+    return values
 
 
 def _git_revision() -> str:

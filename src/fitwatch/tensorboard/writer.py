@@ -15,14 +15,16 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from fitwatch.records import Histogram, Image, Marker, Record
 from fitwatch.state import State
 from fitwatch.tensorboard import events, folders, page, reports
-from fitwatch.tensorboard.classifier import Counts, curve
+from fitwatch.tensorboard.classifier import CalibrationCounts, Counts, curve
 from fitwatch.tensorboard.confusion import confusion_image
+from fitwatch.tensorboard.diagram import reliability_image
 from fitwatch.tensorboard.thinning import Thinner
 
 logger = logging.getLogger("fitwatch")
 
 _Points = dict[str, tuple[float, str]]  # tag -> value, and how values are merged
 _Texts = dict[tuple[str, int, str], str]  # sub-run, step, tag -> text
+_Counts = tuple[Counts | None, CalibrationCounts | None]  # of the best evaluation
 _Values = defaultdict[tuple[str, int], list[Summary.Value]]  # sub-run, step -> values of one event
 
 _NAMED = 5  # curves in a warning: usually most are non-finite if one is
@@ -105,7 +107,7 @@ class RunWriter:
         if self._evaluations in {4**k for k in range(16)}:
             self._end_baseline()
 
-    def finish(self, state: State, counts: Counts | None, group: str | None) -> None:
+    def finish(self, state: State, counts: _Counts, group: str | None) -> None:
         """Write the waiting points and the sub-run ``best``, with ``counts`` of its outputs, and close the files."""
         self._check_files()
         waiting: _Values = defaultdict(list)
@@ -121,7 +123,11 @@ class RunWriter:
         if group is not None:
             settings["seed"] = "any"  # a row has one value per setting, but the trials differ in their seed
         best, name, seconds = state.history.best, self.run_dir.name, time.time() - self._started
-        values = [] if best is None else [*_best_values(best), *_best_outputs(best, counts)]
+        values = (
+            []
+            if best is None
+            else [*_best_values(best), *_best_outputs(best, counts[0]), *_best_calibration(best, counts[1])]
+        )
         values.append(events.scalar("report/seconds", seconds))
         values.append(events.text("report/end", reports.end(state, name, seconds)))
         row = name if group is None else group
@@ -218,6 +224,19 @@ def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
     values.append(events.scalar("report/best_epoch", best["epoch"]))
     if "val/loss" in best:
         values.append(events.scalar("report/gap_at_best", best["val/loss"] - best["train/loss"]))
+    return values
+
+
+def _best_calibration(best: Mapping[str, float], counts: CalibrationCounts | None) -> list[Summary.Value]:
+    """Return the reliability diagram of the best evaluation, and its calibrated decisions if they are others."""
+    if counts is None:
+        return []
+    title = f"best epoch: {best['epoch']:g}"
+    values = [events.picture("report/reliability", reliability_image(counts.tables, title=title))]
+    if counts.matrix is not None:
+        names = [str(k) for k in range(len(counts.matrix))]
+        image = confusion_image(counts.matrix, names, title=f"{title}, calibrated: class weights taken off")
+        values.append(events.picture("report/confusion_calibrated", image))
     return values
 
 

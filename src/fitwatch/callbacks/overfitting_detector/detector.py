@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fitwatch.callback import Callback
 from fitwatch.callbacks.best_weights import BestWeights
+from fitwatch.callbacks.overfitting_detector.causes import Causes
 from fitwatch.callbacks.overfitting_detector.probe import TrainProbe
 from fitwatch.callbacks.overfitting_detector.remedies import card
 from fitwatch.helpers.aliases import StateDict
@@ -36,6 +37,12 @@ class OverfittingDetector(Callback):
     If the loss is a `Loss`, the losses of the validation examples are compared pair by pair (see `OverfittingRule`).
     Don't shuffle the validation set: without pairs the standard error is larger.
 
+    For losses that take logits (cross-entropy, with class weights or without, binary and of several labels), each
+    validation also measures how far the outputs are from calibrated: ``val/log_loss``, and ``val/refined_loss`` after a
+    temperature, with ``val/refined_loss_se``, ``val/temperature`` and ``val/calibration_error``. So the verdict says
+    how much of a rise is confidence, which the temperature undoes, and whether the model itself got worse
+    (``verdict.cause``); and the fit's result has a ``calibration``. Of more than 2 million logits a fixed part is used.
+
     Logs ``val/overfit/gap`` (validation minus training loss), ``val/overfit/train_loss``, ``val/overfit/val_loss``,
     ``val/overfit/rise`` (smoothed validation loss minus its minimum), ``val/overfit/threshold`` (which the rise must
     exceed), and the metrics on the probe as ``train/<metric>``. When the verdict changes, it logs one warning, writes a
@@ -49,6 +56,7 @@ class OverfittingDetector(Callback):
             weights of the lowest validation loss.
         probe_examples: Size of the probe. Default: that of the validation set, at most 2,000. 0: no probe; the gap is
             then not like for like, which the verdict mentions.
+        calibration: Whether to measure the calibration.
 
     Raises:
         ValueError: An option is out of range; when fitting starts: there is no validation set.
@@ -59,12 +67,14 @@ class OverfittingDetector(Callback):
         default="warn", kw_only=True, validator=one_of("warn", "stop", "restore")
     )
     probe_examples: int | None = field(default=None, kw_only=True, validator=integer(0, or_none=True))
+    calibration: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def __attrs_post_init__(self) -> None:
         self._status = ""
         self._verdict: Verdict | None = None
         self._best = BestWeights()
         self._probe = TrainProbe(self.probe_examples)
+        self._causes = Causes(self.rule.min_rise)
         self._history: History | None = None  # that the verdict is about
         self._warned = False
 
@@ -76,12 +86,15 @@ class OverfittingDetector(Callback):
         if not (state.resumed or before is state.history):
             self.rule.load_state_dict(evolve(self.rule).state_dict())  # as a new rule with the same options
             self._status, self._verdict = "", None
+            self._causes = Causes(self.rule.min_rise)
             self._best.kept = None
         if self._verdict is None:  # new in this training: evaluations keep the indices of the history
             for _ in state.history:
                 self.rule.update(math.nan, math.nan)
         state.verdict = self._verdict
         state.validation.keep_losses()
+        if self.calibration:
+            state.measure_calibration()
         if self.action == "restore":
             state.validation.keep_weights()
         self._warned = False
@@ -107,6 +120,7 @@ class OverfittingDetector(Callback):
                 state.log(f"train/{name}", value, reduce="last")
         losses, weights = self._pairs(state) or (None, None)
         verdict = self.rule.update(train_loss, val_loss, losses=losses, weights=weights)
+        verdict = self._causes.add(verdict, len(state.history) - 1, state.validation.refined)
         cautions = self._cautions(state, has_probe=probe is not None or unseen)
         verdict = evolve(verdict, evidence=" ".join([verdict.evidence, *cautions]))
         was_overfitting = self._verdict is not None and self._verdict.overfitting
@@ -154,6 +168,8 @@ class OverfittingDetector(Callback):
         losses = state.validation.losses
         if losses is not None and losses.unknown is not None:
             yield f"No pairs of examples were compared, since {losses.unknown}."
+        if state.validation.not_refined is not None:
+            yield f"The calibration is not measured, since {state.validation.not_refined}."
 
     def _report(self, state: State, verdict: Verdict, *, new: bool) -> None:
         """Report a change of status."""
@@ -172,7 +188,14 @@ class OverfittingDetector(Callback):
     def state_dict(self) -> StateDict:
         """Return the rule's state, the verdict and the best weights."""
         verdict = None if self._verdict is None else asdict(self._verdict)
-        return {"rule": self.rule.state_dict(), "status": self._status, "verdict": verdict, "best": self._best.kept}
+        return {
+            "rule": self.rule.state_dict(),
+            "status": self._status,
+            "verdict": verdict,
+            "best": self._best.kept,
+            "calibration": self._best.calibration(),
+            "causes": self._causes.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore what `state_dict` returned.
@@ -187,7 +210,10 @@ class OverfittingDetector(Callback):
                 "and lacks the best weights"
             )
         self.rule.load_state_dict(state_dict["rule"])
-        self._status, self._best.kept = state_dict["status"], state_dict["best"]
+        self._status = state_dict["status"]
+        self._best.load(state_dict["best"], state_dict.get("calibration"))  # older checkpoints have no calibration
+        if "causes" in state_dict:
+            self._causes.load_state_dict(state_dict["causes"])
         self._verdict = None if seen is None else Verdict(**seen)
 
 

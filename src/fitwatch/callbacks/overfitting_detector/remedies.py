@@ -28,6 +28,11 @@ def _remedies(verdict: Verdict, state: State, train_examples: int | None) -> Ite
     now = f"weight decay {_listed(decay)}, dropout {_listed(dropout) if dropout else 'none'}"
     parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     per_example = f", {parameters / train_examples:,.3g} for each training example" if train_examples else ""
+    if verdict.cause == "confidence":
+        yield (
+            "Calibration: fw.Calibrated(model, result.calibration) takes the excess confidence away, and training may "
+            "go on."
+        )
     if verdict.status == "overfitting":
         yield f"More regularization: this run has {now}."
         yield f"A smaller model, or more data: this one has {parameters:,} parameters{per_example}."

@@ -1,0 +1,1 @@
+"""Calibration of a classifier's logits: temperature, biases, and what they change."""
