@@ -164,13 +164,16 @@ def test_a_resumed_fit_continues_its_csv_file(tmp_path):
 
     def parts():
         return (fw.CSVLog(tmp_path / "parts.csv"), fw.Checkpoint(tmp_path / "saved"))
+
     with pytest.raises(ZeroDivisionError):
         fit(*parts(), Crash(), epochs=6)
     again, checkpoint = parts()
     fit(again, checkpoint, epochs=6, resume="auto")
     assert again.file.name == "parts.csv"
+
     def table(path):
         return [(r["step"], r["name"], r["value"]) for r in rows_of(path) if r["name"] != "report/end"]
+
     assert table(again.file) == table(whole.file)
 
 

@@ -49,7 +49,11 @@ class Keep(pl.Callback):
 
     def on_fit_end(self, trainer, pl_module):
         if trainer.is_global_zero:
-            found = self.guest.watch.result.history, self.problem.recorder.numbers, dict(self.problem.model.state_dict())
+            found = (
+                self.guest.watch.result.history,
+                self.problem.recorder.numbers,
+                dict(self.problem.model.state_dict()),
+            )
             torch.save(found, self.folder / f"{trainer.world_size}.pt")
 
 

@@ -34,8 +34,10 @@ def test_a_run_has_curves_settings_events_and_the_summary(tmp_path, monkeypatch)
 def test_a_resumed_fit_continues_its_run(tmp_path, monkeypatch):
     """The run of the checkpoint goes on, and ends as finished."""
     monkeypatch.chdir(tmp_path)
+
     def parts():
         return (MLflowLog(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"), fw.Checkpoint(tmp_path / "saved"))
+
     first, saver = parts()
     fit(first, saver, epochs=2)
     second, saver = parts()

@@ -16,7 +16,7 @@ def test_a_run_has_curves_events_and_the_summary(tmp_path, monkeypatch):
     """Numbers with their steps, the stop and the summary come back; an infinite value is one."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     pytest.importorskip("trackio", reason="trackio is in the extra of this name")
-    from fitwatch.integrations.trackio import TrackioLog
+    from fitwatch.integrations.trackio import TrackioLog  # noqa: PLC0415 - it reads the folder when it is imported
 
     log = TrackioLog("guests", name="mine", embed=False)
     _, result, _ = fit(log, Late(), fw.EarlyStopping(patience=3))

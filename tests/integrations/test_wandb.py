@@ -31,7 +31,7 @@ def chunks(data):
 
 def records_of(folder):
     """The history rows, the summary and the settings in the file of an offline run."""
-    from wandb.proto import wandb_internal_pb2 as pb
+    from wandb.proto import wandb_internal_pb2 as pb  # noqa: PLC0415 - only where wandb is installed
 
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     rows, summary, config = [], {}, {}
