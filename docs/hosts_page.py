@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 from playwright.sync_api import Browser, expect, sync_playwright
 
@@ -57,6 +58,14 @@ def shoot(browser: Browser, address: str, wait_for: str, path: Path) -> None:
     page.close()
 
 
+def wait_for(address: str) -> None:
+    """Wait until a server answers."""
+    for _ in range(120):
+        with suppress(OSError), urlopen(address):  # noqa: S310 - our own server
+            return
+        time.sleep(1)
+
+
 def shoot_mlflow(browser: Browser, folder: Path) -> None:
     """Train with our Trainer and photograph the run in MLflow."""
     problem, log = Problem(patience=15), MLflowLog(name="breast-cancer", tracking_uri=f"sqlite:///{folder}/mlflow.db")
@@ -65,7 +74,7 @@ def shoot_mlflow(browser: Browser, folder: Path) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", log.tracking_uri, "--port", "5917"]
     with subprocess.Popen([*command, "--workers", "1"], cwd=folder) as server:  # noqa: S603 - constant
         try:
-            time.sleep(25)
+            wait_for("http://127.0.0.1:5917/health")
             shoot(
                 browser,
                 f"http://127.0.0.1:5917/#/experiments/1/runs/{log.run_id}/model-metrics",

@@ -23,7 +23,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "hypothyroid"]
 # A fenced block, with what it prints where the page says so.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\nOutput:\n\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
-HOST = re.compile(r"^(?:import|from) (accelerate|ignite|lightning|mlflow|skorch|trackio|transformers|wandb)\b", re.MULTILINE)
+HOST = re.compile(
+    r"^(?:import|from) (accelerate|ignite|lightning|mlflow|skorch|trackio|transformers|wandb)\b", re.MULTILINE
+)
 FENCE = re.compile(r"^ *```(.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 

@@ -1,6 +1,9 @@
 """fitwatch in Lightning, against our own Trainer."""
 
+import importlib.util
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,3 +202,35 @@ def test_what_does_not_work_is_refused(tmp_path):
         trainer_of(problem, [FitwatchCallback(loss="criterion")], 1, tmp_path).fit(
             Module(problem), problem.train_loader, problem.val_loader
         )
+
+
+@pytest.mark.parametrize("first", ["pytorch_lightning", "fitwatch.integrations.lightning"])
+def test_the_other_import_name_works(tmp_path, first):
+    """A trainer and a module of pytorch_lightning take the callback, whichever is imported first."""
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        pytest.skip("pytorch_lightning is not installed")
+    code = f"""
+import {first}
+import pytorch_lightning, torch
+from fitwatch.integrations.lightning import FitwatchCallback
+
+class Module(pytorch_lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model, self.loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
+    def training_step(self, batch, index):
+        return self.loss(self.model(batch[0]), batch[1])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.tensor([0, 1] * 4))
+guest = FitwatchCallback(skip_checks=["class_weights"])
+quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+trainer = pytorch_lightning.Trainer(max_epochs=2, accelerator="cpu", callbacks=[guest], **quiet)
+trainer.fit(Module(), torch.utils.data.DataLoader(data, 4))
+print(len(guest.watch.result.history))
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip().endswith("2"), run.stderr

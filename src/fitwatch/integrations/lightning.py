@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from fitwatch import Callback, TensorBoard, Watch
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
-_host: Any = import_module(min(_NAMES, key=lambda name: name not in sys.modules))
+_installed = [name for name in _NAMES if find_spec(name.partition(".")[0]) is not None]
+# The name that is in use; either works with the other's trainer. Without any, the error names the first.
+_host: Any = import_module(min(_installed or _NAMES, key=lambda name: name not in sys.modules))
 
 
 class FitwatchCallback(_host.Callback):
