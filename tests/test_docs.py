@@ -23,6 +23,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "hypothyroid"]
 # A fenced block, with what it prints where the page says so.
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\nOutput:\n\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+HOST = re.compile(
+    r"^(?:import|from) (accelerate|ignite|lightning|mlflow|skorch|trackio|transformers|wandb)\b", re.MULTILINE
+)
 FENCE = re.compile(r"^ *```(.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
@@ -46,6 +49,8 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     """The Python blocks of a page run in order, and print what the page says that they print."""
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
+    for host in HOST.findall(text):
+        pytest.importorskip(host, reason=f"the page needs {host}, which `make test-integrations` installs")
     namespace = {"__name__": "__docs__"}
     for block in BLOCK.finditer(text):
         code, output = block.groups()

@@ -179,9 +179,11 @@ def test_the_detector_says_since_when(caplog):
     assert verdict.gap == pytest.approx(OVERFIT[-1] - FALLING[-1])
     entry = result.history[verdict.onset]
     bars = [r for r in records if isinstance(r.value, fw.records.Marker)]
-    assert [
-        fw.records.Record("overfitting", entry["step"], fw.records.Marker(entry["train/loss"], entry["val/loss"]))
-    ] == bars
+    (bar,) = bars
+    assert (bar.name, bar.step) == ("overfitting", entry["step"])
+    assert (bar.value.low, bar.value.high) == (entry["train/loss"], entry["val/loss"])
+    assert bar.value.decided == result.history[verdict.detected]["step"]
+    assert "validation loss has risen" in bar.value.text
     assert [pytest.approx(v - t, abs=1e-6) for v, t in zip(OVERFIT, FALLING, strict=True)] == [
         r.value for r in records if r.name == "val/overfit/gap"
     ]

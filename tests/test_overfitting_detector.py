@@ -337,9 +337,10 @@ def test_a_change_is_told_once_with_remedies_that_fit_the_run(caplog):
     assert (verdict.status, verdict.overfitting) == ("overfitting", True)
     assert len([r for r in caplog.records if r.message.startswith("overfitting: ")]) == 1
     onset = result.history[verdict.onset]
-    assert [(b.name, b.step, b.value) for b in watch.bars] == [
-        ("overfitting", onset["step"], fw.records.Marker(onset["train/loss"], onset["val/loss"]))
-    ]
+    (bar,) = watch.bars
+    assert (bar.name, bar.step) == ("overfitting", onset["step"])
+    assert (bar.value.low, bar.value.high) == (onset["train/loss"], onset["val/loss"])
+    assert bar.value.decided == result.history[verdict.detected]["step"]
     (text,) = [t for t in watch.texts if t.name == "val/report/verdict"]
     assert text.step == result.history[verdict.detected]["step"]
     best = min(result.history[: verdict.detected + 1], key=lambda e: e["val/loss"])

@@ -72,7 +72,20 @@ def test_imports_run_one_way():
         assert lowest, f"these import each other: {sorted(needs)}"
         layers.append(lowest)
         needs = {name: others for name, others in needs.items() if name not in lowest}
-    assert layers[-1] <= {"__init__", "__main__"}
+    assert layers[-1] <= {"__init__", "__main__", "integrations"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("integrations/")])
+def test_guests_use_public_names_only(module):
+    """A guest imports fitwatch's public names, from fitwatch or its public sub-packages, and no other guest."""
+    tree = ast.parse(MODULES[module].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fitwatch":
+            assert node.module in ("fitwatch", "fitwatch.records"), node.module
+            assert all(hasattr(fw, name.name) or hasattr(fw.records, name.name) for name in node.names)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            assert isinstance(node.value, ast.Name), f"{ast.unparse(node)} is private"
+            assert node.value.id == "self", f"{ast.unparse(node)} is private"
 
 
 @pytest.mark.parametrize(

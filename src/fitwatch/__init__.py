@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # at run time, a name is imported when it is first used: the 
     from fitwatch.calibration.calibrated import Calibrated, Calibration
     from fitwatch.callback import Callback, Callbacks
     from fitwatch.callbacks.checkpoint import Checkpoint
+    from fitwatch.callbacks.csv_log import CSVLog
     from fitwatch.callbacks.early_stopping import EarlyStopping
     from fitwatch.callbacks.gradient_norm import GradientNorm
     from fitwatch.callbacks.overfitting_detector import OverfittingDetector
@@ -41,6 +42,7 @@ else:
         "calibration.calibrated": "Calibrated Calibration",
         "callback": "Callback Callbacks",
         "callbacks.checkpoint": "Checkpoint",
+        "callbacks.csv_log": "CSVLog",
         "callbacks.early_stopping": "EarlyStopping",
         "callbacks.gradient_norm": "GradientNorm",
         "callbacks.overfitting_detector": "OverfittingDetector",
@@ -82,6 +84,7 @@ else:
 
 __all__ = [  # noqa: RUF022 - sorted() order, not isort's
     "BinaryCrossEntropy",
+    "CSVLog",
     "Calibrated",
     "Calibration",
     "Callback",

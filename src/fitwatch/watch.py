@@ -11,7 +11,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from fitwatch import ranks, saving
+from fitwatch import hosted, ranks, saving
 from fitwatch.callback import Callback, Callbacks
 from fitwatch.callbacks.checkpoint import Checkpoint
 from fitwatch.data import batches
@@ -24,8 +24,9 @@ from fitwatch.engine.settings import continued, describe, shared_facts, warn_of_
 from fitwatch.engine.signals import Interrupts, held_back
 from fitwatch.engine.step import check_options, needs_closure, parameters, zero_grad
 from fitwatch.engine.training import Training
+from fitwatch.engine.undivided import Undivided
 from fitwatch.engine.validator import ValidationStep, Validator
-from fitwatch.helpers.aliases import Batch, Loader, Loaders, Scheduler
+from fitwatch.helpers.aliases import Batch, Loader, Loaders, Scheduler, StateDict
 from fitwatch.helpers.options import count, local_path
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.measuring.expected_baseline import expected_baseline
@@ -35,6 +36,7 @@ from fitwatch.result import Result
 from fitwatch.state import State
 from fitwatch.state.history import History
 from fitwatch.state.progress import Plan, Progress
+from fitwatch.summary import Summary
 
 logger = logging.getLogger("fitwatch")
 
@@ -76,6 +78,8 @@ class Watch:
         scheduler: A scheduler that your loop steps; its state goes into checkpoints.
         scaler: A GradScaler. Call `before_step` before ``scaler.step(optimizer)``.
         accumulate: Micro-batches per step. The last step of an epoch may have fewer.
+        divided: Whether the loop divides the loss by ``accumulate`` (or by the micro-batches of a shorter step) before
+            ``backward()``, as ``accelerator.backward`` and other hosts do. The gradient is exact all the same.
         clip_norm: Largest total 2-norm of the gradients; they are scaled down to it. None: no clipping.
         log_every: Steps per log window.
         max_steps: Optimizer steps after which training ends. None: no limit.
@@ -146,6 +150,7 @@ class Watch:
         progress: Progress | None = None,
         history: History | None = None,
         sanity_steps: int = 2,
+        divided: bool = False,
     ) -> None:
         metrics = as_metrics(metrics)
         several = batches.named(val_loader, metrics)
@@ -209,6 +214,10 @@ class Watch:
         self._evaluations = self._start = 0  # evaluations and steps before this watch
         # A loop that gives no validation step may validate in a way that the default step does not know.
         self._trial_step = validation_step
+        self._restored: StateDict | None = None  # what `load_state_dict` was given
+        if divided and scaler is not None:
+            raise ValueError("divided=True does not go with a scaler: accumulate without the host, or use bfloat16")
+        self._undivided = Undivided(accumulate) if divided and accumulate > 1 else None
 
     def __repr__(self) -> str:
         progress = self.state.progress
@@ -265,6 +274,7 @@ class Watch:
             with ranks.failing_together():
                 self._hooks.on_fit_start(state)
             self._recorder.agree()
+            self._recorder.summary = Summary(state) if state.summarizes else None
             self._place()  # a callback may have replaced the loss
             exits.enter_context(ranks.unsynchronised(state.model))
             exits.callback(state.optimizer.register_step_pre_hook(self._training.before_optimizer).remove)
@@ -311,6 +321,8 @@ class Watch:
             loaders = {"train_loader": state.train_loader, "val_loader": state.val_loader, **state.val_loaders}
             live = loaders if state.position.resumed is None else state.position.resumed["live"]
             start_workers({name: loader for name in live if (loader := loaders[name]) is not None})
+        if self._restored is not None:
+            hosted.load_state_dict(self._restored, state)
         check_options(state.optimizer)
         self._evaluations, self._start = len(state.history), progress.step
         ranks.align([state.model, state.loss], parameters(state.optimizer))
@@ -323,7 +335,11 @@ class Watch:
         self.state.error = error
         try:
             self._training.rest()
-            self._hooks.on_fit_end(self.state)
+            self.state.ended = True
+            try:
+                self._recorder.summarize()
+            finally:
+                self._hooks.on_fit_end(self.state)
         except Exception as late:
             if error is None:
                 raise
@@ -337,6 +353,27 @@ class Watch:
                 raise self._interrupts.error()
             if isinstance(error, Exception):  # else it has ended the process already
                 raise self._interrupts.error() from error
+
+    def state_dict(self) -> StateDict:
+        """Return what a host's checkpoint keeps beside model and optimizer: callbacks, counters, history.
+
+        Tensors, numbers, strings, and lists and dicts of them. All ranks call it. A loop that uses `Checkpoint` needs
+        neither this nor `load_state_dict`.
+        """
+        self._training.settle()
+        return hosted.state_dict(self.state)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Continue, from the moment the watch is entered, where the fit was that `state_dict` describes.
+
+        The host restores model and optimizer before that.
+
+        Raises:
+            RuntimeError: The watch was entered already.
+        """
+        if self._used:
+            raise RuntimeError("watch.load_state_dict() comes before `with watch:`")
+        self._restored = state_dict
 
     @property
     def result(self) -> Result:
@@ -394,6 +431,35 @@ class Watch:
         wanted = self.state.plan.epochs
         return wanted is not None and epoch - self.state.progress.first_epoch >= wanted
 
+    def start_epoch(self, epochs: int | None = None, *, epoch: int | None = None) -> None:
+        """Start an epoch, for a loop that `epochs` can't run, such as that of another library; `end_epoch` ends it.
+
+        Args:
+            epochs: How many will be trained in all, if known; it is only told.
+            epoch: Its index, from 0, if the loop counts by itself. Default: the epochs completed so far.
+
+        Raises:
+            RuntimeError: The last epoch has not ended.
+        """
+        self._require_open("start_epoch()")
+        if self._training.in_epoch:
+            raise RuntimeError("watch.start_epoch() was called within an epoch: call watch.end_epoch() first")
+        self.state.plan = evolve(self.state.plan, epochs=count("epochs", epochs))
+        self._check()
+        if epoch is not None:
+            self.state.progress.epoch = epoch
+        self._training.start_epoch()
+
+    def end_epoch(self) -> None:
+        """End the epoch that `start_epoch` has started, after its validation: ``on_epoch_end`` and ``on_log`` run.
+
+        Raises:
+            RuntimeError: No epoch is running, or batches wait for a step.
+        """
+        if not self._training.in_epoch:
+            self._refuse("end_epoch()")
+        self._training.end_epoch()
+
     @property
     def epoch_complete(self) -> bool:
         """Whether all batches of the epoch were seen; assumed if the loader has no length."""
@@ -447,7 +513,8 @@ class Watch:
             self._refuse("loss()")
         self._training.expect_batch()
         loss = self.sums(output, target, sample_weight)
-        return self._training.open_batch(loss, _examples(loss, output, target, "watch.backward"))
+        scalar = self._training.open_batch(loss, _examples(loss, output, target, "watch.backward"))
+        return scalar if self._undivided is None else self._undivided(scalar)
 
     def sums(self, output: Any, target: Any, sample_weight: Tensor | None = None) -> LossSum | Tensor:
         """Return the current loss without recording it: a `LossSum` if it is exact, else a scalar mean.

@@ -169,7 +169,7 @@ class EarlyStopping(Callback):
             self._best.keep(state)
         if stop:
             self._stop(state)
-            state.mark("early stop", metrics)
+            state.mark("early stop", metrics, self.rule.sentence or "")
 
     def _stop(self, state: State) -> None:
         state.request_stop(f"early stopping on {self.monitor}: {self.rule.sentence}")

@@ -102,6 +102,16 @@ def unpack(batch: object) -> Sequence[Any]:
     )
 
 
+def targets_of(batch: object) -> Sequence[Any]:
+    """Return the target of a batch and, if it has them, its sample weights, to count classes.
+
+    Also from a mapping with ``"labels"``, as the collators of transformers make it.
+    """
+    if isinstance(batch, Mapping) and "labels" in batch and "target" not in batch:
+        return [batch["labels"]]
+    return unpack(batch)[1:]
+
+
 def looks_like_index(weight: object) -> bool:
     """Return whether integers, one for each example, tell the examples apart instead of weighing them.
 

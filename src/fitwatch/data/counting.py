@@ -23,7 +23,7 @@ from torch.utils.data import (
 from tqdm.auto import tqdm
 
 from fitwatch import ranks
-from fitwatch.data.batches import generators_of, length, looks_like_index, sampler_of, unpack
+from fitwatch.data.batches import generators_of, length, looks_like_index, sampler_of, targets_of
 from fitwatch.data.containers import from_array, is_array
 from fitwatch.data.sharding import gives_part, split
 from fitwatch.data.third_part import third_parts
@@ -60,7 +60,7 @@ def count_classes(
     Args:
         data: Targets (a tensor, an array or a (nested) sequence); a `Dataset`; or a loader, which is any iterable of
             batches that can be iterated more than once. Examples and batches are ``(input, target)``,
-            ``(input, target, sample_weight)``, or mappings with these keys.
+            ``(input, target, sample_weight)``, or mappings with these keys, or with ``labels``.
         num_classes: C. Default: the largest label plus 1 (2 for a binary problem); give it if the last class may be
             absent. With ``multi_label``, K.
         ignore_index: Class index that does not count.
@@ -135,7 +135,7 @@ def free_counts(
     try:
         known = exposed_targets(loader)
         if known is None and isinstance(loader, (list, tuple)):
-            columns = list(zip(*(unpack(batch)[1:] for batch in loader), strict=True))
+            columns = list(zip(*(targets_of(batch) for batch in loader), strict=True))
             targets, *weights = (torch.cat([_as_tensor(part) for part in column]) for column in columns)
             known = targets, _weights([targets, *weights])
         if known is None:
@@ -323,7 +323,7 @@ def _count_by_pass(data: object, count: Callable[..., Tensor]) -> Tensor | None:
     try:
         bar = tqdm(source, desc="counting classes", total=length(data), disable=None, leave=False)
         for number, batch in enumerate(bar):
-            tensors = [_as_tensor(part) for part in unpack(batch)[1:]]
+            tensors = [_as_tensor(part) for part in targets_of(batch)]
             tensors = [t.unsqueeze(0) if single else t for t in tensors]
             try:
                 weighted.add(count(*tensors))

@@ -9,6 +9,7 @@ from fitwatch.callback import Callbacks
 from fitwatch.engine.guard import BUDGET
 from fitwatch.helpers import health
 from fitwatch.state import State
+from fitwatch.summary import Summary
 
 logger = logging.getLogger("fitwatch")
 
@@ -22,11 +23,13 @@ class Recorder:
 
     Attributes:
         loss_is_used: Whether training has used ``state.loss``.
+        summary: The summary that a callback has asked for.
     """
 
     def __init__(self, state: State, hooks: Callbacks) -> None:
         self._state, self._hooks = state, hooks
         self.loss_is_used = False
+        self.summary: Summary | None = None
         self._given_loss = state.loss
         self._unlogged = False  # whether the newest evaluation is still to be logged
         self._warned = self._warned_of_loss = False
@@ -83,6 +86,8 @@ class Recorder:
         loss = state.train_loss.close_evaluation()
         state.history.entries.append({"epoch": progress.epoch, "step": progress.step, "train/loss": loss, **values})
         self._unlogged, state.history.trained = True, trained
+        if self.summary is not None:
+            self.summary.after_validation()
         if trained:  # else there is none
             self._warn("train/loss", None)
         self._warn("val/loss", state.validation.bad_batch)
@@ -133,6 +138,12 @@ class Recorder:
                 f"no example of the last {step - self._weighted_step} steps counted, so nothing is learned: all had "
                 "weight 0. Check the targets (ignore_index), the sample weights and the class weights"
             )
+
+    def summarize(self) -> None:
+        """Pass the summary to ``on_log``, after the last step."""
+        if self.summary is not None:
+            self._state.log.records = list(self.summary.records())
+            self._hooks.on_log(self._state)
 
     def _warn_of_batch(self, loss: float) -> None:
         """Warn about the first non-finite training loss, while its batch is known."""

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ from fitwatch.state import State
 logger = logging.getLogger("fitwatch")
 
 _END: Final = object()
+_CLOSURE: Final = (
+    "optimizer.step(closure) evaluates a batch again within the step, which a watch can't follow: call "
+    "optimizer.step() without a closure, or with one that runs the last batch of the step, once"
+)
 
 
 class Training:
@@ -421,23 +425,44 @@ class Training:
                 self._state.log(name, rate, reduce="last")
         self._rates_due = False
 
-    def before_optimizer(self, _: object, args: Sequence[object], options: Mapping[str, object]) -> None:
+    def before_optimizer(
+        self, optimizer: object, args: Sequence[object], options: Mapping[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         """Hook of the optimizer, before its step."""
-        if (len(args) > 1 or options) and any(value is not None for value in (*args[1:], *options.values())):
-            raise RuntimeError(
-                "optimizer.step(closure) evaluates a batch again within the step, which a watch can't follow: call "
-                "optimizer.step() without a closure"
-            )
+        given = [value for value in (*args[1:], *options.values()) if value is not None]
+        if given:
+            if len(given) > 1 or not callable(given[0]):
+                raise RuntimeError(_CLOSURE)
+            if self._stepped:
+                self.settle()
+            return (optimizer, self._closing(given[0])), {}
         if self._stepped:
             raise RuntimeError("optimizer.step() was called twice: call watch.loss(output, target) before each step")
         if not self.in_epoch or self._ready:
-            return
+            return None
         if self._state.scaler is not None:
             raise RuntimeError(
                 "call watch.before_step() before scaler.step(optimizer): otherwise a step that the scaler skips goes "
                 "unnoticed"
             )
         self.complete_gradients(unscale=False)
+        return None
+
+    def _closing(self, closure: Callable[[], object]) -> Callable[[], object]:
+        """Return the closure of a step that runs its last batch, or calls `Watch.before_step`; hosts step with one."""
+
+        def run() -> object:
+            if self._ready:
+                raise RuntimeError(_CLOSURE)
+            again = len(self._gradient.weights) >= self._state.plan.accumulate
+            loss = closure()
+            if self.in_epoch and not self._ready:
+                if again:
+                    raise RuntimeError(_CLOSURE)
+                self.complete_gradients(unscale=False)
+            return loss
+
+        return run
 
     def after_optimizer(self, *_: object) -> None:
         """Hook of the optimizer, after its step."""

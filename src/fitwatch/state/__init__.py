@@ -38,7 +38,7 @@ class Resumable(Protocol):
 class State:
     """The state of a fit, passed to every hook.
 
-    A callback may call `log`, `log.defer <Log.defer>`, `mark`, `watch`, `add_metric`, `between_steps` and
+    A callback may call `log`, `log.defer <Log.defer>`, `mark`, `watch`, `add_metric`, `summarize`, `between_steps` and
     `request_stop`, replace ``loss`` and ``eval_loss`` in ``on_fit_start`` and ``on_epoch_start``, and add lines to
     ``settings`` and ``report``. Everything else is read-only.
 
@@ -74,7 +74,9 @@ class State:
         stop_request: This rank's reason to stop, from `request_stop`, or None.
         stop_reason: Why training stops early, agreed by all ranks; None until then.
         interrupted: The name of the signal that ends the fit, such as ``"SIGTERM"``, or None.
-        error: In ``on_fit_end``: the exception that ended the fit, or None.
+        summarizes: Whether a callback has called `summarize`.
+        ended: Whether training has ended: in ``on_fit_end``, and in the ``on_log`` with the summary.
+        error: Once training has ended: the exception that ended it, or None.
     """
 
     model: nn.Module
@@ -108,6 +110,8 @@ class State:
     stop_request: str | None = None
     stop_reason: str | None = None
     interrupted: str | None = None
+    summarizes: bool = False
+    ended: bool = False
     error: BaseException | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -173,13 +177,22 @@ class State:
         """
         self.waiting.append(function)
 
-    def mark(self, name: str, entry: Mapping[str, float]) -> None:
+    def summarize(self) -> None:
+        """Ask, in ``on_fit_start``, for a last ``on_log`` with the summary, see `fitwatch.records.Record`."""
+        self.summarizes = True
+
+    def mark(self, name: str, entry: Mapping[str, float], text: str = "") -> None:
         """Draw a vertical bar called ``name`` on the loss chart, at the evaluation ``entry`` of the history.
+
+        Args:
+            name: Name of the event.
+            entry: The evaluation.
+            text: What happened, in a sentence, for trackers that have no bars.
 
         Raises:
             ValueError: ``name`` can't name a folder: it is empty, "." or "..", or contains a slash.
         """
-        self.log.mark(name, entry)
+        self.log.mark(name, entry, text)
 
     def watch(self, monitor: str, mode: Literal["min", "max"] | None, *, by: str) -> None:
         """Declare, in ``on_fit_start``, that ``by`` depends on a metric. The first declaration defines "best".

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fitwatch.helpers.options import check_name
 from fitwatch.measuring.metrics import to_host
-from fitwatch.records import Histogram, Image, Marker, Record, Value
+from fitwatch.records import Curve, Histogram, Image, Marker, Record, Value
 from fitwatch.state.progress import Progress
 
 Reduction = Literal["mean", "max", "last"] | Callable[[Tensor], Tensor]
@@ -50,8 +50,8 @@ class Log:
 
         Args:
             names: ``train/...`` or ``val/...``, or a sequence of n such names for a tensor of n values.
-            value: A number, a 0-dim tensor (n names: a tensor of shape (n,)), a Markdown text, a `Marker`, an `Image`
-                or a `Histogram`.
+            value: A number, a 0-dim tensor (n names: a tensor of shape (n,)), a Markdown text, a `Marker`, an `Image`,
+                a `Histogram` or a `Curve`.
             reduce: How several values in one log window become one: ``"mean"``, ``"max"``, ``"last"``, or a function
                 of the stacked values, shape (values, ...), that returns one number per name.
 
@@ -66,7 +66,7 @@ class Log:
             not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names)
         ):
             raise TypeError(f"log takes a name such as 'train/...', or a list of names, got {names!r}")
-        if isinstance(value, (str, Marker, Image, Histogram)):
+        if isinstance(value, (str, Marker, Image, Histogram, Curve)):
             self._ready.append(Record(str(names), self._progress.step, value))
         else:
             self._add((names,) if isinstance(names, str) else tuple(names), value, reduce)
@@ -84,7 +84,7 @@ class Log:
         """
         self._add(receive, value, reduce)
 
-    def mark(self, name: str, entry: Mapping[str, float]) -> None:
+    def mark(self, name: str, entry: Mapping[str, float], text: str = "") -> None:
         """Draw a vertical bar called ``name`` on the loss chart, at an evaluation of the history.
 
         Raises:
@@ -92,7 +92,8 @@ class Log:
         """
         check_name("the name of a marker", name)
         low = entry["train/loss"]
-        self._ready.append(Record(name, int(entry["step"]), Marker(low, entry.get("val/loss", low))))
+        bar = Marker(low, entry.get("val/loss", low), text, self._progress.step)
+        self._ready.append(Record(name, int(entry["step"]), bar))
 
     def close_window(self, more: Mapping[str, float]) -> None:
         """Fill `records` with everything logged since the last call, and with the values in ``more``.

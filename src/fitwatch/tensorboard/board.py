@@ -147,6 +147,8 @@ class TensorBoard(Callback):
 
     def on_log(self, state: State) -> None:
         """Write the records."""
+        if state.ended:  # it draws its own summary
+            return
         writer, step = self._ready_writer(state), state.progress.step
         examples, seconds = self._logged
         self._logged = state.train_loss.examples, self._clock.pause()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from fitwatch.records import Histogram, Image, Marker, Record
+from fitwatch.helpers.markdown import table
+from fitwatch.records import Curve, Histogram, Image, Marker, Record
 from fitwatch.state import State
 from fitwatch.tensorboard import events, folders, page, reports
 from fitwatch.tensorboard.classifier import CalibrationCounts, Counts, curve
@@ -75,11 +76,16 @@ class RunWriter:
         for record in records:
             run, tag = page.run_and_tag(record.name)
             if isinstance(record.value, Marker):
-                self._draw_bar(record.name, record.step, record.value, step)
+                decided = record.value.decided
+                self._draw_bar(record.name, record.step, record.value, step if decided is None else decided)
             elif isinstance(record.value, str):
                 self._add_text(texts, run, record.step, tag, record.value)
             elif isinstance(record.value, (Image, Histogram)):
                 values[run, record.step].append(events.picture(tag, record.value))
+            elif isinstance(record.value, Curve):
+                drawn = record.value
+                text = table((drawn.x_name, drawn.y_name), zip(drawn.x, drawn.y, strict=True))
+                self._add_text(texts, run, record.step, tag, text)
             else:
                 numbers[run][page.curve(tag)] = record.value, record.merge
         for run, points in numbers.items():

@@ -139,7 +139,7 @@ class OverfittingDetector(Callback):
             self._best.keep(state)
         self._report(state, verdict, new=not was_overfitting)
         if verdict.overfitting and not was_overfitting:
-            state.mark("overfitting", state.history[verdict.onset or 0])
+            state.mark("overfitting", state.history[verdict.onset or 0], verdict.evidence)
             self._act(state)
 
     def on_fit_end(self, state: State) -> None:

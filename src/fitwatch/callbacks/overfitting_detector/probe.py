@@ -103,7 +103,7 @@ class TrainProbe:
             indices = _indices(loader)
             chosen = indices[torch.randperm(len(indices), generator=generator)[:wanted]].sort().values.tolist()
             self.examples = len(chosen)
-            size = getattr(state.val_loader, "batch_size", None) or loader.batch_size or 256
+            size = _batch_size(state.val_loader) or _batch_size(loader) or 256
             return DataLoader(
                 Subset(loader.dataset, chosen),
                 size,
@@ -135,6 +135,12 @@ class TrainProbe:
 def _size(loader: Any) -> int:
     """Return the size of a loader's data set; 0 if unknown."""
     return len(loader.dataset) if _is_indexed(loader) else 0  # type: ignore[arg-type] # as in _indices
+
+
+def _batch_size(loader: Any) -> int | None:
+    """Return the size of a loader's batches; if it was made with a batch sampler, only that may know it."""
+    size: int | None = getattr(loader, "batch_size", None)
+    return getattr(getattr(loader, "batch_sampler", None), "batch_size", None) if size is None else size
 
 
 def _is_indexed(loader: Any) -> TypeGuard[DataLoader[Any]]:

@@ -1,0 +1,119 @@
+"""The records of a fit as a CSV file."""
+
+import csv
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field
+
+from fitwatch.callback import Callback
+from fitwatch.helpers.aliases import StateDict
+from fitwatch.helpers.options import local_path
+from fitwatch.records import Marker
+from fitwatch.state import State
+
+if TYPE_CHECKING:
+    from io import TextIOWrapper
+
+_HEAD = ["step", "time", "name", "value"]
+
+
+@define(eq=False, slots=False)
+class CSVLog(Callback):
+    """Writes everything that is logged, except pictures, histograms and curves, to a CSV file.
+
+    One row per value: ``step``, ``time`` (in seconds since 1970), ``name``, ``value``. A value is a number with all its
+    digits, ``inf``, ``-inf`` or ``nan``; a text; or the text of a marker. The settings are the rows
+    ``setting/<name>`` before the others, and the last rows are the summary, see `fitwatch.records.Record`. A file name
+    in use gets a number: ``log.csv``, ``log-2.csv``, ... A resumed fit continues its file, without the rows beyond the
+    point of resumption.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: When fitting starts: the file can't be written.
+    """
+
+    main_only = True
+
+    path: Path = field(default=Path("log.csv"), converter=local_path)
+
+    def __attrs_post_init__(self) -> None:
+        self.file: Path | None = None  # set when fitting starts
+        self._name: str | None = None  # of the file of the checkpoint
+        self._opened: TextIOWrapper | None = None
+        self._rows: Any = None
+        self._settings_due = False
+
+    def on_fit_start(self, state: State) -> None:
+        """Create the file, or cut off the rows that are void."""
+        state.summarize()
+        first, kept = state.progress.step, [_HEAD]
+        before = None if self._name is None or not state.resumed else self.path.with_name(self._name)
+        if before is not None and before.is_file():
+            with before.open(newline="", encoding="utf-8") as file:
+                kept += [row for row in list(csv.reader(file))[1:] if int(row[0]) <= first and _is_curve(row[2])]
+        else:
+            before = None
+        self.file = before or _free(self.path)
+        self._settings_due = before is None
+        self._name = self.file.name
+        part = self.file.with_name(f"{self.file.name}.part")  # so that a crash loses no row
+        with part.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(kept)
+        part.replace(self.file)
+        self._opened = self.file.open("a", newline="", encoding="utf-8")
+        self._rows = csv.writer(self._opened)
+
+    def on_log(self, state: State) -> None:
+        """Write the records, and before the first ones the settings."""
+        if self._opened is None:
+            return
+        if self._settings_due:
+            self._settings_due, at = False, state.records[0].time
+            self._rows.writerows([0, at, f"setting/{name}", value] for name, value in state.settings.items())
+        for record in state.records:
+            value = record.value.text if isinstance(record.value, Marker) else record.value
+            if isinstance(value, (float, int, str)):
+                self._rows.writerow([record.step, record.time, record.name, value])
+        self._opened.flush()  # written rows survive a crash
+
+    def on_fit_end(self, state: State) -> None:  # noqa: ARG002 - the signature of a hook
+        """Close the file."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def state_dict(self) -> StateDict:
+        """Return the name of the file."""
+        return {"name": self._name}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: The name leads to another folder.
+        """
+        name = state_dict["name"]
+        if name is not None and Path(name).name != name:
+            raise ValueError(f"the name of the CSV file must have no folder, got {name!r}")
+        self._name = name
+
+
+def _is_curve(name: str) -> bool:
+    """Return whether a row is no part of the summary, which is written again."""
+    return not name.startswith(("best/", "baseline/", "report/"))
+
+
+def _free(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        file = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        try:
+            file.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return file
+    raise AssertionError
