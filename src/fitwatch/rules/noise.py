@@ -1,6 +1,7 @@
 """Noise of a loss curve, and tests for a trend in it."""
 
 import math
+from operator import mul
 from statistics import median
 
 from attrs import define, field
@@ -9,6 +10,10 @@ from fitwatch.rules.stateful import Stateful
 
 MIN_DIFFERENCES = 4  # needed to estimate noise
 _MIN_HALF = 3  # points needed in each half of a curve
+_SPIKE = 4.0  # standard deviations above both neighbors
+_PARABOLA = 16  # losses that a parabola follows well enough
+_MOST_CORRELATED = 2.5  # times what second differences show; 1.5 for a lag-one correlation of .5, 2.6 for .8
+_MIN_WHITE, _WHITE_RESIDUALS, _WHITE_BENDS = 8, 0.2, -0.45
 
 
 @define
@@ -23,17 +28,27 @@ class Trend(Stateful):
         count: k.
         total: Sum of the losses, each minus the loss at the reference.
         moment: Sum of i times the same.
+        last: The last of them.
     """
 
     count: int = field(default=0, init=False)
     total: float = field(default=0.0, init=False)
     moment: float = field(default=0.0, init=False)
+    last: float = field(default=0.0, init=False)
 
     def add(self, rise: float) -> None:
         """Add the next loss, given as its difference from the reference."""
         self.count += 1
         self.total += rise
         self.moment += self.count * rise
+        self.last = rise
+
+    def replace(self, rise: float) -> None:
+        """Let ``rise`` take the place of the last one, if there is one."""
+        if self.count:
+            self.total += rise - self.last
+            self.moment += self.count * (rise - self.last)
+            self.last = rise
 
     @property
     def t_statistic(self) -> float:
@@ -49,13 +64,70 @@ def noise_level(losses: list[float]) -> float:
 
     Second differences cancel the slope: a curve that flattens has steps of every size without any noise.
     """
-    bends = [a - 2 * b + c for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    bends = _bends(losses)
     if len(bends) < MIN_DIFFERENCES - 1:
         return math.inf
     # 1.4826 turns the MAD of a normal variable into its standard deviation, and a second difference has sqrt(6) times
     # the noise of one loss. From few differences the estimate is often far too small, which causes false alarms: the
     # last factor corrects for that.
     return 1.4826 * median(map(abs, bends)) / math.sqrt(6) * (1 + 2 / (len(bends) + 1)) ** 2
+
+
+def noise_and_lag(losses: list[float]) -> tuple[float, float]:
+    """Return the noise, and the correlation of successive residuals about the parabola through the last 16 losses.
+
+    Second differences miss noise that is correlated between evaluations; the residuals do not. The noise is the larger
+    of the two, but at most 2.5 times the former, since a single outlier enlarges the residuals for long.
+    """
+    quick = noise_level(losses)
+    spread, lag = _scatter(losses[-_PARABOLA:])
+    return max(quick, min(spread, _MOST_CORRELATED * quick)), lag
+
+
+def widening(lag: float) -> float:
+    """Return by how much a lag-one correlation widens the standard error of a slope: sqrt((1 + r) / (1 - r))."""
+    lag = min(max(lag, 0.0), 0.9)
+    return math.sqrt((1 + lag) / (1 - lag))
+
+
+def is_white(losses: list[float]) -> bool:
+    """Return whether the noise of 8 or more losses is independent between them.
+
+    The residuals about a parabola then have a lag-one correlation near 0, and the second differences one of -2/3.
+    A curve that wanders, as that of a small validation set does, has larger ones.
+    """
+    if len(losses) < _MIN_WHITE:
+        return False
+    bends = _bends(losses)
+    total = sum(map(mul, bends, bends))
+    wandering = sum(map(mul, bends, bends[1:])) > _WHITE_BENDS * total
+    return not wandering and _scatter(losses)[1] < _WHITE_RESIDUALS
+
+
+def is_spike(before: list[float], loss: float, after: float) -> bool:
+    """Return whether a loss is above both its neighbors by more than 4 standard deviations of the losses before it."""
+    return min(loss - before[-1], loss - after) > _SPIKE * noise_level([x for x in before if math.isfinite(x)])
+
+
+def _scatter(losses: list[float]) -> tuple[float, float]:
+    """Return the standard deviation about the least-squares parabola, and the lag-one correlation; 0 if unknown."""
+    count = len(losses)
+    if count < MIN_DIFFERENCES + 1:
+        return 0.0, 0.0
+    line = [i - (count - 1) / 2 for i in range(count)]
+    bow = [u * u - (count * count - 1) / 12 for u in line]
+    rest = losses
+    for shape in ([1.0] * count, line, bow):  # orthogonal to each other
+        part = sum(map(mul, shape, rest)) / sum(map(mul, shape, shape))
+        rest = [loss - part * height for loss, height in zip(rest, shape, strict=True)]
+    total = sum(map(mul, rest, rest))
+    if not 0 < total < math.inf:
+        return 0.0, 0.0
+    return math.sqrt(total / (count - 3)), sum(map(mul, rest, rest[1:])) / total
+
+
+def _bends(losses: list[float]) -> list[float]:
+    return [a - 2 * b + c for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
 
 
 def is_falling(losses: list[float], least: float) -> bool:

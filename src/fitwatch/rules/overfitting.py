@@ -8,9 +8,19 @@ from typing import Any, Literal, SupportsFloat
 from attrs import define, evolve, field
 
 from fitwatch.helpers.options import integer, number
-from fitwatch.rules.evidence import Status, Verdict, evidence
-from fitwatch.rules.noise import MIN_DIFFERENCES, Trend, is_falling, noise_level
+from fitwatch.rules.evidence import Figures, Status, Verdict, evidence
+from fitwatch.rules.noise import (
+    MIN_DIFFERENCES,
+    Trend,
+    is_falling,
+    is_spike,
+    is_white,
+    noise_and_lag,
+    noise_level,
+    widening,
+)
 from fitwatch.rules.paired import PairedRise
+from fitwatch.rules.smoothing import Smoothed
 from fitwatch.rules.stateful import Stateful
 
 __all__ = ["OverfittingRule", "Verdict", "diagnose"]
@@ -26,8 +36,15 @@ _MAX_WEIGHT = 1.9
 _UNKNOWN, _YOUNG = 0.055, 10.0
 # Early on, a loss below this share of the smoothed one restarts the smoothing: the large loss before would hide a rise.
 _FALLEN = 0.5
-# A loss that is still above this share of the first one may be underfitting.
-_LITTLE_LEARNED = 0.1
+# Where the standard error of the losses is unknown, a rise is clear if it exceeds this multiple of the noise, and the
+# slope this multiple of the largest one explained by noise. The smoothed curve lags behind it by about a twentieth.
+_CLEAR_RISE, _CLEAR_SLOPE, _LAGGING = 5.5, 1.5, 0.95
+# Before the warm-up ends: a rise of this multiple of its paired standard error, and of this share, is enough.
+_CERTAIN, _LARGE = 4.0, 0.1
+# If a loss has no natural zero, the noise alone tells a rise from chance, so it counts for more.
+_WITHOUT_ZERO = 1.5
+# Both losses above this multiple of the best constant prediction, or above all that was learned: training diverged.
+_DIVERGED = 2.0
 
 
 @define(kw_only=True)
@@ -39,18 +56,22 @@ class OverfittingRule(Stateful):
 
         V - m > threshold   and   T < T_m
         threshold^2 = (min_rise * m)^2 + (errors * e)^2 + (noise * R)^2
-        R = 2 s sqrt(2 ln(n / span) / span), or 0 if b > trend * sqrt(2 ln n) standard errors of b
+        R = (s + s_m) sqrt(2 ln(n / span) / span), or 0 if b > trend * sqrt(2 ln n) standard errors of b
 
     The three parts are: the smallest rise that matters; the standard error e of the rise, since a validation set is a
-    sample; and the range R that V covers in n evaluations through training noise alone, with s the standard deviation
-    of one validation loss about its trend (scaled median of the last absolute second differences), and 2 sqrt(2 ln k)
-    the range of k independent normal numbers. So the lucky minimum of a long, flat, noisy curve does not turn what
-    follows into a rise.
+    sample; and the range R that V covers in n evaluations through training noise alone, half of it the luck of the
+    minimum, half that of the last losses. sqrt(2 ln k) is about the largest of k normal numbers. s is the standard
+    deviation of one validation loss about its trend now: the larger of the scaled median of the last absolute second
+    differences and the deviation from the parabola through the last 16 losses. s_m is that around the minimum, if it
+    was larger: noise calms as the learning rate falls, and a minimum that was luck remains one.
 
     What follows such a minimum is a higher level, but no slope. So if the losses since the minimum do slope upwards,
-    noise does not explain the rise, and R is left out: b is the slope of their least-squares line (see `Trend`), and
-    sqrt(2 ln n) is about the largest of n normal numbers. However large the noise, a slope shows in the end. Noise that
-    is correlated between evaluations is underestimated by both.
+    noise does not explain the rise, and R is left out: b is the slope of their least-squares line (see `Trend`), with
+    a standard error widened by the correlation r of successive residuals, sqrt((1 + r) / (1 - r)). However large the
+    noise, a slope shows in the end.
+
+    A spike that is gone is left out of V and T: a loss above both its neighbors by more than 4 standard deviations of
+    the noise is replaced by their mean as soon as the second one is known.
 
     The rule fires once the weights of such consecutive evaluations add up to ``hold``. The weight of an evaluation is
     its rise over the threshold, at most 1.9, so that a large rise needs less time than a small one. The loss itself
@@ -58,14 +79,19 @@ class OverfittingRule(Stateful):
 
     With the losses of the validation examples, e is that of a paired difference, over the same examples at both
     evaluations (see `PairedRise`). With standard errors only, it is that of two independent sets, which is too large.
-    With neither, errors * e is taken as 5.5% of m, and more while training is young.
+    With neither, errors * e is taken as 5.5% of m, and more while training is young. That is left out where the curve
+    is clear: V has risen by 5.5 s, b is 1.5 times what noise explains, and successive residuals are not correlated. A
+    validation set that is too small makes a curve wander; this one does not.
+
+    With the losses of the examples, the rule may fire before ``warmup`` ends, from the third evaluation on: if the loss
+    has risen twice in succession since its minimum, by 10% and by 4 standard errors in all, while training fell.
 
     If a loss has been negative, and so has no natural zero, the range of the curve replaces m: the fall from the first
     loss to m, or the rise if that is larger.
 
     Multiplying both curves (and the losses of the examples) by a constant changes no verdict.
 
-    A verdict uses past evaluations only, and memory does not grow with their number: some 40 numbers, and two vectors
+    A verdict uses past evaluations only, and memory does not grow with their number: some 100 numbers, and two vectors
     of the number of validation examples. NaN and infinite losses are left out of the statistics.
 
     The verdict is withdrawn when V is at most half of ``min_rise`` above m, as after a step in the learning rate;
@@ -79,7 +105,7 @@ class OverfittingRule(Stateful):
         trend: Multiple of the largest slope explained by noise that a slope must exceed; 0 or more.
         span: Number of evaluations that the smoothing averages over, roughly; 1 or more. 1 does not smooth.
         hold: Consecutive evaluations for which a rise that just exceeds the threshold must last; 1 or more.
-        warmup: Evaluations before the first verdict, 4 or more.
+        warmup: Evaluations before the first verdict from the curves, 4 or more.
         window: Last differences from which the noise is estimated; 5 or more.
 
     Raises:
@@ -89,8 +115,8 @@ class OverfittingRule(Stateful):
 
     min_rise: float = field(default=0.04, validator=number(above=0))
     errors: float = field(default=0.25, validator=number(least=0))
-    noise: float = field(default=2.0, validator=number(least=0))
-    trend: float = field(default=1.1, validator=number(least=0))
+    noise: float = field(default=1.2, validator=number(least=0))
+    trend: float = field(default=0.9, validator=number(least=0))
     span: int = field(default=4, validator=integer(1))
     hold: float = field(default=2.0, validator=number(least=1))
     warmup: int = field(default=8, validator=integer(MIN_DIFFERENCES))
@@ -104,10 +130,8 @@ class OverfittingRule(Stateful):
     _negative: bool = field(default=False, init=False)
     _best: int | None = field(default=None, init=False)
     _best_value: float = field(default=math.inf, init=False)
-    _val: float = field(default=0.0, init=False)
-    _val_weight: float = field(default=0.0, init=False)
-    _train: float = field(default=0.0, init=False)
-    _train_weight: float = field(default=0.0, init=False)
+    _val: Smoothed = field(init=False)
+    _train: Smoothed = field(init=False)
     _minimum: float = field(default=math.inf, init=False)
     _minimum_train: float | None = field(default=None, init=False)
     _reference: int | None = field(default=None, init=False)
@@ -121,6 +145,13 @@ class OverfittingRule(Stateful):
     _paired: PairedRise = field(factory=PairedRise, init=False)
     _last_point: list[float] = field(factory=list, init=False)  # index, loss, standard error of the last finite one
     _reference_error: float = field(default=math.nan, init=False)
+    _reference_noise: float = field(default=0.0, init=False)
+    _noise: float = field(default=math.inf, init=False)
+    _clear: bool = field(default=False, init=False)
+    _lag: float = field(default=0.0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._val, self._train = Smoothed(self.span), Smoothed(self.span)
 
     def update(
         self,
@@ -130,6 +161,7 @@ class OverfittingRule(Stateful):
         standard_error: float | None = None,
         losses: object = None,
         weights: object = None,
+        baseline: float | None = None,
     ) -> Verdict:
         """Add an evaluation; its losses may be non-finite.
 
@@ -140,6 +172,8 @@ class OverfittingRule(Stateful):
             losses: Losses of the validation examples, shape (N,), a tensor or anything `torch.as_tensor` accepts: the
                 same examples in the same order at every evaluation. None ends the pairing; later losses restart it.
             weights: Their weights, shape (N,); None for 1 each. ``val_loss`` is sum(w l) / sum(w).
+            baseline: Validation loss of the best constant prediction, if known: only a model that does not beat it is
+                called underfitting, and one far above it diverging.
 
         Returns:
             The verdict on all evaluations so far. Costs O(N) with losses of examples.
@@ -150,23 +184,23 @@ class OverfittingRule(Stateful):
         """
         train_loss, val_loss = float(train_loss), float(val_loss)
         self._index += 1
-        alpha = 2 / (self.span + 1)
-        if math.isfinite(train_loss):
-            self._train_weight += alpha * (1 - self._train_weight)
-            self._train += alpha / self._train_weight * (train_loss - self._train)
         finite = math.isfinite(val_loss)
         if finite:
+            self._mend(val_loss, train_loss)
+        if math.isfinite(train_loss):
+            self._train.add(train_loss)
+        if finite:
             error = math.nan if standard_error is None else float(standard_error)
-            reference = self._add(val_loss, train_loss, error, alpha)
+            reference = self._add(val_loss, train_loss, error)
             if losses is None:
                 self._paired = PairedRise()  # its error would be out of date
             else:
                 self._paired.add(losses, weights, reference=reference)
-        sigma = noise_level([loss for loss, _ in self._recent])
-        threshold = self._threshold(sigma)
+        self._measure_noise()
+        threshold = self._threshold()
         if finite:
             self._judge(threshold)
-        return self._verdict(train_loss, val_loss, sigma, threshold)
+        return self._verdict(train_loss, val_loss, threshold, math.inf if baseline is None else float(baseline))
 
     @property
     def examples(self) -> int:
@@ -175,7 +209,7 @@ class OverfittingRule(Stateful):
 
     @property
     def _smoothed_rise(self) -> float:
-        return self._val - self._minimum if math.isfinite(self._minimum) else 0.0
+        return self._val.value - self._minimum if math.isfinite(self._minimum) else 0.0
 
     @property
     def _unit(self) -> float:
@@ -186,7 +220,30 @@ class OverfittingRule(Stateful):
     def _fall(self) -> float:
         return max(0.0, self._first - self._minimum, self._smoothed_rise)
 
-    def _add(self, loss: float, train_loss: float, error: float, alpha: float) -> Literal["last", "this"] | None:
+    def _mend(self, loss: float, train_loss: float) -> None:
+        """Take a spike that is gone out of the smoothed curves: a loss far above the one before and the one after."""
+        if len(self._recent) < 2 or self._last_point[0] != self._index - 1:
+            return
+        losses, others = self._column(0), self._column(1)
+        if is_spike(losses[:-1], losses[-1], loss):
+            instead = (losses[-2] + loss) / 2
+            self._val.replace(instead)
+            self._trend.replace(instead - self._reference_value)
+        if is_spike(others[:-1], others[-1], train_loss):
+            self._train.replace((others[-2] + train_loss) / 2)
+
+    def _column(self, which: int) -> list[float]:
+        return [point[which] for point in self._recent]
+
+    def _measure_noise(self) -> None:
+        """Measure the noise now, and keep that around the reference, as long as the window reaches back to it."""
+        losses = self._column(0)
+        self._noise, self._lag = noise_and_lag(losses)
+        if self._trend.count <= self.window // 2:
+            around = noise_level(losses[-(self._trend.count + self.window // 2 + 1) :])
+            self._reference_noise = around if math.isfinite(around) else 0.0
+
+    def _add(self, loss: float, train_loss: float, error: float) -> Literal["last", "this"] | None:
         """Update the smoothed curve and its minimum; return the new reference at a new minimum."""
         before, self._last_point = self._last_point, [self._index, loss, error]
         self._count += 1
@@ -196,15 +253,14 @@ class OverfittingRule(Stateful):
             self._first = median(value for value, _ in self._recent)
         if loss < self._best_value:
             self._best, self._best_value = self._index, loss
-        if self._count <= self.warmup and 0 < loss < _FALLEN * self._val:
-            self._val_weight = 0.0
-        self._val_weight += alpha * (1 - self._val_weight)
-        self._val += alpha / self._val_weight * (loss - self._val)
-        if self._count < _SETTLED or self._val >= self._minimum:
+        if self._count <= self.warmup and 0 < loss < _FALLEN * self._val.value:
+            self._val.restart()
+        self._val.add(loss)
+        if self._count < _SETTLED or self._val.value >= self._minimum:
             self._trend.add(loss - self._reference_value)
             return None
-        self._minimum = self._val
-        self._minimum_train = self._train if self._train_weight else None
+        self._minimum = self._val.value
+        self._minimum_train = self._train.value if self._train.known else None
         # The smoothed curve lags by an evaluation or two, so the previous loss may be the bottom.
         index, self._reference_value, self._reference_error = min(before, self._last_point, key=lambda point: point[1])
         self._reference, self._trend = int(index), Trend()
@@ -218,57 +274,92 @@ class OverfittingRule(Stateful):
         """Standard error of the rise as if both evaluations had different examples; NaN without standard errors."""
         return math.hypot(self._last_point[2], self._reference_error) if self._last_point else math.nan
 
-    def _threshold(self, sigma: float) -> float:
-        if not math.isfinite(self._minimum) or not math.isfinite(sigma):
+    def _threshold(self) -> float:
+        now, self._clear = self._noise, False
+        if not math.isfinite(self._minimum) or not math.isfinite(now):
             return math.inf
+        strict = _WITHOUT_ZERO if self._negative else 1.0
+        largest = strict * max(now, self._reference_noise)
         # a / (2 - a) is 1 / span for a = 2 / (span + 1)
-        spread = 2 * sigma * math.sqrt(2 * math.log(max(2.0, self._count / self.span)) / self.span)
-        if self._trend.t_statistic > self.trend * sigma * math.sqrt(2 * math.log(self._count)):
-            spread = 0.0
+        spread = (strict * now + largest) * math.sqrt(2 * math.log(max(2.0, self._count / self.span)) / self.span)
+        by_chance = widening(self._lag) * largest * math.sqrt(2 * math.log(self._count))
+        steepness = self._trend.t_statistic
+        if steepness > _CLEAR_SLOPE * by_chance and self._smoothed_rise > _CLEAR_RISE * largest:
+            self._clear = is_white(self._column(0)[-min(self.window + 1, self._trend.count) :])
         error = self.errors * (self._paired.error if math.isfinite(self._paired.error) else self._independent_error)
-        if math.isnan(error):
+        least = self.min_rise * self._unit
+        if math.isnan(error) and self._clear:
+            error, least = 0.0, _LAGGING * least
+        elif math.isnan(error):
             error = _UNKNOWN * self._unit * (1 + _YOUNG / self._count)
-        return max(math.hypot(self.min_rise * self._unit, error, self.noise * spread), _NEGLIGIBLE * self._fall)
+        if steepness <= self.trend * by_chance:
+            error = math.hypot(error, self.noise * spread)
+        return max(math.hypot(least, error), _NEGLIGIBLE * self._fall)
 
     def _judge(self, threshold: float) -> None:
         """Add up the weights of consecutive rises, and decide."""
         rise, before = self._smoothed_rise, self._minimum_train
         risen = rise > threshold
         stands = self._last_point[1] - self._minimum > threshold  # so it is not an old outlier
-        counts = risen and stands and before is not None and self._train < before
+        counts = risen and stands and before is not None and self._train.value < before
         weight = rise / threshold if threshold else _MAX_WEIGHT
         self._evidence_run = self._evidence_run + min(weight, _MAX_WEIGHT) if counts else 0.0
-        train_risen = before is not None and self._train > before + self.min_rise * abs(before)
-        self._diverge_run = self._diverge_run + 1 if risen and train_risen else 0
+        higher = math.inf if before is None else before + self.min_rise * abs(before)
+        train_risen = self._train.value > higher and not self._recent[-1][1] <= higher
+        self._diverge_run = self._diverge_run + 1 if risen and stands and train_risen else 0
         if self._overfitting:
             # half, so that the verdict does not flip at the threshold
             if rise <= max(self.min_rise / 2 * self._unit, _NEGLIGIBLE * self._fall):
                 self._overfitting, self._onset = False, None
-        elif self._evidence_run >= self.hold and self._count > self.warmup:
+        elif (self._evidence_run >= self.hold and self._count > self.warmup) or self._is_certain():
             self._overfitting, self._onset = True, self._reference
             if self._detected is None:
                 self._detected = self._index
 
-    def _verdict(self, train_loss: float, val_loss: float, sigma: float, threshold: float) -> Verdict:
+    def _is_certain(self) -> bool:
+        """Return whether the examples show, before the warm-up ends, a large rise beyond chance.
+
+        The losses of few evaluations do not tell their noise, but those of the examples tell the error of the rise.
+        """
+        rise, error = self._last_point[1] - self._reference_value, self._paired.error
+        if self._count > self.warmup or self._trend.count < 2 or not rise > _CERTAIN * error:
+            return False
+        now, before = self._recent[-1], self._recent[-1 - self._trend.count]
+        higher = now[0] > self._recent[-2][0] > self._reference_value
+        return rise > _LARGE * self._unit and higher and now[1] < before[1]
+
+    def _verdict(self, train_loss: float, val_loss: float, threshold: float, baseline: float) -> Verdict:
         gap = val_loss - train_loss
         facts = Verdict(
             overfitting=self._overfitting,
-            status=self._status(val_loss, gap, threshold),
+            status=self._status(val_loss, gap, threshold, baseline),
             onset=self._onset,
             detected=self._detected,
             best=self._best,
             gap=gap,
             rise=val_loss - self._reference_value,
-            rise_se=self._rise_se(sigma),
+            rise_se=self._rise_se(self._noise),
             reference=self._reference,
             smoothed_rise=self._smoothed_rise,
             threshold=threshold,
             examples_needed=self._examples_needed(val_loss - self._reference_value),
             evidence="",
         )
-        train = self._minimum_train, self._train
-        text = evidence(facts, count=self._count, warmup=self.warmup, minimum=self._minimum, noise=sigma, train=train)
-        return evolve(facts, evidence=text)
+        return evolve(facts, evidence=evidence(facts, self._figures(baseline)))
+
+    def _figures(self, baseline: float) -> Figures:
+        return Figures(
+            count=self._count,
+            warmup=self.warmup,
+            last=self._last_point[1] if self._last_point else math.nan,
+            best=self._best_value,
+            minimum=self._minimum,
+            noise=self._noise,
+            train_then=self._minimum_train,
+            train_now=self._train.value,
+            least=self.min_rise * self._unit if self._clear else None,
+            baseline=baseline,
+        )
 
     def _rise_se(self, sigma: float) -> float:
         if self._paired.examples:
@@ -286,24 +377,30 @@ class OverfittingRule(Stateful):
             return None
         return math.ceil(self._paired.examples * (2 * error / rise) ** 2)  # the error falls with their square root
 
-    def _status(self, val_loss: float, gap: float, threshold: float) -> Status:
+    def _status(self, val_loss: float, gap: float, threshold: float, baseline: float) -> Status:
         if self._overfitting and math.isfinite(val_loss):
             return "overfitting"
-        if not math.isfinite(val_loss) or (self._diverge_run >= self.hold and self._count > self.warmup):
+        warm = self._count > self.warmup
+        if not math.isfinite(val_loss) or (warm and (self._diverge_run >= self.hold or self._has_diverged(baseline))):
             return "diverging"
-        if self._count <= self.warmup:
+        if not warm:
             return "warming up"
         fall = 0.1 * self.min_rise * self._unit
-        if self._smoothed_rise <= threshold and is_falling([loss for loss, _ in self._recent], fall):
+        if self._smoothed_rise <= threshold and is_falling(self._column(0), fall):
             return "improving"
-        much_is_left = self._val > _LITTLE_LEARNED * self._first and not self._negative
-        if (
-            much_is_left
-            and gap <= self.min_rise * self._val
-            and not is_falling([loss for _, loss in self._recent], fall)
-        ):
-            return "underfitting"
-        return "plateau"
+        level = self._val.value
+        no_gap = gap <= self.min_rise * level and not is_falling(self._column(1), fall)
+        return "underfitting" if no_gap and level >= (1 - self.min_rise) * baseline else "plateau"
+
+    def _has_diverged(self, baseline: float) -> bool:
+        """Return whether both losses stand where nothing is left of what was learned, however noisy they are there."""
+        if self._negative:
+            return False
+        (val, train), before = self._recent[-1], self._minimum_train
+        if min(val, train, self._val.value, self._train.value) > _DIVERGED * baseline:
+            return True
+        lost = min(val, self._val.value) > max(self._first, _DIVERGED * self._minimum)
+        return lost and before is not None and min(train, self._train.value) > _DIVERGED * before
 
 
 def diagnose(
@@ -312,6 +409,7 @@ def diagnose(
     *,
     example_losses: Iterable[object] | None = None,
     example_weights: object = None,
+    baseline: float | None = None,
     **options: Any,
 ) -> Verdict:
     """Return the verdict of an `OverfittingRule` on whole loss curves, one point per evaluation.
@@ -321,6 +419,7 @@ def diagnose(
         val_losses: Validation losses, shape (N,), in the same unit.
         example_losses: Losses of the validation examples at each evaluation, shape (N, examples), if known.
         example_weights: Their weights, shape (examples,); None for 1 each.
+        baseline: Validation loss of the best constant prediction, if known; see `OverfittingRule.update`.
         **options: Options of `OverfittingRule`.
 
     Raises:
@@ -337,7 +436,7 @@ def diagnose(
     if len(examples) != len(val):
         raise ValueError(f"example_losses has {len(examples)} rows but val_losses has {len(val)} points")
     for t, v, losses in zip(train, val, examples, strict=True):
-        verdict = rule.update(t, v, losses=losses, weights=example_weights)
+        verdict = rule.update(t, v, losses=losses, weights=example_weights, baseline=baseline)
     return verdict
 
 

@@ -37,6 +37,7 @@ class Plan:
         clip_norm: Largest total 2-norm of the gradients; None: no clipping.
         log_every: Steps per log window.
         sanity_steps: Validation batches that are tried before step 1.
+        evaluations: Validations that are planned; None: not known.
     """
 
     epochs: int | None = field(default=None, validator=integer(1, or_none=True))
@@ -45,3 +46,4 @@ class Plan:
     clip_norm: float | None = field(default=None, validator=number(above=0, or_none=True))
     log_every: int = field(default=50, validator=integer(1))
     sanity_steps: int = field(default=2, validator=integer(0))
+    evaluations: int | None = field(default=None, validator=integer(0, or_none=True))

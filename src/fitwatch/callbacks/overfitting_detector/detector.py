@@ -77,6 +77,7 @@ class OverfittingDetector(Callback):
         self._causes = Causes(self.rule.min_rise)
         self._history: History | None = None  # that the verdict is about
         self._warned = False
+        self._planned = False
 
     def on_fit_start(self, state: State) -> None:
         """Start over, unless training resumes or the fit continues an earlier one."""
@@ -100,8 +101,23 @@ class OverfittingDetector(Callback):
         self._warned = False
         self._probe = TrainProbe(self.probe_examples)
         self._probe.start(state)
+        self._planned = False
         if state.resumed and self._verdict is not None and self._verdict.overfitting:  # it had stopped already
             self._act(state)
+
+    def on_epoch_start(self, state: State) -> None:
+        """Say once, before the first epoch, if fewer evaluations are planned than a verdict needs."""
+        if self._planned or state.plan.evaluations is None:
+            return
+        self._planned = True
+        planned, needed = len(state.history) + state.plan.evaluations, self.rule.warmup + 1
+        if planned < needed:
+            logger.warning(
+                "%d evaluations are planned, but OverfittingDetector needs %d to be sure: "
+                "fit(..., validate_every=STEPS) gives more",
+                planned,
+                needed,
+            )
 
     def on_batch_end(self, state: State) -> None:
         """Keep the first training batches, if the loader can't give examples."""
@@ -119,7 +135,8 @@ class OverfittingDetector(Callback):
             if name not in ("loss", "loss_unweighted"):
                 state.log(f"train/{name}", value, reduce="last")
         losses, weights = self._pairs(state) or (None, None)
-        verdict = self.rule.update(train_loss, val_loss, losses=losses, weights=weights)
+        baseline = None if state.baseline is None else state.baseline.constant
+        verdict = self.rule.update(train_loss, val_loss, losses=losses, weights=weights, baseline=baseline)
         verdict = self._causes.add(verdict, len(state.history) - 1, state.validation.refined)
         cautions = self._cautions(state, has_probe=probe is not None or unseen)
         verdict = evolve(verdict, evidence=" ".join([verdict.evidence, *cautions]))
@@ -137,6 +154,7 @@ class OverfittingDetector(Callback):
                 state.log(f"val/overfit/{name}", value, reduce="last")
         if self.action == "restore" and verdict.best == len(state.history) - 1:
             self._best.keep(state)
+        _compare(state, verdict, baseline)
         self._report(state, verdict, new=not was_overfitting)
         if verdict.overfitting and not was_overfitting:
             state.mark("overfitting", state.history[verdict.onset or 0], verdict.evidence)
@@ -215,6 +233,18 @@ class OverfittingDetector(Callback):
         if "causes" in state_dict:
             self._causes.load_state_dict(state_dict["causes"])
         self._verdict = None if seen is None else Verdict(**seen)
+
+
+def _compare(state: State, verdict: Verdict, baseline: float | None) -> None:
+    """Have the end report say that the best evaluation does not beat the baseline."""
+    state.report.pop("baseline", None)
+    if baseline is None or verdict.best is None:
+        return
+    lowest = state.history[verdict.best]["val/loss"]
+    if lowest >= baseline:
+        state.report["baseline"] = (
+            f"not beaten: the lowest val/loss is {lowest:.4g}, that of the best constant prediction {baseline:.4g}"
+        )
 
 
 def _train_examples(loader: Any) -> int | None:
