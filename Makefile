@@ -88,6 +88,7 @@ bench-overfitting: .venv/.base  ## the overfitting verdict on labelled trainings
 
 bench-calibration: .venv/.base  ## what calibration brings on six data sets: ten minutes; writes its tables
 	$(BIN)/python benchmarks/calibration.py --write
+
 bench-rivals: .venv/.base  ## the overfitting verdict beside three packages that give one, as published
 	$(PIP) --no-deps runmedic==0.1.1 runwise==0.4.0 trainproof==0.22.0
 	$(BIN)/python benchmarks/rivals.py
