@@ -154,9 +154,10 @@ class TensorBoard(Callback):
         self._logged = state.train_loss.examples, self._clock.pause()
         new, passed = self._logged[0] - examples, self._logged[1] - seconds
         speed = [Record("train/speed/examples_per_second", step, new / passed, "mean")] if new and passed else []
-        hidden = () if page.shows_refined(state.metrics) else ("val/refined_loss",)  # two curves of one value
-        records = [record for record in state.records if record.name not in hidden]
-        writer.log([*records, *speed], step, horizon(state))
+        records = [*state.records, *speed]
+        if state.metrics is not self._evaluation and not page.shows_refined(state.metrics):  # two curves of one value
+            records = [record for record in records if record.name != "val/refined_loss"]
+        writer.log(records, step, horizon(state))
         if state.metrics is not self._evaluation:
             self._evaluation = state.metrics
             if state.history.is_best and self._counts is not None:
