@@ -1,6 +1,7 @@
 """The Trainer: options, and steps that a subclass may override."""
 
 import copy
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Self
 import torch
 from attrs import define, field, fields
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from fitwatch import ranks
 from fitwatch.calibration.calibrated import required
@@ -20,6 +22,7 @@ from fitwatch.engine.schedule import Schedule
 from fitwatch.helpers import rng
 from fitwatch.helpers.aliases import Batch, Loader, Loaders
 from fitwatch.helpers.options import count, instance, integer, number, one_of
+from fitwatch.helpers.terminal import with_links
 from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
 from fitwatch.measuring.predictions import as_probabilities
@@ -29,7 +32,7 @@ from fitwatch.watch import Watch
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@define(eq=False, slots=False)
+@define(eq=False, slots=False, repr=False)
 class Trainer:
     """Trains a model; subclass it and override a step, or attach callbacks.
 
@@ -66,6 +69,7 @@ class Trainer:
             what a step or a metric changes elsewhere is changed by the trial too. 0: none.
         seed: Seed for torch, Python and NumPy, from 0 to 2**32 - 1, set when the first fit starts: too late for the
             initial weights of ``model``. None: no seeding.
+        quiet: Whether `fit` ends without the lines of the result on standard error.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -90,6 +94,7 @@ class Trainer:
     fast_loading: bool = field(default=True, kw_only=True, validator=instance(bool))
     sanity_steps: int = field(default=2, kw_only=True, validator=integer(0))
     seed: int | None = field(default=None, kw_only=True, validator=integer(0, 2**32 - 1, or_none=True))
+    quiet: bool = field(default=False, kw_only=True, validator=instance(bool))
 
     def __attrs_post_init__(self) -> None:
         schedule = Schedule(self.scheduler, self.scheduler_interval, self.scheduler_monitor)
@@ -98,6 +103,10 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self._watch = self._new_watch()
         self.state = self._watch.state
+
+    def __repr__(self) -> str:
+        parts, done = f"{type(self.model).__name__}, {type(self.optimizer).__name__}", self.state.progress
+        return f"{type(self).__name__}({parts}, {done.epoch} epochs, {done.step} steps)"
 
     # -- to override ---------------------------------------------------------------------------------------------
 
@@ -226,7 +235,10 @@ class Trainer:
         Loop(watch, self._train_batch, self._schedule, validate_every, self._trial_step()).run(
             epochs, validates_first=validate_first
         )
-        return watch.result
+        result = watch.result
+        if not self.quiet and ranks.rank() == 0:
+            tqdm.write(with_links(str(result), sys.stderr), file=sys.stderr)
+        return result
 
     def check(self, train_loader: Loader, val_loader: Loaders | None = None) -> Report:
         """Look for mistakes without training: ``print(trainer.check(train, val))``.

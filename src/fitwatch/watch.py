@@ -221,7 +221,7 @@ class Watch:
 
     def __repr__(self) -> str:
         progress = self.state.progress
-        return f"Watch({type(self.state.model).__name__}, epoch {progress.epoch}, step {progress.step})"
+        return f"Watch({type(self.state.model).__name__}, {progress.epoch} epochs, {progress.step} steps)"
 
     def check(self, training_step: TrainingStep | None = None, validation_step: ValidationStep | None = None) -> Report:
         """Look for mistakes without training; call it before entering the watch.

@@ -33,6 +33,7 @@ class BestWeights:
         except BaseException:  # Ctrl-C in a hook of the model: it must not be left with weights of two epochs
             overwrite(state.model, self.kept)
             raise
+        state.restored = True
         state.fitted = None if self._fitted is None else self._fitted.moved(state.progress.step)
 
     def calibration(self) -> StateDict | None:

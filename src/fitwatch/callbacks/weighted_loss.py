@@ -236,10 +236,10 @@ class WeightedLoss(Callback):
         return self._loss.weighted(weights)
 
     def _plan(self) -> str:
-        ramp = f"grow from epoch {self.start_epoch} and " if self.ramp_epochs else ""
+        ramp = f"grow from epoch {self.start_epoch + 1} and " if self.ramp_epochs else ""
         before = " Before that, training is unweighted." if self.start_epoch else ""
         return (
-            f"In training, the weights {ramp}have their full values from epoch {self._full_epoch} (counted from 0)."
+            f"In training, the weights {ramp}have their full values from epoch {self._full_epoch + 1}."
             f"{before} Validation always uses the full weights."
         )
 

@@ -163,7 +163,7 @@ class Guard:
     def _place(self) -> str:
         progress = self._state.progress
         batch = progress.epoch_batch - 1
-        return f"step {progress.step + 1} (epoch {progress.epoch}, batch {batch}, both counted from 0)"
+        return f"step {progress.step + 1} (epoch {progress.epoch + 1}, batch index {batch})"
 
     def _gradients(self) -> list[Tensor]:
         gradients = [p.grad for group in self._state.optimizer.param_groups for p in group["params"]]

@@ -155,7 +155,7 @@ class Recorder:
         start = state.history.newest.get("step", state.progress.first_step)
         step = int(start) + bad // state.plan.accumulate + 1
         logger.warning(
-            "the training loss is %s at step %d (batch %d since the last evaluation, counted from 0) for the first "
+            "the training loss is %s at step %d (batch index %d since the last evaluation) for the first "
             "time: check the inputs and targets of this batch",
             loss,
             step,
@@ -167,5 +167,5 @@ class Recorder:
         value = self._state.history.newest.get(name, 0.0)
         if not (self._warned or math.isfinite(value)):
             self._warned = True
-            where = "" if batch is None else f"; batch {batch} (counted from 0) is the first with a non-finite loss"
+            where = "" if batch is None else f"; that of batch index {batch} is the first with a non-finite loss"
             logger.warning("%s is %s at step %d%s", name, value, self._state.progress.step, where)

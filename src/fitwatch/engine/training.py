@@ -88,8 +88,8 @@ class Training:
     def place(self) -> str:
         """Where training is, for the note of an error."""
         progress = self._state.progress
-        batch = f", batch {progress.epoch_batch}" if self.in_epoch and self._complete is None else ""
-        return f"raised in training: epoch {progress.epoch}{batch} (counted from 0), after {progress.step} steps"
+        batch = f", batch index {progress.epoch_batch}" if self.in_epoch and self._complete is None else ""
+        return f"raised in training: epoch {progress.epoch + 1}{batch}, after {progress.step} steps"
 
     def start_epoch(self) -> None:
         """Start an epoch in train mode, except for modules that the user has put into eval mode."""
@@ -132,7 +132,7 @@ class Training:
         stopped = left or self._recorder.stops
         if not progress.epoch_batch and not stopped:
             raise ValueError(
-                f"train_loader yielded no batch in epoch {progress.epoch} (a generator can be iterated only once)"
+                f"train_loader yielded no batch in epoch {progress.epoch + 1} (a generator can be iterated only once)"
             )
         self.in_epoch = False
         self.log_rates()

@@ -1,6 +1,7 @@
 """The verdict of the overfitting rule, and the sentence that explains it."""
 
 import math
+from statistics import NormalDist
 from typing import Literal
 
 from attrs import frozen
@@ -47,6 +48,7 @@ class Verdict:
         cause: Of overfitting, by two standard errors: ``"model"``: the model itself got worse. ``"confidence"``: it is
             overconfident only, and no worse by ``min_rise``. ``"open"``: too few examples to tell. None if it is not
             overfitting, or not measured.
+        summary: The verdict in one line, with epochs counted from 1; empty outside a fit.
     """
 
     overfitting: bool
@@ -67,6 +69,14 @@ class Verdict:
     refined_rise: float | None = None
     refined_rise_se: float | None = None
     cause: Literal["model", "confidence", "open"] | None = None
+    summary: str = ""
+
+    @property
+    def confidence(self) -> float | None:
+        """How sure the rise is, 0 to 1: the normal probability that it is no chance, from ``rise`` and ``rise_se``."""
+        if not (math.isfinite(self.rise) and self.rise_se > 0):
+            return None
+        return NormalDist().cdf(self.rise / self.rise_se)
 
 
 @frozen(kw_only=True)

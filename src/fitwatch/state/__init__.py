@@ -70,6 +70,8 @@ class State:
         resumed: Whether a checkpoint was loaded.
         resumed_from: Its path, or None.
         verdict: The overfitting verdict, if a detector is attached.
+        restored: In ``on_fit_end``, from the last callback to the first: whether the best weights were put back.
+        links: Addresses of pages that show the fit, by name.
         fitted: The calibration of the newest evaluation or of the restored weights, if it is measured; else None.
         stop_request: This rank's reason to stop, from `request_stop`, or None.
         stop_reason: Why training stops early, agreed by all ranks; None until then.
@@ -106,6 +108,8 @@ class State:
     resumed: bool = False
     resumed_from: Path | None = None
     verdict: Verdict | None = None
+    restored: bool = False
+    links: dict[str, str] = field(factory=dict)
     fitted: Fitted | None = None
     stop_request: str | None = None
     stop_reason: str | None = None

@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from attrs import Attribute, asdict, define, field
 from fitwatch.callback import Callback
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.options import check_name, instance, local_path
+from fitwatch.helpers.terminal import with_links
 from fitwatch.locking import FolderLock
 from fitwatch.records import Record
 from fitwatch.state import State
@@ -54,7 +56,7 @@ class TensorBoard(Callback):
     of the best evaluation. If the calibration is measured, as with an `OverfittingDetector`, the loss chart has
     ``refined_loss`` where it differs from the loss by two standard errors, and the best evaluation has a reliability
     diagram before and after calibration and, with class weights, the confusion matrix without them. The command that
-    opens the page and a link to the run are printed when training starts and ends.
+    opens the page and a link to the run are printed when training starts; the link is in the result, too.
 
     If a file can't be written, for example because the disk is full, or if the run's folder was removed or renamed, an
     error is logged and nothing more is written.
@@ -127,6 +129,8 @@ class TensorBoard(Callback):
         self._evaluation = state.metrics
         self._metrics = page.metrics(state)
         self._print_link()
+        if self.show_link:
+            state.links["TensorBoard"] = self.link()
 
     def on_epoch_start(self, state: State) -> None:
         """Write the start report: by now all callbacks have added their settings.
@@ -192,7 +196,6 @@ class TensorBoard(Callback):
             self.run_dir = None
             return
         writer.finish(state, (self._best_counts, self._best_calibration), self.group)
-        self._print_link()
         if writer.failure is not None and state.error is not writer.failure:
             raise writer.failure
 
@@ -261,6 +264,8 @@ class TensorBoard(Callback):
         assert writer is not None, "on_fit_start comes first"
         if writer.empty:
             self._metrics = page.metrics(state)  # callbacks later in the list have added theirs
+            if self.show_link:
+                state.links["TensorBoard"] = self.link()
             step = writer.first_step
             writer.log([Record("train/report/start", step, reports.start(state))], step, horizon(state))
             if writer.failure is not None:  # before the first step
@@ -273,4 +278,4 @@ class TensorBoard(Callback):
             lines = [f"TensorBoard: tensorboard --logdir {shlex.quote(str(parent))}", f"  {self.link()}"]
             if any(folder != self.run_dir and any(folder.glob("*/events.*")) for folder in parent.iterdir()):
                 lines += ["all runs:", f"  {self.link(compare=True)}"]
-            print("\n".join(lines))  # noqa: T201 - requested by show_link
+            print(with_links("\n".join(lines), sys.stdout))  # noqa: T201 - requested by show_link

@@ -24,7 +24,7 @@ def end(state: State, name: str, seconds: float) -> str:
         **_lines(state),
     }
     if state.verdict is not None:
-        rows["verdict"] = f"{state.verdict.status}: {state.verdict.evidence}"
+        rows["verdict"] = f"{state.verdict.summary} {state.verdict.evidence}"
     report = table((name, "value"), rows.items())
     return (
         report
@@ -40,7 +40,7 @@ def _best(best: Mapping[str, float], name: str, monitor: str) -> str:
         run, _, metric = key.partition("/")
         if metric:
             values.setdefault(metric, {})[run] = f"{value:.6g}"
-    where = f"{name}, best epoch {best['epoch']:g} (from 0, by {monitor}), step {best['step']:g}"
+    where = f"{name}, best epoch {best['epoch'] + 1:g} (by {monitor}), step {best['step']:g}"
     rows = [(metric, found.get("train", ""), found.get("val", "")) for metric, found in values.items()]
     return table((where, "train", "val"), rows)
 

@@ -237,7 +237,7 @@ def _best_calibration(best: Mapping[str, float], counts: CalibrationCounts | Non
     """Return the reliability diagram of the best evaluation, and its calibrated decisions if they are others."""
     if counts is None:
         return []
-    title = f"best epoch: {best['epoch']:g}"
+    title = f"best epoch: {best['epoch'] + 1:g}"
     values = [events.picture("report/reliability", reliability_image(counts.tables, title=title))]
     if counts.matrix is not None:
         names = [str(k) for k in range(len(counts.matrix))]
@@ -251,7 +251,7 @@ def _best_outputs(best: Mapping[str, float], counts: Counts | None) -> list[Summ
     values = []
     if counts is not None and counts.matrix is not None:
         names = [str(k) for k in range(len(counts.matrix))]
-        image = confusion_image(counts.matrix, names, title=f"best epoch: {best['epoch']:g}")
+        image = confusion_image(counts.matrix, names, title=f"best epoch: {best['epoch'] + 1:g}")
         values.append(events.picture("report/confusion", image))
     if counts is not None and counts.scores is not None:
         first = 1 if len(counts.scores) == 1 else 0  # the only curve of two classes is that of class 1

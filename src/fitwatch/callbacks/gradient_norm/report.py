@@ -170,8 +170,8 @@ def _not_finite(figures: Figures) -> str:
     where = f"step {place.step}"
     if place.end_batch:
         last = place.end_batch - 1
-        batches = f"batch {last}" if last == place.first_batch else f"batches {place.first_batch} to {last}"
-        where += f" (epoch {place.epoch}, {batches}, counted from 0)"
+        batches = f"batch index {last}" if last == place.first_batch else f"batch indices {place.first_batch} to {last}"
+        where += f" (epoch {place.epoch + 1}, {batches})"
     names = [name for name, step in zip(figures.parameters, figures.first_bad, strict=True) if step == first]
     # The backward pass carries a NaN from the last layer to the first, so it started in the last one listed.
     what = f"the gradient of `{names[-1]}` is not finite"

@@ -11,6 +11,7 @@ from torch import Tensor
 from fitwatch.callback import Callback
 from fitwatch.callbacks.best_weights import BestWeights
 from fitwatch.callbacks.overfitting_detector.causes import Causes
+from fitwatch.callbacks.overfitting_detector.headline import headline, place
 from fitwatch.callbacks.overfitting_detector.probe import TrainProbe
 from fitwatch.callbacks.overfitting_detector.remedies import card
 from fitwatch.helpers.aliases import StateDict
@@ -140,6 +141,7 @@ class OverfittingDetector(Callback):
         verdict = self._causes.add(verdict, len(state.history) - 1, state.validation.refined)
         cautions = self._cautions(state, has_probe=probe is not None or unseen)
         verdict = evolve(verdict, evidence=" ".join([verdict.evidence, *cautions]))
+        verdict = evolve(verdict, summary=headline(verdict, state.history))
         was_overfitting = self._verdict is not None and self._verdict.overfitting
         state.verdict = self._verdict = verdict
         measured = {
@@ -197,11 +199,11 @@ class OverfittingDetector(Callback):
         if verdict.status in _NOTABLE or was in _NOTABLE:
             state.log("val/report/verdict", card(verdict, state, _train_examples(state.train_loader)))
         if verdict.status == "diverging" or (verdict.status == "overfitting" and new):
-            logger.warning("%s: %s", verdict.status, verdict.evidence)
+            logger.warning("%s", verdict.summary)
 
     def _act(self, state: State) -> None:
         if self.action != "warn" and self._verdict is not None:
-            state.request_stop(f"overfitting since evaluation {self._verdict.onset}")
+            state.request_stop(f"overfitting since {place(state.history, self._verdict.onset or 0)}")
 
     def state_dict(self) -> StateDict:
         """Return the rule's state, the verdict and the best weights."""

@@ -18,7 +18,7 @@ def card(verdict: Verdict, state: State, train_examples: int | None) -> str:
         train_examples: Size of the training set; None if unknown.
     """
     remedies = "\n".join(f"- {remedy}" for remedy in _remedies(verdict, state, train_examples))
-    return f"**{verdict.status.capitalize()}.** {verdict.evidence}\n\n{remedies}".rstrip()
+    return f"**{verdict.summary}** {verdict.evidence}\n\n{remedies}".rstrip()
 
 
 def _remedies(verdict: Verdict, state: State, train_examples: int | None) -> Iterator[str]:
@@ -39,7 +39,7 @@ def _remedies(verdict: Verdict, state: State, train_examples: int | None) -> Ite
         if verdict.best is not None:
             best = state.history[verdict.best]
             yield (
-                f"Early stopping with the best weights: validation was best at epoch {best['epoch']:g}, step "
+                f"Early stopping with the best weights: validation was best at epoch {best['epoch'] + 1:g}, step "
                 f"{best['step']:g}, with a loss of {best['val/loss']:.4g}."
             )
     if verdict.status == "underfitting":
