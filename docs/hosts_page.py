@@ -75,12 +75,12 @@ def shoot_mlflow(browser: Browser, folder: Path) -> None:
     with subprocess.Popen([*command, "--workers", "1"], cwd=folder) as server:  # noqa: S603 - constant
         try:
             wait_for("http://127.0.0.1:5917/health")
-            shoot(
-                browser,
-                f"http://127.0.0.1:5917/#/experiments/1/runs/{log.run_id}/model-metrics",
-                "text=val/loss",
-                IMAGES / "mlflow.png",
-            )
+            page = browser.new_page(viewport={"width": 1600, "height": 1000})
+            page.goto(f"http://127.0.0.1:5917/#/experiments/1/runs/{log.run_id}/model-metrics")
+            page.get_by_placeholder("Search metric charts").fill("^(train|val)/(loss|cost|overfit/(gap|rise))$")
+            page.wait_for_timeout(8000)
+            page.screenshot(path=IMAGES / "mlflow.png", clip={"x": 195, "y": 0, "width": 990, "height": 1000})
+            page.close()
         finally:
             server.terminate()
 
