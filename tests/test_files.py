@@ -525,7 +525,10 @@ def test_a_running_lock_is_renewed(tmp_path, monkeypatch):
 # -- links -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["epoch-1.pt", f"epoch-1.pt.part-{os.getpid()}", "best.pt", "fit.lock"])
+NAMES = {"whole": "epoch-1.pt", "part": f"epoch-1.pt.part-{os.getpid()}", "best": "best.pt", "lock": "fit.lock"}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_no_link_is_followed(tmp_path, name):
     """A link in the place of a file that a fit writes is replaced or refused, and what it leads to stays."""
     (tmp_path / "victim").write_text("mine")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
+from fitwatch.advice import TOPICS
 from fitwatch.logs import Diagnosis, LogError, NoLogsError, Report, diagnose_logs
 from fitwatch.logs.drawing import draw
 from fitwatch.logs.watching import turns
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     try:
         options = _options(given)
+        if "topic" in options:
+            sys.stdout.write(TOPICS[options.topic])
+            return JUDGED
         status = _watch(options) if options.watch is not None else _once(options)
         sys.stdout.flush()
     except _UsageError as error:
@@ -65,6 +69,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     command = commands.add_parser("diagnose", help="judge the loss curves in logs", description=_HELP)
     add = command.add_argument
+    helping = commands.add_parser("help", help="what to do about a verdict")
+    helping.add_argument("topic", choices=TOPICS, help="the verdict")
     add("paths", metavar="PATH", nargs="+", help="folder with one or more runs, file, or pattern")
     add("--run", metavar="NAME", help="judge only this run, and print all figures")
     add("--train", "--train-tag", metavar="NAME", help="training loss: tag, column, or sub-run/tag; default: guessed")
@@ -84,6 +90,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         help="follow runs that are being written, and say it once when one turns (every 10 seconds)",
     )
     options = parser.parse_args(argv)
+    if "topic" in options:
+        return options
     if options.watch is not None and (options.json or options.plot):
         raise _UsageError("--watch prints lines: leave out --json and --plot")
     if options.higher_is_better and options.val is None:

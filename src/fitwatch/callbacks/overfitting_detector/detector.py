@@ -199,7 +199,7 @@ class OverfittingDetector(Callback):
         if verdict.status in _NOTABLE or was in _NOTABLE:
             state.log("val/report/verdict", card(verdict, state, _train_examples(state.train_loader)))
         if verdict.status == "diverging" or (verdict.status == "overfitting" and new):
-            logger.warning("%s", verdict.summary)
+            logger.warning("%s What to do: fitwatch help %s", verdict.summary, verdict.status)
 
     def _act(self, state: State) -> None:
         if self.action != "warn" and self._verdict is not None:

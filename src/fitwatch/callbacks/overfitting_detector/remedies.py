@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from fitwatch.advice import TOPICS
 from fitwatch.helpers.modules import unwrap
 from fitwatch.rules.overfitting import Verdict
 from fitwatch.state import State
@@ -18,7 +19,11 @@ def card(verdict: Verdict, state: State, train_examples: int | None) -> str:
         train_examples: Size of the training set; None if unknown.
     """
     remedies = "\n".join(f"- {remedy}" for remedy in _remedies(verdict, state, train_examples))
-    return f"**{verdict.summary}** {verdict.evidence}\n\n{remedies}".rstrip()
+    return f"**{verdict.summary}** {verdict.evidence}\n\n{remedies}{_more(verdict)}".rstrip()
+
+
+def _more(verdict: Verdict) -> str:
+    return f"\n- More: `fitwatch help {verdict.status}`." if verdict.status in TOPICS else ""
 
 
 def _remedies(verdict: Verdict, state: State, train_examples: int | None) -> Iterator[str]:
