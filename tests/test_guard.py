@@ -83,7 +83,7 @@ def test_a_bad_step_raises_before_the_weights_change(where, value, clip_norm, ac
     with pytest.raises(FloatingPointError) as info:
         trainer.fit(batches(), epochs=1)
     step = 3 // accumulate + 1
-    assert f"step {step} (epoch 0, batch 3," in str(info.value)
+    assert f"step {step} (epoch 1, batch index 3)" in str(info.value)
     assert "`0.weight`" in str(info.value)
     assert f"still those of step {step - 1}" in str(info.value)
     assert trainer.state.progress.step == step - 1

@@ -372,7 +372,7 @@ def test_a_validation_batch_without_a_finite_loss_is_named_once(model, data, cap
     trainer_of(model).fit([(x.clone(), y)], [(x, y), (x, y), (spoilt, y[:4]), (spoilt, y[:4])], epochs=4)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "val/loss is nan at step 1; batch 2 (counted from 0) is the first with a non-finite loss"
+        "val/loss is nan at step 1; that of batch index 2 is the first with a non-finite loss"
     )
 
 
@@ -776,6 +776,6 @@ def test_an_empty_loader_without_a_length_is_not_validated(model):
 
     trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=Seen())
     val = [(torch.zeros(2, 4, dtype=torch.float64), torch.tensor([0, 1]))]
-    with pytest.raises(ValueError, match="train_loader yielded no batch in epoch 0"):
+    with pytest.raises(ValueError, match="train_loader yielded no batch in epoch 1"):
         trainer.fit(Empty(), val, epochs=1)
     assert seen == []
