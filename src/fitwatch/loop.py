@@ -126,7 +126,7 @@ class Loop:
         evaluations = planned[0]
         if self._validate_every is not None:
             evaluations = None if planned[1] is None else planned[1] // self._validate_every
-        state.plan = evolve(plan, evaluations=evaluations)
+        state.plan = evolve(plan, evaluations=None if evaluations is None else max(0, evaluations))
         # Only what is sure to be iterated again is refused: a stream may last for all steps.
         if plan.max_steps is None and (left or 1) > 1:
             check_repeats("train_loader", state.train_loader, f"{left} epochs are to be trained")
