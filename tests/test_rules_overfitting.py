@@ -80,9 +80,9 @@ def test_curves_without_a_rise_are_seldom_flagged(curve, noise):
 
 
 def test_louder_noise_needs_a_steeper_slope():
-    """Of 300 flat curves with noise of 10 % at most 6 % are called overfitting, and at most 2 % with trend=1.4."""
+    """Of 300 flat curves with noise of 10 % at most 6 % are called overfitting, and none with larger multiples."""
     assert alarms(flat, 0.1) <= 0.06
-    assert alarms(flat, 0.1, trend=1.4) <= 0.02
+    assert alarms(flat, 0.1, trend=1.4, noise=2.0) == 0
 
 
 def test_a_short_run_that_nearly_doubles_its_loss_is_overfitting():
@@ -101,8 +101,8 @@ def test_a_slope_is_told_from_noise_by_its_steadiness():
         level = 0.5 * (1 + 0.01 * np.maximum(i - 30, 0)) + 0.5 * np.maximum(0, 1 - i / 30) ** 2
         return np.exp(-i / 40), level * (1 + 0.1 * np.random.default_rng(seed).standard_normal(100))
 
-    assert np.mean([diagnose(*rising(seed)).overfitting for seed in range(100)]) > 0.95
-    assert np.mean([diagnose(*rising(seed), trend=1e9).overfitting for seed in range(100)]) < 0.7
+    assert np.mean([diagnose(*rising(seed), noise=2.4).overfitting for seed in range(100)]) > 0.95
+    assert np.mean([diagnose(*rising(seed), noise=2.4, trend=1e9).overfitting for seed in range(100)]) < 0.1
 
 
 def test_a_jump_to_a_higher_level_needs_no_slope():
