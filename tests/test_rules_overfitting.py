@@ -201,7 +201,16 @@ def test_flat_losses_without_a_gap_are_underfitting(train, val, status):
     verdict = diagnose(*curves, baseline=0.92)
     assert verdict.status == status
     assert diagnose(*curves).status == "plateau"  # without a baseline there is no reason
-    assert ("Neither loss is falling" in verdict.evidence) == (status == "underfitting")
+    assert ("the model underfits" in verdict.evidence) == (status == "underfitting")
+
+
+@pytest.mark.parametrize(("train", "says"), [(0.9, True), (0.6, False)])
+def test_a_plateau_without_a_gap_says_that_nothing_more_is_learned(train, says):
+    """Flat losses without a gap learn nothing more, which is no underfitting; with a gap the evidence does not say so."""
+    rng = np.random.default_rng(1)
+    verdict = diagnose(train + 0.01 * rng.standard_normal(60), 0.9 + 0.01 * rng.standard_normal(60))
+    assert verdict.status == "plateau"
+    assert ("no gap between them: nothing more is learned" in verdict.evidence) == says
 
 
 def test_falling_training_is_not_underfitting():
@@ -624,6 +633,9 @@ def test_after_divergence_no_verdict_is_plateau():
     learned = np.exp(-np.arange(10) / 5)
     gone = 5000 * (1 + rng.uniform(-0.8, 0.8, 20))
     assert diagnose(np.append(learned, gone), np.append(learned, gone)).status == "diverging"
+    for learned in (np.array([0.7]), np.array([0.7, 0.6])):  # at once
+        curve = np.append(learned, gone)
+        assert diagnose(curve, curve).status == "diverging"
     verdict = diagnose(gone, gone, baseline=0.7)
     assert verdict.status in ("diverging", "overfitting")
     flat_high = np.full(20, 5270.0)

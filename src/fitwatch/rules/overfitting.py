@@ -36,8 +36,8 @@ _MAX_WEIGHT = 1.9
 _UNKNOWN, _YOUNG = 0.055, 10.0
 # Early on, a loss below this share of the smoothed one restarts the smoothing: the large loss before would hide a rise.
 _FALLEN = 0.5
-# Where the standard error of the losses is unknown, a rise is clear if it exceeds these multiples of the noise since the
-# minimum and of that around it, and the slope this multiple of the largest one explained by noise.
+# Where the standard error of the losses is unknown, a rise is clear if it exceeds these multiples of the noise since
+# the minimum and of that around it, and the slope this multiple of the largest one explained by noise.
 _CLEAR_RISE, _CLEAR_LUCK, _CLEAR_SLOPE = 6.0, 3.0, 1.5
 # Of a clear rise this share of the smallest that matters is enough: it is known to a few percent.
 _ENOUGH = 0.95
@@ -46,7 +46,8 @@ _CERTAIN, _LARGE = 4.0, 0.1
 # If a loss has no natural zero, the noise alone tells a rise from chance, so it counts for more.
 _WITHOUT_ZERO = 1.5
 # Both losses above this multiple of the best constant prediction, or above all that was learned: training diverged.
-_DIVERGED = 2.0
+# Or this multiple of the best evaluation: training that diverges at once leaves no smoothed minimum to compare with.
+_DIVERGED, _FAR = 2.0, 10.0
 
 
 @define(kw_only=True)
@@ -134,6 +135,7 @@ class OverfittingRule(Stateful):
     _negative: bool = field(default=False, init=False)
     _best: int | None = field(default=None, init=False)
     _best_value: float = field(default=math.inf, init=False)
+    _best_train: float = field(default=math.nan, init=False)  # at the best validation loss
     _val: Smoothed = field(init=False)
     _train: Smoothed = field(init=False)
     _minimum: float = field(default=math.inf, init=False)
@@ -256,7 +258,7 @@ class OverfittingRule(Stateful):
         if self._count <= _SETTLED:  # a single one may be huge: untrained weights on unscaled inputs
             self._first = median(value for value, _ in self._recent)
         if loss < self._best_value:
-            self._best, self._best_value = self._index, loss
+            self._best, self._best_value, self._best_train = self._index, loss, train_loss
         if self._count <= self.warmup and 0 < loss < _FALLEN * self._val.value:
             self._val.restart()
         self._val.add(loss)
@@ -359,9 +361,9 @@ class OverfittingRule(Stateful):
             examples_needed=self._examples_needed(val_loss - self._reference_value),
             evidence="",
         )
-        return evolve(facts, evidence=evidence(facts, self._figures(baseline)))
+        return evolve(facts, evidence=evidence(facts, self._figures(gap, baseline)))
 
-    def _figures(self, baseline: float) -> Figures:
+    def _figures(self, gap: float, baseline: float) -> Figures:
         return Figures(
             count=self._count,
             warmup=self.warmup,
@@ -372,6 +374,7 @@ class OverfittingRule(Stateful):
             train_then=self._minimum_train,
             train_now=self._train.value,
             least=self.min_rise * self._unit if self._clear else None,
+            stuck=self._is_stuck(gap),
             baseline=baseline,
         )
 
@@ -399,22 +402,31 @@ class OverfittingRule(Stateful):
             return "diverging"
         if not warm:
             return "warming up"
-        fall = 0.1 * self.min_rise * self._unit
-        if self._smoothed_rise <= threshold and is_falling(self._column(0), fall):
+        if self._smoothed_rise <= threshold and is_falling(self._column(0), self._least_fall):
             return "improving"
-        level = self._val.value
-        no_gap = gap <= self.min_rise * level and not is_falling(self._column(1), fall)
-        return "underfitting" if no_gap and level >= (1 - self.min_rise) * baseline else "plateau"
+        beaten = self._val.value < (1 - self.min_rise) * baseline
+        return "underfitting" if self._is_stuck(gap) and not beaten else "plateau"
+
+    def _is_stuck(self, gap: float) -> bool:
+        """Return whether training does not fall and has no gap to validation: if that does not fall, nothing does."""
+        return gap <= self.min_rise * self._val.value and not is_falling(self._column(1), self._least_fall)
+
+    @property
+    def _least_fall(self) -> float:
+        return 0.1 * self.min_rise * self._unit
 
     def _has_diverged(self, baseline: float) -> bool:
         """Return whether both losses stand where nothing is left of what was learned, however noisy they are there."""
         if self._negative:
             return False
         (val, train), before = self._recent[-1], self._minimum_train
-        if min(val, train, self._val.value, self._train.value) > _DIVERGED * baseline:
+        val, train = min(val, self._val.value), min(train, self._train.value)
+        if min(val, train) > _DIVERGED * baseline or (
+            val > _FAR * self._best_value and train > _FAR * self._best_train
+        ):
             return True
-        lost = min(val, self._val.value) > max(self._first, _DIVERGED * self._minimum)
-        return lost and before is not None and min(train, self._train.value) > _DIVERGED * before
+        lost = val > max(self._first, _DIVERGED * self._minimum)
+        return lost and before is not None and train > _DIVERGED * before
 
 
 def diagnose(
