@@ -613,3 +613,37 @@ def test_the_probe_is_no_larger_than_a_validation_that_shows_no_examples():
     trainer.sanity_steps = 0  # a trial would be seen too
     trainer.fit(train, val, epochs=1)
     assert sum(seen) == 2 * 24
+
+
+@pytest.mark.parametrize(("epochs", "every", "warns"), [(5, None, True), (9, None, False), (5, 3, False)])
+def test_a_fit_with_too_few_validations_says_so_at_its_start(epochs, every, warns, caplog):
+    """Five validations are too few for a verdict, which is said before the first step; nine, or more by steps, are not."""
+    seen = []
+
+    class First(fw.Callback):
+        def on_batch_end(self, state):
+            seen.append([r.message for r in caplog.records if "evaluations are planned" in r.message])
+
+    with caplog.at_level(logging.WARNING, "fitwatch"):
+        make(fw.OverfittingDetector(), First()).fit(
+            DataLoader(TensorDataset(X, Y), 8), [(VX, VY)], epochs=epochs, validate_every=every
+        )
+    assert [len(messages) for messages in (seen[0], seen[-1])] == [warns, warns]
+    if warns:
+        assert "5 evaluations are planned, but OverfittingDetector needs 9" in seen[0][0]
+        assert "validate_every=STEPS" in seen[0][0]
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.05])
+def test_the_report_says_that_the_baseline_is_not_beaten(lr):
+    """Unless a validation loss is below that of the best constant prediction, the report has both figures."""
+    x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = x[:, :3].argmax(1)
+    trainer = make(fw.OverfittingDetector(), lr=lr, dropout=0.0)
+    result = trainer.fit(DataLoader(TensorDataset(x[:64], y[:64]), 8), [(x[64:], y[64:])], epochs=10)
+    lowest = min(entry["val/loss"] for entry in result.history)
+    said = trainer.state.report.get("baseline", "")
+    if lr:
+        assert said == ""
+    else:
+        assert said.startswith(f"not beaten: the lowest val/loss is {lowest:.4g}, that of the best constant prediction")

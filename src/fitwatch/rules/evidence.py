@@ -93,6 +93,7 @@ class Figures:
         train_then: Smoothed training loss at that minimum; None if unknown.
         train_now: Smoothed training loss now.
         least: Smallest rise that matters if the curve rises clearly, by however little; else None.
+        stuck: Whether training does not fall and has no gap to validation.
         baseline: Validation loss of the best constant prediction; infinite if unknown.
     """
 
@@ -105,6 +106,7 @@ class Figures:
     train_then: float | None
     train_now: float
     least: float | None
+    stuck: bool
     baseline: float
 
 
@@ -183,7 +185,9 @@ def _other(v: Verdict, of: Figures) -> str:
         )
     return {
         "improving": "The validation loss is still falling",
-        "plateau": "The validation loss is neither falling nor rising significantly",
+        "plateau": "Neither loss is falling and there is no gap between them: nothing more is learned"
+        if of.stuck
+        else "The validation loss is neither falling nor rising significantly",
         "underfitting": "Neither loss is falling, there is no gap between them, and the validation loss does not beat "
         f"that of the best constant prediction, {of.baseline:.4g}: the model underfits the training data",
         "diverging": "Both losses have risen: training is diverging",

@@ -13,7 +13,9 @@ _MIN_HALF = 3  # points needed in each half of a curve
 _SPIKE = 4.0  # standard deviations above both neighbors
 _PARABOLA = 16  # losses that a parabola follows well enough
 _MOST_CORRELATED = 2.5  # times what second differences show; 1.5 for a lag-one correlation of .5, 2.6 for .8
-_MIN_WHITE, _WHITE_RESIDUALS, _WHITE_BENDS = 8, 0.2, -0.45
+_MIN_WHITE, _WHITE_BENDS = 8, -2 / 3  # the latter: lag-one correlation of the second differences of white noise
+_ROUNDING = 1e-12
+_BENDS_ERROR = 1.2  # over the root of the number of losses: about two standard errors of that correlation
 
 
 @define
@@ -51,12 +53,16 @@ class Trend(Stateful):
             self.last = rise
 
     @property
-    def t_statistic(self) -> float:
-        """Slope over its standard error for noise of standard deviation 1: b sqrt(S); 0 for fewer than 3 losses."""
+    def slope(self) -> float:
+        """b; 0 for fewer than 3 losses."""
         if self.count < 3:
             return 0.0
-        weight = self.count * (self.count**2 - 1) / 12
-        return (self.moment - (self.count + 1) / 2 * self.total) / math.sqrt(weight)
+        return (self.moment - (self.count + 1) / 2 * self.total) / (self.count * (self.count**2 - 1) / 12)
+
+    @property
+    def t_statistic(self) -> float:
+        """Slope over its standard error for noise of standard deviation 1: b sqrt(S); 0 for fewer than 3 losses."""
+        return self.slope * math.sqrt(self.count * (self.count**2 - 1) / 12)
 
 
 def noise_level(losses: list[float]) -> float:
@@ -90,18 +96,22 @@ def widening(lag: float) -> float:
     return math.sqrt((1 + lag) / (1 - lag))
 
 
-def is_white(losses: list[float]) -> bool:
-    """Return whether the noise of 8 or more losses is independent between them.
+def white_noise(losses: list[float]) -> float:
+    """Return the deviation of losses from their parabola, widened by its correlation; infinite if they wander.
 
-    The residuals about a parabola then have a lag-one correlation near 0, and the second differences one of -2/3.
-    A curve that wanders, as that of a small validation set does, has larger ones.
+    Second differences of white noise have a lag-one correlation of -2/3. It is larger where a curve wanders, as that of
+    a small validation set does. Fewer than 8 losses do not tell.
     """
     if len(losses) < _MIN_WHITE:
-        return False
+        return math.inf
     bends = _bends(losses)
     total = sum(map(mul, bends, bends))
-    wandering = sum(map(mul, bends, bends[1:])) > _WHITE_BENDS * total
-    return not wandering and _scatter(losses)[1] < _WHITE_RESIDUALS
+    if total <= _ROUNDING**2 * sum(map(mul, losses, losses)):
+        return 0.0  # a straight line
+    if sum(map(mul, bends, bends[1:])) > (_WHITE_BENDS + _BENDS_ERROR / math.sqrt(len(losses))) * total:
+        return math.inf
+    spread, lag = _scatter(losses)
+    return widening(lag) * spread
 
 
 def is_spike(before: list[float], loss: float, after: float) -> bool:
@@ -134,17 +144,24 @@ def is_falling(losses: list[float], least: float) -> bool:
     """Return whether the newer half is lower than the older by more than 2 standard errors and ``least``.
 
     The newer half must also fall within itself, by more than 1 standard error and ``least / 4``: a fall long ago does
-    not count. Non-finite losses are ignored.
+    not count. Non-finite losses and spikes that are gone are ignored.
     """
     losses = [loss for loss in losses if math.isfinite(loss)]
     half = len(losses) // 2
     if half < _MIN_HALF:
         return False
     noise = noise_level(losses)
+    losses = _without_spikes(losses, noise)
     if _fall(losses) <= max(2 * noise * math.sqrt(2 / half), least):
         return False
     newer = losses[-half:]
     return _fall(newer) > max(noise * math.sqrt(2 / (half // 2)), least / 4)
+
+
+def _without_spikes(losses: list[float], noise: float) -> list[float]:
+    inner = zip(losses, losses[1:], losses[2:], strict=False)
+    level = [(a + c) / 2 if min(b - a, b - c) > _SPIKE * noise else b for a, b, c in inner]
+    return [losses[0], *level, losses[-1]]
 
 
 def _fall(losses: list[float]) -> float:

@@ -14,9 +14,9 @@ from fitwatch.rules.noise import (
     Trend,
     is_falling,
     is_spike,
-    is_white,
     noise_and_lag,
     noise_level,
+    white_noise,
     widening,
 )
 from fitwatch.rules.paired import PairedRise
@@ -36,15 +36,18 @@ _MAX_WEIGHT = 1.9
 _UNKNOWN, _YOUNG = 0.055, 10.0
 # Early on, a loss below this share of the smoothed one restarts the smoothing: the large loss before would hide a rise.
 _FALLEN = 0.5
-# Where the standard error of the losses is unknown, a rise is clear if it exceeds this multiple of the noise, and the
-# slope this multiple of the largest one explained by noise. The smoothed curve lags behind it by about a twentieth.
-_CLEAR_RISE, _CLEAR_SLOPE, _LAGGING = 5.5, 1.5, 0.95
+# Where the standard error of the losses is unknown, a rise is clear if it exceeds these multiples of the noise since
+# the minimum and of that around it, and the slope this multiple of the largest one explained by noise.
+_CLEAR_RISE, _CLEAR_LUCK, _CLEAR_SLOPE = 6.0, 3.0, 1.5
+# Of a clear rise this share of the smallest that matters is enough: it is known to a few percent.
+_ENOUGH = 0.95
 # Before the warm-up ends: a rise of this multiple of its paired standard error, and of this share, is enough.
 _CERTAIN, _LARGE = 4.0, 0.1
 # If a loss has no natural zero, the noise alone tells a rise from chance, so it counts for more.
 _WITHOUT_ZERO = 1.5
 # Both losses above this multiple of the best constant prediction, or above all that was learned: training diverged.
-_DIVERGED = 2.0
+# Or this multiple of the best evaluation: training that diverges at once leaves no smoothed minimum to compare with.
+_DIVERGED, _FAR = 2.0, 10.0
 
 
 @define(kw_only=True)
@@ -80,8 +83,10 @@ class OverfittingRule(Stateful):
     With the losses of the validation examples, e is that of a paired difference, over the same examples at both
     evaluations (see `PairedRise`). With standard errors only, it is that of two independent sets, which is too large.
     With neither, errors * e is taken as 5.5% of m, and more while training is young. That is left out where the curve
-    is clear: V has risen by 5.5 s, b is 1.5 times what noise explains, and successive residuals are not correlated. A
-    validation set that is too small makes a curve wander; this one does not.
+    is clear: with s' the deviation from the parabola through the last 30 losses since the minimum, widened as above, b
+    is 1.5 times what s' explains, V + l has risen by 6 s' and 3 s_m, and successive second differences are those of
+    white noise. Here l = (span - 1) / 2 b, by which V lags behind the line. Then 0.95 min_rise * m - l replaces the
+    threshold. A validation set that is too small makes a curve wander; this one does not.
 
     With the losses of the examples, the rule may fire before ``warmup`` ends, from the third evaluation on: if the loss
     has risen twice in succession since its minimum, by 10% and by 4 standard errors in all, while training fell.
@@ -130,6 +135,7 @@ class OverfittingRule(Stateful):
     _negative: bool = field(default=False, init=False)
     _best: int | None = field(default=None, init=False)
     _best_value: float = field(default=math.inf, init=False)
+    _best_train: float = field(default=math.nan, init=False)  # at the best validation loss
     _val: Smoothed = field(init=False)
     _train: Smoothed = field(init=False)
     _minimum: float = field(default=math.inf, init=False)
@@ -252,7 +258,7 @@ class OverfittingRule(Stateful):
         if self._count <= _SETTLED:  # a single one may be huge: untrained weights on unscaled inputs
             self._first = median(value for value, _ in self._recent)
         if loss < self._best_value:
-            self._best, self._best_value = self._index, loss
+            self._best, self._best_value, self._best_train = self._index, loss, train_loss
         if self._count <= self.warmup and 0 < loss < _FALLEN * self._val.value:
             self._val.restart()
         self._val.add(loss)
@@ -283,18 +289,28 @@ class OverfittingRule(Stateful):
         # a / (2 - a) is 1 / span for a = 2 / (span + 1)
         spread = (strict * now + largest) * math.sqrt(2 * math.log(max(2.0, self._count / self.span)) / self.span)
         by_chance = widening(self._lag) * largest * math.sqrt(2 * math.log(self._count))
-        steepness = self._trend.t_statistic
-        if steepness > _CLEAR_SLOPE * by_chance and self._smoothed_rise > _CLEAR_RISE * largest:
-            self._clear = is_white(self._column(0)[-min(self.window + 1, self._trend.count) :])
         error = self.errors * (self._paired.error if math.isfinite(self._paired.error) else self._independent_error)
         least = self.min_rise * self._unit
+        self._clear = self._is_clear(strict)
         if math.isnan(error) and self._clear:
-            error, least = 0.0, _LAGGING * least
+            error, least = 0.0, max(_ENOUGH * least - self._lagging, least / 2)
         elif math.isnan(error):
             error = _UNKNOWN * self._unit * (1 + _YOUNG / self._count)
-        if steepness <= self.trend * by_chance:
+        if self._trend.t_statistic <= self.trend * by_chance:
             error = math.hypot(error, self.noise * spread)
         return max(math.hypot(least, error), _NEGLIGIBLE * self._fall)
+
+    @property
+    def _lagging(self) -> float:
+        """By how much the smoothed loss lags behind the line through the losses since the minimum."""
+        return (self.span - 1) / 2 * self._trend.slope
+
+    def _is_clear(self, strict: float) -> bool:
+        """Return whether the losses since the minimum, judged by themselves, rise far beyond their noise."""
+        noise = strict * white_noise(self._column(0)[-min(self.window + 1, self._trend.count) :])
+        rise = self._smoothed_rise + self._lagging
+        steep = self._trend.t_statistic > _CLEAR_SLOPE * noise * math.sqrt(2 * math.log(self._count))
+        return steep and rise > max(_CLEAR_RISE * noise, _CLEAR_LUCK * strict * self._reference_noise)
 
     def _judge(self, threshold: float) -> None:
         """Add up the weights of consecutive rises, and decide."""
@@ -345,9 +361,9 @@ class OverfittingRule(Stateful):
             examples_needed=self._examples_needed(val_loss - self._reference_value),
             evidence="",
         )
-        return evolve(facts, evidence=evidence(facts, self._figures(baseline)))
+        return evolve(facts, evidence=evidence(facts, self._figures(gap, baseline)))
 
-    def _figures(self, baseline: float) -> Figures:
+    def _figures(self, gap: float, baseline: float) -> Figures:
         return Figures(
             count=self._count,
             warmup=self.warmup,
@@ -358,6 +374,7 @@ class OverfittingRule(Stateful):
             train_then=self._minimum_train,
             train_now=self._train.value,
             least=self.min_rise * self._unit if self._clear else None,
+            stuck=self._is_stuck(gap),
             baseline=baseline,
         )
 
@@ -385,22 +402,31 @@ class OverfittingRule(Stateful):
             return "diverging"
         if not warm:
             return "warming up"
-        fall = 0.1 * self.min_rise * self._unit
-        if self._smoothed_rise <= threshold and is_falling(self._column(0), fall):
+        if self._smoothed_rise <= threshold and is_falling(self._column(0), self._least_fall):
             return "improving"
-        level = self._val.value
-        no_gap = gap <= self.min_rise * level and not is_falling(self._column(1), fall)
-        return "underfitting" if no_gap and level >= (1 - self.min_rise) * baseline else "plateau"
+        beaten = self._val.value < (1 - self.min_rise) * baseline
+        return "underfitting" if self._is_stuck(gap) and not beaten else "plateau"
+
+    def _is_stuck(self, gap: float) -> bool:
+        """Return whether training does not fall and has no gap to validation: if that does not fall, nothing does."""
+        return gap <= self.min_rise * self._val.value and not is_falling(self._column(1), self._least_fall)
+
+    @property
+    def _least_fall(self) -> float:
+        return 0.1 * self.min_rise * self._unit
 
     def _has_diverged(self, baseline: float) -> bool:
         """Return whether both losses stand where nothing is left of what was learned, however noisy they are there."""
         if self._negative:
             return False
         (val, train), before = self._recent[-1], self._minimum_train
-        if min(val, train, self._val.value, self._train.value) > _DIVERGED * baseline:
+        val, train = min(val, self._val.value), min(train, self._train.value)
+        if min(val, train) > _DIVERGED * baseline or (
+            val > _FAR * self._best_value and train > _FAR * self._best_train
+        ):
             return True
-        lost = min(val, self._val.value) > max(self._first, _DIVERGED * self._minimum)
-        return lost and before is not None and min(train, self._train.value) > _DIVERGED * before
+        lost = val > max(self._first, _DIVERGED * self._minimum)
+        return lost and before is not None and train > _DIVERGED * before
 
 
 def diagnose(
