@@ -268,7 +268,7 @@ def test_an_error_in_a_hand_written_loop_says_where():
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as info:
         train()
-    assert "raised in training: epoch 1, batch 2 (counted from 0), after 6 steps" in info.value.__notes__
+    assert "raised in training: epoch 2, batch index 2, after 6 steps" in info.value.__notes__
 
 
 def test_an_unreached_parameter_is_named(caplog):

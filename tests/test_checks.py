@@ -233,7 +233,7 @@ def test_an_error_in_a_training_step_says_where():
     trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), device="cpu")
     with pytest.raises(IndexError) as info:
         trainer.fit([(x, y), (x, y + 3)], epochs=1)
-    assert "raised in training: epoch 0, batch 1 (counted from 0), after 1 steps" in info.value.__notes__
+    assert "raised in training: epoch 1, batch index 1, after 1 steps" in info.value.__notes__
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, lambda p: Ascent(p, {})])

@@ -100,9 +100,7 @@ def test_a_planted_nan_is_named_by_parameter_step_and_batch(batches, caplog):
     texts, _ = fit(Planted(23), batches, epochs=2, nonfinite="ignore")
     first, *later = texts.of("warnings")
     assert first[0] == 25
-    assert first[1].startswith(
-        "At step 23 (epoch 1, batch 2, counted from 0) the gradient of `middle.weight` is not finite."
-    )
+    assert first[1].startswith("At step 23 (epoch 2, batch index 2) the gradient of `middle.weight` is not finite.")
     assert "contains 1 in 5" not in first[1]  # the weights are NaN from then on, and all gradients with them
     assert [text for _, text in later if "not finite" in text] == []
     assert [r.levelname for r in caplog.records if "middle.weight" in r.message] == ["WARNING"]
@@ -113,7 +111,7 @@ def test_a_nan_that_spreads_is_named_where_it_began(batches):
     texts, _ = fit(Planted(7, where="before"), batches, nonfinite="ignore")
     (step, text), *_ = texts.of("warnings")
     assert step == 10
-    assert "At step 7 (epoch 0, batch 6, counted from 0) the gradient of `first.bias` is not finite" in text
+    assert "At step 7 (epoch 1, batch index 6) the gradient of `first.bias` is not finite" in text
     assert "nor are those of `first.weight`" in text
     assert "middle" not in text
 

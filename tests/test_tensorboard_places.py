@@ -155,7 +155,7 @@ def test_one_nan_is_one_sentence_after_the_one_that_names_its_place(tmp_path):
     [(step, told), *_] = texts(tmp_path / "run/train", "report/warnings")
     assert step == 5
     place, curves = told.split("\n\n")
-    assert place.startswith("At step 3 (epoch 0, batch 2, counted from 0) no gradient is finite")
+    assert place.startswith("At step 3 (epoch 1, batch index 2) no gradient is finite")
     assert curves.startswith(
         "First non-finite values, in the log window that ends at step 5: `optim/grad_norm` (nan), "
     )

@@ -350,7 +350,7 @@ def test_training_stops_at_non_finite_weights(model, data, caplog, validated, lo
     assert f"training stops: {result.stop_reason}" in said
     said.remove(f"training stops: {result.stop_reason}")
     assert len(said) <= 1
-    assert all("the training loss is nan at step 4 (batch 3 " in text for text in said)
+    assert all("the training loss is nan at step 4 (batch index 3 " in text for text in said)
     assert len(said) == 1 or (validated, log_every) == (False, 50)  # the evaluation has told of it
 
 
@@ -372,7 +372,7 @@ def test_a_validation_batch_without_a_finite_loss_is_named_once(model, data, cap
     trainer_of(model).fit([(x.clone(), y)], [(x, y), (x, y), (spoilt, y[:4]), (spoilt, y[:4])], epochs=4)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "val/loss is nan at step 1; batch 2 (counted from 0) is the first with a non-finite loss"
+        "val/loss is nan at step 1; that of batch index 2 is the first with a non-finite loss"
     )
 
 

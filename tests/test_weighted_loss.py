@@ -534,7 +534,7 @@ def test_the_report_describes_the_schedule(data):
     table, begin, full = watch.texts
     assert "| 0 | 40 | 0.5333 |" in table
     assert table.endswith(
-        "In training, the weights grow from epoch 1 and have their full values from epoch 3 (counted from 0). "
+        "In training, the weights grow from epoch 2 and have their full values from epoch 4. "
         "Before that, training is unweighted. Validation always uses the full weights."
     )
     assert begin == "Epoch 1: the class weights start to grow."
