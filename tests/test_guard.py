@@ -443,3 +443,64 @@ def test_the_error_says_where_the_data_are_bad():
     assert "the first at [5, 2]" in str(info.value)
     assert "its loss is nan" in str(info.value)
     assert trainer.state.batch is data[3]
+
+
+@pytest.mark.parametrize("kind", ["total", "weight"])
+@pytest.mark.parametrize(("accumulate", "clip_norm"), [(1, None), (2, 1.0)])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_counts_though_its_gradients_are(kind, accumulate, clip_norm, value):
+    """A constant of infinity or NaN in the loss, or in its weight, ends the fit, or leaves out the step alone."""
+
+    class Constant(fw.Trainer):
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            if batch is not bad:
+                return loss
+            total, weight = loss
+            return fw.LossSum(total + value, weight) if kind == "total" else fw.LossSum(total, weight * value)
+
+    def fit(nonfinite):
+        torch.manual_seed(1)
+        model = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        trainer = Constant(
+            model, optimizer, nonfinite=nonfinite, accumulate=accumulate, clip_norm=clip_norm, device="cpu"
+        )
+        error = None
+        try:
+            trainer.fit(data, epochs=1)
+        except FloatingPointError as raised:
+            error = str(raised)
+        return snapshot(trainer), trainer.state, error
+
+    data = batches()
+    bad = data[3]
+    step = 4 if accumulate == 1 else 2
+    _, state, error = fit("raise")
+    assert error.startswith(f"step {step} (")
+    assert f"The weights are still those of step {step - 1}." in error
+    assert state.progress.step == step - 1
+    weights, state, error = fit("skip")
+    assert error is None
+    assert (state.guard.skipped, state.progress.step) == (1, 10 // accumulate)
+    assert math.isfinite(state.history[0]["train/loss"])
+    del data[3 if accumulate == 1 else 2 : 4]
+    left_out, _, _ = fit("raise")
+    assert all(map(torch.equal, weights, left_out))
+
+
+def test_a_loop_sees_a_loss_that_is_not_finite():
+    """`watch.loss` with a true label whose logit is -inf: the loss is infinite, its gradients are finite."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = model.weight.detach().clone()
+    with fw.Watch(model, optimizer, train_loader=batches(1), max_steps=1) as watch:
+        with pytest.raises(FloatingPointError, match=r"finite gradients, and its loss is inf\. The weights"):
+            for _ in watch.epochs():
+                for x, y in watch.train():
+                    mask = torch.zeros(8, 3).masked_fill(torch.arange(3) == 1, -math.inf)
+                    watch.loss(model(x) + mask, y).backward()
+                    optimizer.step()
+        assert torch.equal(before, model.weight)
+        watch.state.request_stop("the test is over")

@@ -58,7 +58,7 @@ def fit(folder, steps, *, loader=None, crash=None, resume=None, validate_every=5
 
 
 def files(folder):
-    return sorted(file.name for file in folder.iterdir() if file.name != "best.pt")
+    return sorted(file.name for file in folder.glob("*.pt") if file.name != "best.pt")
 
 
 @pytest.mark.parametrize("kind", ["dataset", "generator"])

@@ -350,7 +350,7 @@ def test_training_stops_at_non_finite_weights(model, data, caplog, validated, lo
     assert f"training stops: {result.stop_reason}" in said
     said.remove(f"training stops: {result.stop_reason}")
     assert len(said) <= 1
-    assert all("the training loss is nan at step 4 (batch 3 " in text for text in said)
+    assert all("the training loss is nan at step 4 (batch index 3 " in text for text in said)
     assert len(said) == 1 or (validated, log_every) == (False, 50)  # the evaluation has told of it
 
 

@@ -207,7 +207,7 @@ class Callbacks(Callback):
 
     def state_dict(self) -> StateDict:
         """Return each callback's state under its class name; the second of a class is ``Name#2``, and so on."""
-        return {name: c.state_dict() for name, c in self._named()}
+        return {name: c.state_dict() for name, c in self.named()}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore each callback; one that was not saved keeps its fresh state.
@@ -215,7 +215,7 @@ class Callbacks(Callback):
         Raises:
             ValueError: A state does not fit its callback; the message names the callback.
         """
-        for name, callback in self._named():
+        for name, callback in self.named():
             if name in state_dict:
                 try:
                     callback.load_state_dict(state_dict[name])
@@ -223,7 +223,8 @@ class Callbacks(Callback):
                     why = str(error) if isinstance(error, ValueError) else repr(error)
                     raise ValueError(f"the state of {name} can't be restored: {why}") from error
 
-    def _named(self) -> list[tuple[str, Callback]]:
+    def named(self) -> list[tuple[str, Callback]]:
+        """Return the callbacks with the names that their states have in a checkpoint."""
         names: list[str] = []
         for c in self.callbacks:
             kind = type(c).__name__

@@ -99,7 +99,12 @@ class FolderLock:
     def _opened(self) -> Iterator[IO[bytes]]:
         """Open the file, new or not, while no other process of this machine has it open in this way."""
         while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | files.NO_LINKS, 0o666)
+            try:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | files.NO_LINKS, 0o666)
+            except OSError as error:
+                if self._path.is_symlink() or self._path.is_dir():
+                    error.strerror = f"{self._path.name} must be a plain file, which locks the folder: delete it"
+                raise
             with os.fdopen(descriptor, "r+b") as file:
                 if fcntl is not None:
                     with suppress(OSError):  # a file system without locks
@@ -119,7 +124,7 @@ def _read(file: IO[bytes]) -> _Owner | None:
     """Return what a lock says; None if it is empty, cut off or no lock."""
     try:
         owner = json.loads(file.read(10_000))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return owner if isinstance(owner, dict) and type(owner.get("pid")) is int else None
 

@@ -118,8 +118,8 @@ class Loop:
         state = self._watch.state
         plan, progress = state.plan, state.progress
         per_epoch = steps_per_epoch(state.train_loader, plan.accumulate)
-        left = None if epochs is None else epochs - (progress.epoch - progress.first_epoch)
-        steps_left = None if plan.max_steps is None else plan.max_steps - (progress.step - progress.first_step)
+        left = None if epochs is None else max(0, epochs - (progress.epoch - progress.first_epoch))
+        steps_left = None if plan.max_steps is None else max(0, plan.max_steps - (progress.step - progress.first_step))
         within = progress.epoch_step if state.position.resumed is not None else 0
         planned = planned_length(epochs=left, max_steps=steps_left, steps_per_epoch=per_epoch, done=within)
         self._schedule.check_plan(epochs=planned[0], steps=planned[1], resumed=state.resumed)

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Adafactor, Optimizer
 
 from fitwatch import ranks
+from fitwatch.callback import Callbacks
 from fitwatch.data.position import random_states
 from fitwatch.helpers import modules
 from fitwatch.helpers.aliases import StateDict
@@ -82,12 +83,13 @@ def check(
         if missing := [name for name in loss if name not in content["loss"]]:
             _refuse(f"loss[{missing[0]!r}]", "is missing, and the loss has this parameter")
         _check_optimizer(content, state.optimizer, named)
-        if type(state.scheduler).__module__.startswith("torch."):
-            _check_scheduler("scheduler", content["scheduler"])
+        if state.scheduler is not None and type(state.scheduler).__module__.startswith("torch."):
+            _check_scheduler("scheduler", content["scheduler"], state.scheduler.state_dict())
         if content["scaler"]:
             _check_scaler(content["scaler"])
-        for name in ("skipped", "in_a_row") if content.get("guard") else ():
-            _check_counter(f"guard[{name!r}]", content["guard"].get(name))
+        _check_guard(content.get("guard") or {}, state)
+        if isinstance(state.callbacks, Callbacks):
+            _check_callbacks(content["callbacks"], state.callbacks, {} if _translates(state) else own)
     except _Wrong as error:
         raise ValueError(f"{path} does not fit this training: {error}") from None
 
@@ -155,7 +157,6 @@ def _check_place(content: StateDict, state: State) -> None:
         key = f"other_ranks[{number - 1}]"
         holds = isinstance(other, dict) and {"rng", "generators", "position"} <= other.keys()
         _must(key, other, "a dict of rng, generators and position", holds=holds)
-    generators = len(random_states(state.train_loader))
     known = {"train_loader", "val_loader", *state.val_loaders}
     for key, own in (("", content), *((f"other_ranks[{k}].", o) for k, o in enumerate(content["other_ranks"]))):
         _check_rng(f"{key}rng", own["rng"])
@@ -171,9 +172,8 @@ def _check_place(content: StateDict, state: State) -> None:
         if started is not None:
             holds = isinstance(started, dict) and isinstance(started.get("sources"), list)
             _must(f"{key}position['started']", started, "random states", holds=holds)
-            what = f"{generators} states, as train_loader has random generators"
-            sources = started["sources"]
-            _must(f"{key}position['started']['sources']", sources, what, holds=len(sources) == generators)
+            live_workers = started.get("live")
+            _must(f"{key}position['started']['live']", live_workers, "True or False", holds=type(live_workers) is bool)
             _check_rng(f"{key}position['started']['rng']", started.get("rng"))
 
 
@@ -255,15 +255,29 @@ def _numbers_of(group: StateDict) -> list[int]:
 
 
 def _check_options(place: str, saved: StateDict, own: Mapping[str, object]) -> None:
-    """Check that what is a number here was one, and that no learning rate is negative or not finite."""
+    """Check that options are of the same kind as here, and that numbers are finite, and no learning rate negative."""
     for name, here in own.items():
-        value = saved.get(name)
-        if name in saved and _is_number(here):
-            single = isinstance(value, Tensor) and value.numel() == 1
-            _must(f"{place}[{name!r}]", value, "a number", holds=single or _is_number(value))
+        if name == "params" or (name not in saved and name != "lr"):
+            continue
+        key, value = f"{place}[{name!r}]", saved.get(name)
         if name == "lr":
             holds = math.isfinite(_as_float(value)) and _as_float(value) >= 0
-            _must(f"{place}['lr']", value, "finite, and 0 or more", holds=holds)
+            _must(key, value, "finite, and 0 or more", holds=holds)
+        elif isinstance(here, (tuple, list)) and all(map(_is_scalar, here)):
+            holds = isinstance(value, (tuple, list)) and len(value) == len(here) and all(map(_is_finite, value))
+            _must(key, value, f"{len(here)} finite numbers", holds=holds)
+        elif isinstance(here, bool):
+            _must(key, value, "True, False or None", holds=isinstance(value, (bool, NoneType)))
+        elif _is_scalar(here):
+            _must(key, value, "a finite number", holds=_is_finite(value))
+
+
+def _is_scalar(value: object) -> bool:
+    return _is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _is_finite(value: object) -> bool:
+    return math.isfinite(_as_float(value)) and not isinstance(value, bool)
 
 
 def _check_moments(key: str, values: StateDict, parameter: Tensor | None, optimizer: Optimizer) -> None:
@@ -274,7 +288,11 @@ def _check_moments(key: str, values: StateDict, parameter: Tensor | None, optimi
         if name == "step":
             count = _as_float(value)
             _must(f"{key}['step']", value, "a counter", holds=0 <= count <= _MOST and count == int(count))
-        elif parameter is None or not isinstance(value, Tensor) or value.numel() == 1:
+        elif value is None and name == "momentum_buffer":  # of SGD, before its first momentum
+            continue
+        elif not isinstance(value, Tensor):
+            _refuse(f"{key}[{name!r}]", f"must be a tensor, got {value!r:.80}")
+        elif parameter is None or value.numel() == 1:
             continue
         elif not isinstance(optimizer, Adafactor):
             what = f"of the shape {tuple(parameter.shape)} of its parameter"
@@ -288,18 +306,89 @@ def _as_float(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _check_scheduler(place: str, saved: StateDict) -> None:
+def _check_scheduler(place: str, saved: StateDict, own: Mapping[str, object]) -> None:
+    """Check the state of one of torch's schedulers against that of the one here."""
+    for name in ("last_epoch", "_schedulers"):  # what resuming can't do without
+        if name in own and name not in saved:
+            _refuse(f"{place}[{name!r}]", "is missing")
     for name, value in saved.items():
-        key = f"{place}[{name!r}]"
+        key, here = f"{place}[{name!r}]", own.get(name)
         if name in ("last_epoch", "_step_count"):
             _must(key, value, "a counter", holds=type(value) is int and -1 <= value <= _MOST)
         elif name in ("base_lrs", "_last_lr"):
-            holds = isinstance(value, list) and all(isinstance(v, Tensor) or _is_number(v) for v in value)
+            holds = isinstance(value, list) and all(map(_is_scalar, value))
             _must(key, value, "a list of learning rates", holds=holds)
         elif name == "_schedulers":
             _must(key, value, "a list of dicts", holds=isinstance(value, list) and _are(dict, value))
-            for number, inner in enumerate(value):
-                _check_scheduler(f"{key}[{number}]", inner)
+            inner = here if isinstance(here, list) else []
+            for number, part in enumerate(value):
+                _check_scheduler(f"{key}[{number}]", part, inner[number] if number < len(inner) else {})
+        else:
+            _check_kind(key, value, here)
+
+
+# -- callbacks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_callbacks(saved: StateDict, callbacks: Callbacks, own: Mapping[str, object]) -> None:
+    """Check the states of fitwatch's own callbacks: a wrong one would otherwise show long after the start.
+
+    Args:
+        saved: The states by name.
+        callbacks: Those of this fit.
+        own: The weights of the model by name, which some callbacks keep a copy of.
+    """
+    for name, callback in callbacks.named():
+        if name not in saved or not type(callback).__module__.startswith("fitwatch."):
+            continue
+        place = f"callbacks[{name!r}]"
+        _must(place, saved[name], "a dict", holds=isinstance(saved[name], dict))
+        _check_kind(place, saved[name], callback.state_dict())
+        for key, value in saved[name].items():
+            if not isinstance(value, dict):
+                continue
+            weights = {str(n).removeprefix("module."): w for n, w in value.items() if n != _COUNT}
+            if own and (_COUNT in value or weights.keys() == own.keys()):
+                _check_weights(f"{place}[{key!r}]", weights, own, strict=True)
+                count = value.get(_COUNT, 0)
+                _must(f"{place}[{key!r}][{_COUNT!r}]", count, "a number", holds=_is_scalar(count))
+
+
+_COUNT = "n_averaged"  # beside the weights in the state of torch's AveragedModel
+
+
+def _check_kind(key: str, value: object, fresh: object) -> None:
+    """Check that a value is of the kind that it has at the start; what is None at the start may be anything."""
+    for what, kind in _NAMED_KINDS.items():
+        if isinstance(fresh, kind):
+            number = isinstance(value, Tensor) and _is_scalar(value) and not isinstance(fresh, (bool, str))
+            holds = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            _must(key, value, what, holds=holds or (number and _is_scalar(fresh)))
+            break
+    if isinstance(value, dict) and isinstance(fresh, dict):
+        for name in value.keys() & fresh.keys():
+            _check_kind(f"{key}[{name!r}]", value[name], fresh[name])
+
+
+_NAMED_KINDS: dict[str, type | tuple[type, ...]] = {
+    "True or False": bool,  # first, since a bool is an int
+    "a number": (int, float),
+    "a string": str,
+    "a dict": dict,
+    "a list": (list, tuple),
+}
+
+
+def _check_guard(saved: StateDict, state: State) -> None:
+    for name in ("skipped", "in_a_row") if saved else ():
+        _check_counter(f"guard[{name!r}]", saved.get(name))
+    fresh = {} if state.guard is None else state.guard.state_dict()
+    spikes = saved.get("spikes")
+    if spikes is not None and fresh.get("spikes") is not None:
+        _check_kind("guard['spikes']", spikes, fresh["spikes"])
+        for name, values in spikes.items():
+            if isinstance(values, (list, tuple)):
+                _must(f"guard['spikes'][{name!r}]", values, "numbers", holds=all(map(_is_scalar, values)))
 
 
 def _check_scaler(saved: StateDict) -> None:
@@ -339,9 +428,20 @@ def _check_parts(path: Path, content: StateDict, state: State) -> None:
                 f"nothing: resume with {before}, or start a new fit from the weights alone: "
                 "model.load_state_dict(torch.load(path)['model'])"
             )
-    generators = len(random_states(state.train_loader, state.val_loader, *state.val_loaders.values()))
-    if generators != len(content["generators"]):
-        raise ValueError(
-            f"{path} was saved with {len(content['generators'])} random generators in the loaders and their "
-            f"samplers, and these have {generators}: the order of the batches could not be resumed"
-        )
+    _check_generators(path, content, state)
+
+
+def _check_generators(path: Path, content: StateDict, state: State) -> None:
+    """Raise ValueError unless the loaders have as many random generators as before."""
+    loaders = (state.train_loader, state.val_loader, *state.val_loaders.values())
+    counts = [("the loaders and their samplers", loaders, content["generators"])]
+    started = None if content["position"] is None else content["position"]["started"]
+    if started is not None:
+        counts.append(("train_loader and its sampler", loaders[:1], started["sources"]))
+    for where, held, saved in counts:
+        generators = len(random_states(*held))
+        if generators != len(saved):
+            raise ValueError(
+                f"{path} was saved with {len(saved)} random generators in {where}, and here there are {generators}: "
+                "the order of the batches could not be resumed"
+            )

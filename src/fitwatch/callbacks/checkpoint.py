@@ -119,7 +119,7 @@ class Checkpoint(Callback):
             self._lock = lock
         except OSError as error:
             raise OSError(f"can't create or write to the checkpoint folder {self.dir}: {error}") from error
-        fork = state.resumed_from is not None and state.resumed_from.resolve().parent != self.dir.resolve()
+        fork = state.resumed_from is not None and state.resumed_from.parent.resolve() != self.dir.resolve()
         fresh = state.progress.step == 0 or fork
         if fresh and (old := [*self._files("epoch"), *self._files("step")]):
             raise FileExistsError(
@@ -212,8 +212,13 @@ class Checkpoint(Callback):
         lock = FolderLock(self.dir)
         lock.acquire()
         try:
-            for file in sorted(found, key=_age, reverse=True):
+            for file in (ordered := sorted(found, key=_age, reverse=True)):
                 if (fault := _fault(file)) is None:
+                    others = [other.name for other in ordered if other is not file and _age(other)[0] < 0]
+                    if others:
+                        logger.warning(
+                            'resume="auto" leaves out what another version of fitwatch wrote: %s', ", ".join(others)
+                        )
                     return file
                 new = files.put_aside(file, fault[0])
                 logger.warning('resume="auto" skips %s, which is now %s: %s', file, new.name, fault[1])

@@ -4,7 +4,7 @@ Each check warns once, before step 1, and names what to write. None of them rais
 """
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -72,6 +72,8 @@ class Checks:
     """
 
     def __init__(self, state: State, skip: Collection[str]) -> None:
+        if not isinstance(skip, Iterable):
+            raise TypeError(f"skip_checks must be a list of names, got {skip!r}")
         names = [skip] if isinstance(skip, str) else list(skip)
         for name in names:
             if name not in CHECKS:

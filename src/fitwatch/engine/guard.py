@@ -1,4 +1,4 @@
-"""Keeps steps with non-finite gradients away from the weights."""
+"""Keeps steps with non-finite losses or gradients away from the weights."""
 
 import logging
 import math
@@ -62,7 +62,7 @@ class Guard:
         """Whether `rejects` takes the norm of the gradients."""
         return self._spikes is not None
 
-    def rejects(self, norm: Tensor | None) -> bool:
+    def rejects(self, norm: Tensor | None, sums: Sequence[Tensor | float] = ()) -> bool:
         """Return whether the gradients of the complete step, before clipping, must not reach the weights.
 
         Waits for the device, unless the optimizer leaves the step out there. Under a GradScaler, which checks and
@@ -70,13 +70,14 @@ class Guard:
 
         Args:
             norm: The 2-norm of all gradients, if it is known: a finite one saves the check.
+            sums: The losses of the step, and their weights. One of them may be infinite, with finite gradients.
         """
         if not self._checks:
             return False
         if self._good is not None or self._decides_on_device():
-            self._flag_on_device()
+            self._flag_on_device(sums)
             return False
-        if (norm is not None and math.isfinite(float(norm))) or all_finite(self._gradients(), self._flags):
+        if self._is_finite(norm, sums):
             spike = self._spikes is not None and norm is not None and self._spikes.update(min(float(norm), _LARGEST))
             self._why = f"the gradient norm {float(norm):.4g} is a spike" if spike and norm is not None else ""
             self._in_a_row = self._in_a_row if spike else 0
@@ -84,14 +85,30 @@ class Guard:
         self._why = ""
         return True
 
+    def _is_finite(self, norm: Tensor | None, sums: Sequence[Tensor | float]) -> bool:
+        known = norm is not None and math.isfinite(float(norm))
+        values = [] if known else self._gradients()
+        for value in sums:
+            if isinstance(value, Tensor) and not value.is_cpu:
+                values.append(value)  # read together with the gradients
+            elif not math.isfinite(value) and self._gradients():  # without gradients the step changes nothing
+                return False
+        return all_finite(values, self._flags)
+
     def error(self, loss: float) -> FloatingPointError:
         """Return the error that names the step, the batch, the parameters and the loss."""
         state, progress = self._state, self._state.progress
         bad = [name for name, p in state.model.named_parameters() if p.grad is not None and not all_finite([p.grad])]
         shown = ", ".join(f"`{name}`" for name in bad[:3]) + (", ..." if len(bad) > 3 else "")
+        what = (
+            f"non-finite gradients in {len(bad)} parameter{'s' * (len(bad) != 1)} ({shown}); its loss is {loss:.6g}"
+            if bad
+            else f"finite gradients, and its loss is {loss:.6g}"
+            if not math.isfinite(loss)
+            else "finite gradients, and the weight of its loss (of a LossSum) is not finite"
+        )
         return FloatingPointError(
-            f"{self._place} has non-finite gradients in {len(bad)} parameter{'s' * (len(bad) != 1)} ({shown}); its "
-            f"loss is {loss:.6g}. The weights are still those of step {progress.step}. {_advice(state.batch)}; "
+            f"{self._place} has {what}. The weights are still those of step {progress.step}. {_advice(state.batch)}; "
             'nonfinite="skip" leaves such steps out'
         )
 
@@ -182,10 +199,11 @@ class Guard:
             return False
         return type(self._state.optimizer).__module__.startswith("torch.optim")
 
-    def _flag_on_device(self) -> None:
+    def _flag_on_device(self, sums: Sequence[Tensor | float]) -> None:
         gradients = [g.detach() for g in self._gradients()]
         if not gradients:
             return
+        gradients += [s.detach() for s in sums if isinstance(s, Tensor) and s.device == gradients[0].device]
         device = gradients[0].device
         if device not in self._flags:
             self._flags[device] = torch.zeros((), device=device), torch.ones((), device=device)

@@ -342,7 +342,9 @@ class Training:
         limit = state.plan.clip_norm
         measures = limit is not None or self._guard.needs_norm
         norm = total_norm(held := parameters(state.optimizer)) if measures else None
-        self.left_out = self._guard.rejects(norm)
+        # Those of other ranks may be finite: all ranks must decide alike, so there the gradients alone count.
+        sums = state.train_loss.recent(summed) if ranks.size() == 1 else []
+        self.left_out = self._guard.rejects(norm, sums)
         if self.left_out:
             self._leave_out(summed)
         elif limit is not None and norm is not None:

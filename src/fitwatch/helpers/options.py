@@ -122,6 +122,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     given = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
     if not isinstance(given, str):
         raise TypeError(f"a path must be a string or a pathlib.Path, got {path!r}")
+    if "\0" in given:
+        raise ValueError(f"a path must not contain a null character, got {given!r}")
     # A pathlib.Path has made one slash of two.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", given):
         raise ValueError(f"{given!r} is an address, and a folder or file of this machine is needed: mount or copy it")

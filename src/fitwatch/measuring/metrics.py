@@ -90,6 +90,12 @@ class WeightedMean:
         if len(self._totals) >= 1024:  # a fit that never logs must not keep a tensor for every step
             self._fold()
 
+    def recent(self, batches: int) -> list[Tensor | float]:
+        """Return the totals and the weights of the last batches, unless they have been pulled or summed: then none."""
+        if not 0 < batches <= len(self._totals) - self._folded:
+            return []
+        return [*self._totals[-batches:], *self._weights[-batches:]]
+
     def newest(self, batches: int) -> float:
         """Return the mean over the last batches, unless they have been pulled or summed: then NaN."""
         if not 0 < batches <= len(self._totals) - self._folded:
@@ -158,6 +164,10 @@ class RunningLoss:
         """Add one batch: ``total`` = sum(w l), 0-dim, and ``weight`` = sum(w). Costs no synchronization."""
         self.since_evaluation.add(total, weight)
         self._new_examples += examples
+
+    def recent(self, batches: int) -> list[Tensor | float]:
+        """Return the totals and the weights of the last batches, which were not pulled yet."""
+        return self.since_evaluation.recent(batches)
 
     def newest(self, batches: int) -> float:
         """Return the mean over the last batches, which were not pulled yet; waits for the device."""
