@@ -186,7 +186,9 @@ def test_the_calibration_is_that_of_the_restored_weights(monitor, tmp_path):
     saved = torch.load(tmp_path / "best.pt", weights_only=True)["calibration"]
     assert fw.Calibration.from_state_dict(saved).temperature == found.temperature
     with torch.no_grad():
-        exported = torch.export.export(wrapped, (torch.zeros(3, 6),)).module()
+        shapes = {"args": ({0: torch.export.Dim("batch")},)}
+        exported = torch.export.export(wrapped, (torch.zeros(3, 6),), dynamic_shapes=shapes).module()
+        torch.testing.assert_close(exported(torch.ones(5, 6)), wrapped(torch.ones(5, 6)))
         torch.testing.assert_close(exported(torch.ones(3, 6)), wrapped(torch.ones(3, 6)))
     other = fw.Calibrated(network(), fw.Calibration.from_state_dict({**saved, "temperature": 9.0}))
     other.load_state_dict(wrapped.state_dict())
@@ -261,6 +263,13 @@ def test_wrong_models_and_calibrations_are_refused():
         fw.Calibration.from_state_dict({"temperature": 1.0})
     with pytest.raises(ValueError, match="finite and above 0"):
         fw.Calibration.from_state_dict({**found.state_dict(), "temperature": 0.0})
+    for name, value in (("biased_temperature", "a"), ("temperature", None), ("shift", "a")):
+        with pytest.raises(ValueError, match="this is not a calibration"):
+            fw.Calibration.from_state_dict({**found.state_dict(), name: value})
+    with pytest.raises(TypeError, match="model must be a module"):
+        fw.Calibrated("model", found)
+    with pytest.raises(TypeError, match="one tensor of logits"):
+        found.logits([[0.0, 1.0]])
 
 
 def test_of_many_logits_a_fixed_part_is_kept(monkeypatch):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 
 from fitwatch.calibration.affine import fit_affine
+from fitwatch.calibration.refined import Refined
 from fitwatch.calibration.reliability import BINS, calibration_error, reliability
 from fitwatch.calibration.rows import Rows
 from fitwatch.calibration.temperature import PRIOR_SD, cross_fitted, fit_temperature
@@ -106,6 +107,25 @@ def test_masked_classes_and_large_logits_keep_the_fit_finite():
     assert fit_temperature(Rows.of(masked, y)) == pytest.approx(fit_temperature(Rows.of(z, y)), rel=1e-12)
     assert math.isfinite(fit_temperature(Rows.of(z + 1e5, y)))
     assert fit_temperature(Rows.of(z + 1e5, y)) == pytest.approx(fit_temperature(Rows.of(z, y)), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e20])
+def test_huge_logits_keep_their_loss(size):
+    """After a divergence the log-losses are those of torch, however large, and the fits stay finite."""
+    generator = torch.Generator().manual_seed(0)
+    z = size * torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    classes = torch.randint(0, 3, (200,), generator=generator)
+    labels = torch.nn.functional.one_hot(classes, 3).double()
+    for y, loss in (
+        (classes, torch.nn.functional.cross_entropy(z, classes)),
+        (labels, torch.nn.functional.binary_cross_entropy_with_logits(z, labels)),
+    ):
+        rows = Rows.of(z, y)
+        refined = Refined.of(rows, rows, None, start=1.0)
+        assert refined.log_loss == pytest.approx(float(loss), rel=1e-12)
+        found = refined.calibration()
+        assert math.isfinite(found.biased_temperature)
+        assert found.biases.isfinite().all()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -285,3 +285,67 @@ def test_the_command_is_installed():
     """The package installs a command ``fitwatch``, which is this function."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"fitwatch": f"{main.__module__}:{main.__name__}"}
+
+
+def ended(arguments, *, stdout):
+    """The command as a process of its own: exit status and standard error."""
+    code = "import sys; from fitwatch.cli import main; sys.exit(main(sys.argv[1:]))"
+    run = [sys.executable, "-c", code, "diagnose", *map(str, arguments)]
+    done = subprocess.run(run, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_has_enough_does_not_change_the_status(folder):
+    """Where nobody reads the report any more, --fail-on still ends with 3."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert ended([folder, "--fail-on", "overfitting"], stdout=writer) == (3, "")
+        assert ended([folder, "--json"], stdout=writer) == (0, "")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_can_not_be_written_is_said(folder):
+    """On a full disk the command ends with 2 and a sentence; without standard output it ends with its status."""
+    for arguments in ([folder], [folder, "--json"], [folder / "missing", "--json"]):
+        with Path("/dev/full").open("w") as full:
+            status, said = ended(arguments, stdout=full)
+        assert (status, said.splitlines()[-1]) == (
+            2,
+            "fitwatch diagnose: the output could not be written: No space left on device",
+        )
+    code = "import os, sys; sys.stdout = None; from fitwatch.cli import main; sys.exit(main(sys.argv[1:]))"
+    run = [sys.executable, "-c", code, "diagnose", str(folder), "--run", "long"]
+    done = subprocess.run(run, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_picture_that_fails_costs_no_verdict(folder, capsys):
+    """If --plot can't write its file, the report and the JSON document are printed nevertheless, and the status is 2."""
+    file = str(folder / "missing" / "curves.png")
+    assert main(["diagnose", str(folder), "--plot", file]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("long  overfitting since step ")
+    assert err == f"fitwatch diagnose: --plot {file}: No such file or directory\n"
+    assert main(["diagnose", str(folder), "--plot", file, "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert document["error"].startswith("--plot")
+    assert document["runs"][0]["status"] == "overfitting"
+
+
+def test_wrong_seconds_are_explained(folder, capsys):
+    """A path after --watch, and an interval that is none, are refused with the way out."""
+    assert main(["diagnose", "--watch", str(folder)]) == 2
+    assert "PATH comes before --watch" in capsys.readouterr().err
+    assert main(["diagnose", str(folder), "--watch", "0"]) == 2
+    assert "a number of seconds above 0, but got 0" in capsys.readouterr().err
+
+
+def test_a_gap_that_is_no_number_is_left_out(tmp_path, capsys):
+    """After a loss that is NaN or infinite at the end, no gap is printed."""
+    for last in (math.nan, math.inf):
+        write(tmp_path / str(last), {"train/loss": TRAIN, "val/loss": [*VAL[:-1], last]})
+        assert main(["diagnose", str(tmp_path / str(last))]) == 0
+        assert rows(capsys.readouterr().out)["gap"] == "-"

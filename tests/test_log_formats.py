@@ -1,6 +1,7 @@
 """The logs of other trainers: tables, JSON, and the folders of MLflow and DVCLive."""
 
 import csv
+import gzip
 import json
 import math
 
@@ -11,6 +12,7 @@ from fitwatch.logs import LogError, NoLogsError, diagnose_logs
 from tests.test_logs import TRAIN, VAL, write
 
 EPOCHS = range(60)
+CURVES = {"loss": TRAIN, "val_loss": VAL}
 
 
 def only(report):
@@ -270,3 +272,108 @@ def test_pointers_and_databases_say_what_to_do(tmp_path):
         "git lfs pull",
         "mlruns",
     ]
+
+
+def test_duplicate_columns_are_kept_apart(tmp_path):
+    """Of two columns of one name, the first keeps the name and the second gets a number; neither hides the other."""
+    header = "epoch,loss,val_loss,loss,val_loss"
+    rows = [f"{i},{TRAIN[i]},{VAL[i]},7,8" for i in EPOCHS]
+    (tmp_path / "log.csv").write_text("\n".join([header, *rows]))
+    check(only(diagnose_logs(tmp_path)), train="loss", val="val_loss", axis="epoch")
+    again = only(diagnose_logs(tmp_path, train="loss.1", val="val_loss.1"))
+    assert (again.losses, again.verdict.status) == ([8.0] * 60, "plateau")
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ";", ","])
+def test_decimal_commas(tmp_path, delimiter):
+    """Numbers with a decimal comma are read with any delimiter, quoted where it is a comma too."""
+    columns = {name: [str(value).replace(".", ",") for value in curve] for name, curve in CURVES.items()}
+    write_table(tmp_path / "log.csv", {"epoch": EPOCHS, **columns}, delimiter=delimiter)
+    check(only(diagnose_logs(tmp_path)), train="loss", val="val_loss", axis="epoch")
+
+
+def test_commas_that_group_thousands(tmp_path):
+    """In 1,234.5 the comma groups; a single comma in a table with semicolons is that of a decimal."""
+    big = {name: [1e4 * (1 + value) for value in curve] for name, curve in CURVES.items()}
+    grouped = {name: [f"{value:,.6f}" for value in curve] for name, curve in big.items()}
+    write_table(tmp_path / "a" / "log.csv", {"epoch": EPOCHS, **grouped})
+    assert only(diagnose_logs(tmp_path / "a")).losses == pytest.approx(big["val_loss"], abs=1e-6)
+    decimals = {name: [f"{1 + value:.3f}".replace(".", ",") for value in curve] for name, curve in CURVES.items()}
+    write_table(tmp_path / "b" / "log.csv", {"epoch": EPOCHS, **decimals}, delimiter=";")
+    assert only(diagnose_logs(tmp_path / "b")).losses == pytest.approx([1 + value for value in VAL], abs=6e-4)
+
+
+def test_cells_that_are_no_numbers_are_named(tmp_path):
+    """A cell of text among the losses is left out with a note that shows it; empty cells are not worth one."""
+    losses = [f"{VAL[i]}" if i not in (3, 7) else "1.5 (best)" for i in EPOCHS]
+    train = [f"{TRAIN[i]}" if i not in (4, 8) else ("", "None")[i == 8] for i in EPOCHS]
+    write_table(tmp_path / "log.csv", {"epoch": EPOCHS, "loss": train, "val_loss": losses})
+    one = only(diagnose_logs(tmp_path))
+    assert len(one.losses) == 58
+    assert [note for note in one.notes if "cells" in note] == ["2 cells of val_loss left out as no number: 1.5 (best)"]
+
+
+def test_an_export_of_several_runs(tmp_path):
+    """A table of Weights & Biases with the columns of two runs gives a verdict for each, and no sum of them."""
+    columns = {"Step": EPOCHS}
+    for run, val in (("brisk-owl-1", VAL), ("calm - sky-2", TRAIN)):
+        for metric, curve in (("train_loss", TRAIN), ("val_loss", val)):
+            columns |= {f"{run} - {metric}{end}": curve for end in ("", "__MIN", "__MAX")}
+    write_table(tmp_path / "wandb.csv", columns)
+    overfit, good = diagnose_logs(tmp_path).judged
+    check(overfit, train="brisk-owl-1 - train_loss", val="brisk-owl-1 - val_loss", run=".#brisk-owl-1")
+    assert (good.run, good.losses, good.verdict.status) == (".#calm - sky-2", TRAIN, "improving")
+
+
+def test_names_that_are_asked_for_make_a_table(tmp_path):
+    """In a folder, a table whose columns have no known name is read if --train or --val names one of them."""
+    write_table(tmp_path / "log.csv", {"epoch": EPOCHS, "train_cost": TRAIN, "val_cost": VAL})
+    with pytest.raises(NoLogsError):
+        diagnose_logs(tmp_path)
+    for names in ({"train": "train_cost", "val": "val_cost"}, {"val": "val_cost"}):
+        check(only(diagnose_logs(tmp_path, **names)), train="train_cost", val="val_cost", axis="epoch")
+    (tmp_path / "log.csv").unlink()
+    rows = [{"epoch": i, "fit": {"train_cost": TRAIN[i], "val_cost": VAL[i]}} for i in EPOCHS]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    check(only(diagnose_logs(tmp_path, val="fit/val_cost")), train="fit/train_cost", val="fit/val_cost")
+
+
+def test_a_score_beside_the_parts_of_a_loss(tmp_path):
+    """A score without one for the training is judged beside the sum of the training losses."""
+    score = [1 - value / 2 for value in VAL]
+    parts = {f"{role}/{part}_loss": TRAIN for role in ("train", "val") for part in ("box", "cls")}
+    write_table(tmp_path / "results.csv", {"epoch": EPOCHS, **parts, "metrics/mAP50(B)": score})
+    one = only(diagnose_logs(tmp_path, val="metrics/mAP50(B)", higher_is_better=True))
+    assert one.train == "train/box_loss + train/cls_loss"
+    assert one.train_losses == [2 * value for value in TRAIN]
+    assert one.losses == pytest.approx([value / 2 for value in VAL])
+    assert (one.verdict.status, one.verdict.best) == ("overfitting", fw.diagnose(TRAIN, VAL).best)
+
+
+def test_a_trainer_state_that_says_nothing_is_named(tmp_path):
+    """A trainer_state.json that is cut off, or has a single evaluation, is named with the reason."""
+    state = json.dumps({"log_history": [{"loss": 1.0, "step": 1}, {"eval_loss": 1.0, "step": 1}]})
+    (tmp_path / "trainer_state.json").write_text(state[:40])
+    with pytest.raises(NoLogsError, match=r"trainer_state.json: is no whole JSON document"):
+        diagnose_logs(tmp_path)
+    (tmp_path / "trainer_state.json").write_text(state)
+    assert [one.problem for one in diagnose_logs(tmp_path).runs] == ["eval_loss has 1 point: too few"]
+
+
+def test_compressed_files_say_what_to_do(tmp_path):
+    """A file that is compressed is refused by that reason, whatever its name."""
+    for name, content in (("log.csv", gzip.compress(b"epoch,loss,val_loss")), ("log2.csv", b"PK\x03\x04...")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(NoLogsError, match=f"{name}: compressed: unpack it first"):
+            diagnose_logs(tmp_path / name)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_elbo_of_either_sign(tmp_path, sign):
+    """An ELBO is judged in the direction in which its training curve goes, and a note says if that is upwards."""
+    curves = {"train/elbo": [sign * value for value in TRAIN], "val/elbo": [sign * value for value in VAL]}
+    write(tmp_path, curves)
+    one = only(diagnose_logs(tmp_path))
+    assert one.losses == VAL
+    assert (one.verdict.status, one.verdict.best) == ("overfitting", fw.diagnose(TRAIN, VAL).best)
+    assert any("bound" in note for note in one.notes) == (sign < 0)

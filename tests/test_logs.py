@@ -302,7 +302,7 @@ def test_what_is_no_log_is_refused(tmp_path):
         diagnose_logs(tmp_path)
     with SummaryWriter(str(tmp_path / "text")) as writer:
         writer.add_text("note", "no number")
-    with pytest.raises(NoLogsError, match="contain 1 files without curves"):
+    with pytest.raises(NoLogsError, match="contain a file without curves"):
         diagnose_logs(tmp_path)
     write(tmp_path / "run", {"train/loss": TRAIN, "val/loss": VAL, **{f"norm/{i}": [1.0] for i in range(30)}})
     write(tmp_path / "other", {"lonely": [1.0]})

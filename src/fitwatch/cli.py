@@ -1,12 +1,14 @@
 """The ``fitwatch`` command: verdicts on logged runs as lines, as a report, as a picture or as JSON."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn, TextIO
 
 from fitwatch.advice import TOPICS
@@ -25,6 +27,9 @@ MLflow (mlruns) and DVCLive. Exit status: 0 if a run was judged, 1 if none could
 _STATUSES = ("overfitting", "diverging", "underfitting", "plateau")
 JUDGED, NOT_JUDGED, WRONG_USE, FAILED = range(4)
 INTERRUPTED = 130  # as shells have it
+
+
+_Outcome = tuple[int, Callable[[], None]]  # exit status, and what writes the report to standard output
 
 
 class _UsageError(Exception):
@@ -47,27 +52,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         3 if a run has a verdict that ``--fail-on`` names. The reason for 1 and 2 is on standard error.
     """
     given = sys.argv[1:] if argv is None else argv
+    status = JUDGED
     try:
-        options = _options(given)
-        if "topic" in options:
-            sys.stdout.write(TOPICS[options.topic])
-            return JUDGED
-        status = _watch(options) if options.watch is not None else _once(options)
-        sys.stdout.flush()
-    except _UsageError as error:
-        status = _fail(str(error), WRONG_USE, as_json="--json" in given, paths=[])
+        status, write = _outcome(given)
+        write()
+        if sys.stdout is not None:  # it is where the process began with it closed
+            sys.stdout.flush()
     except KeyboardInterrupt:
         status = INTERRUPTED
-    except BrokenPipeError:  # the reader, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = JUDGED
+    except BrokenPipeError:  # the reader, such as head, has enough; the status is that of the runs
+        _discard_output()
+    except OSError as error:  # a full disk
+        _discard_output()
+        _complain(f"the output could not be written: {error.strerror or error}")
+        status = WRONG_USE
     return status
+
+
+def _outcome(given: Sequence[str]) -> _Outcome:
+    try:
+        options = _options(given)
+    except _UsageError as error:
+        return _fail(str(error), WRONG_USE, as_json="--json" in given, paths=[])
+    if "topic" in options:
+        return JUDGED, partial(_write, TOPICS[options.topic].rstrip(), sys.stdout)
+    return _once(options) if options.watch is None else _watch(options)
+
+
+def _discard_output() -> None:
+    """Let what is still buffered for standard output go nowhere, so that the interpreter ends without a complaint."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="fitwatch", description="Tell overfitting from noise.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = commands.add_parser("diagnose", help="judge the loss curves in logs", description=_HELP)
+    command = commands.add_parser(
+        "diagnose", help="judge the loss curves in logs", description=_HELP, allow_abbrev=False
+    )
     add = command.add_argument
     helping = commands.add_parser("help", help="what to do about a verdict")
     helping.add_argument("topic", choices=TOPICS, help="the verdict")
@@ -100,9 +122,12 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds: PATH comes before --watch") from None
     if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"needs a number of seconds above 0, but got {text}")
     return seconds
 
 
@@ -117,45 +142,54 @@ def _read(options: argparse.Namespace) -> Report:
     )
 
 
-def _once(options: argparse.Namespace) -> int:
+def _once(options: argparse.Namespace) -> _Outcome:
     try:
         report = _read(options)
     except LogError as error:
         status = NOT_JUDGED if isinstance(error, NoLogsError) else WRONG_USE
         return _fail(str(error), status, as_json=options.json, paths=options.paths)
-    if options.plot and report.judged:
-        try:
-            if left_out := draw(worst_first(report.judged), options.plot):
-                _write(
-                    f"fitwatch diagnose: {options.plot} shows the worst {len(report.judged) - left_out} runs",
-                    sys.stderr,
-                )
-        except (ImportError, OSError, ValueError) as error:
-            why = "it needs Pillow: pip install pillow" if isinstance(error, ImportError) else str(error)
-            return _fail(f"--plot {options.plot}: {why}", WRONG_USE, as_json=options.json, paths=options.paths)
+    failed = any(_is(one, options.fail_on) for one in report.judged)
+    status = NOT_JUDGED if not report.judged else FAILED if failed else JUDGED
+    if problem := _plot(report, options.plot):
+        status = WRONG_USE
+        _complain(problem)
     if options.json:
-        _write_json(options.paths, report, None)
-    else:
-        _write_text(report, verbose=options.verbose or options.run is not None)
-    if not report.judged:
-        return NOT_JUDGED
-    return FAILED if any(_is(one, options.fail_on) for one in report.judged) else JUDGED
+        return status, lambda: _write_json(options.paths, report, problem or None)
+    return status, lambda: _write_text(report, verbose=options.verbose or options.run is not None)
 
 
-def _watch(options: argparse.Namespace) -> int:
+def _plot(report: Report, file: str | None) -> str:
+    """Draw the runs if asked to, and return what went wrong; "" if nothing did."""
+    if file is None or not report.judged:
+        return ""
+    try:
+        left_out = draw(worst_first(report.judged), file)
+    except ImportError:
+        return f"--plot {file}: it needs Pillow: pip install pillow"
+    except (OSError, ValueError) as error:
+        return f"--plot {file}: {(isinstance(error, OSError) and error.strerror) or error}"
+    if left_out:
+        _complain(f"{file} shows the worst {len(report.judged) - left_out} runs")
+    return ""
+
+
+def _watch(options: argparse.Namespace) -> _Outcome:
     """Follow the runs until Ctrl-C, or until one has the verdict of ``--fail-on``."""
+    status = JUDGED
     try:
         for one in turns(lambda: _read(options), every=options.watch):
             at = time.strftime("%H:%M:%S")
             _write(f"{at}  {one}" if isinstance(one, str) else f"{at}  {one.run}  {headline(one)}", sys.stdout)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             if isinstance(one, Diagnosis) and _is(one, options.fail_on):
-                return FAILED
+                status = FAILED
+                break
     except LogError as error:
         return _fail(str(error), WRONG_USE, as_json=False, paths=options.paths)
     except KeyboardInterrupt:
         pass
-    return JUDGED
+    return status, lambda: None
 
 
 def _is(one: Diagnosis, status: str | None) -> bool:
@@ -185,26 +219,31 @@ def _write_json(paths: Sequence[str], report: Report, error: str | None) -> None
         "runs": [facts(one) for one in report.runs],
         "skipped": report.skipped,
     }
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")  # ASCII
+    _write(json.dumps(document, indent=2, allow_nan=False), sys.stdout)  # ASCII
 
 
-def _fail(message: str, status: int, *, as_json: bool, paths: Sequence[str]) -> int:
-    if as_json:
-        _write_json(paths, Report(), message)
-    _write(f"fitwatch diagnose: {message}", sys.stderr)
-    return status
+def _fail(message: str, status: int, *, as_json: bool, paths: Sequence[str]) -> _Outcome:
+    _complain(message)
+    return status, lambda: _write_json(paths, Report(), message) if as_json else None
 
 
-def _write(text: str, stream: TextIO) -> None:
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # there is nowhere else to say it
+        _write(f"fitwatch diagnose: {message}", sys.stderr)
+
+
+def _write(text: str, stream: TextIO | None) -> None:
     """Write lines that may hold names of files and tags: what is no printable character is escaped."""
+    if stream is None:  # the process began with it closed
+        return
     encoding = stream.encoding or "utf-8"
     safe = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     stream.write(safe.encode(encoding, "backslashreplace").decode(encoding).rstrip("\n") + "\n")
 
 
-def _can_write(text: str, stream: TextIO) -> bool:
+def _can_write(text: str, stream: TextIO | None) -> bool:
     try:
-        text.encode(stream.encoding or "utf-8")
+        text.encode((stream and stream.encoding) or "utf-8")
     except UnicodeEncodeError:
         return False
     return True

@@ -80,10 +80,11 @@ class Calibration:
             biases: Whether to use the temperature with biases.
 
         Raises:
+            TypeError: The outputs are not one tensor.
             ValueError: The outputs have another number of classes.
         """
         scale, bias = self.scale_and_bias(biases=biases)
-        return _affine(outputs, torch.tensor(scale, device=outputs.device), bias.to(outputs.device))
+        return _affine(outputs, torch.tensor(scale), bias)
 
     def probabilities(self, outputs: Tensor, *, biases: bool = False) -> Tensor:
         """Return the softmax, or for labels and one logit the sigmoid, of `logits`."""
@@ -105,15 +106,16 @@ class Calibration:
             raise ValueError(f"a calibration must have {', '.join(fields_dict(cls))}, got {state_dict!r:.80}")
         try:
             return cls(**state_dict)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"this is not a calibration: {error}") from error
 
 
 class Calibrated(nn.Module):
     """A model with calibrated logits: that of ``model``, times a scale, plus a bias.
 
-    Use it for predictions: train the model itself. It goes through `torch.export`, and its state dict holds the
-    model's under ``model.`` beside ``scale`` and ``bias``. Its outputs are float32 for a model in half precision.
+    Use it for predictions: train the model itself. It goes through `torch.export`; it takes any arguments, so dynamic
+    shapes are given as ``{"args": ({0: batch},)}``. Its state dict holds the model's under ``model.`` beside ``scale``
+    and ``bias``. Its outputs are float32 for a model in half precision.
 
     Args:
         model: A model whose output is one tensor of logits.
@@ -121,7 +123,7 @@ class Calibrated(nn.Module):
         biases: Whether to use the temperature with biases.
 
     Raises:
-        TypeError: ``calibration`` is none; when called: the output is not one tensor.
+        TypeError: ``model`` is no module, or ``calibration`` is none; when called: the output is not one tensor.
         ValueError: There are no biases; when called: the output has another number of classes.
     """
 
@@ -136,6 +138,8 @@ class Calibrated(nn.Module):
                 "callback had it measured; attach an OverfittingDetector"
             )
         scale, bias = calibration.scale_and_bias(biases=biases)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, such as nn.Linear(4, 2), got {model!r:.80}")
         self.model = model
         place = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=place))
@@ -155,8 +159,8 @@ def _affine(outputs: object, scale: Tensor, bias: Tensor) -> Tensor:
     columns = 1 if outputs.dim() == 1 else outputs.shape[1] if outputs.dim() == 2 else None
     if columns != len(bias):
         raise ValueError(f"the calibration is for outputs of shape (N, {len(bias)}), got {tuple(outputs.shape)}")
-    dtype = torch.promote_types(outputs.dtype, torch.float32)
-    return outputs.to(dtype) * scale.to(dtype) + bias.to(dtype)
+    dtype, device = torch.promote_types(outputs.dtype, torch.float32), outputs.device
+    return outputs.to(dtype) * scale.to(device, dtype) + bias.to(device, dtype)
 
 
 class Fitted:

@@ -1,5 +1,6 @@
 """Logits and targets in one form for all fits: float64, on the host, with the class weights taken off."""
 
+import math
 from typing import Self
 
 import torch
@@ -7,7 +8,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 _LOWEST = -1e6
-"""Stands in for logits below it, such as the -inf of a masked class: infinity times a probability of 0 is nan."""
+"""Stands in for the -inf of a masked class: infinity times a probability of 0 is nan."""
 
 
 @frozen(eq=False)
@@ -55,7 +56,8 @@ class Rows:
         else:
             y = targets.detach().cpu().double().reshape(len(targets), -1).T.contiguous()
         w = torch.ones(z.shape[1], dtype=z.dtype) if weights is None else weights.detach().cpu().double()
-        return cls(z.clamp(min=_LOWEST).contiguous(), y, w / w.mean())
+        z = z.masked_fill(z == -math.inf, _LOWEST)
+        return cls(z.contiguous(), y, w / w.mean())
 
     @property
     def exclusive(self) -> bool:

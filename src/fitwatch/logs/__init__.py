@@ -59,7 +59,7 @@ def diagnose_logs(
         NoLogsError: If nothing there is a log.
         LogError: If a path, the run or the names do not exist.
     """
-    found = collect(paths)
+    found = collect(paths, [name for name in (train, val) if name])
     if not found.logged:
         raise NoLogsError(_nothing(found, paths))
     pairs = guess(found.logged, each=each) if train is None and val is None else find(found.logged, train, val)
@@ -77,7 +77,9 @@ def _nothing(found: Found, paths: Iterable[str | os.PathLike[str]]) -> str:
     if found.skipped:
         more = f"; and {len(found.skipped) - 3} more files" if len(found.skipped) > 3 else ""
         return "; ".join(found.skipped[:3]) + more
-    what = f"{found.files} files without curves" if found.files else "no logs"
+    what = "no logs"
+    if found.files:
+        what = "a file without curves" if found.files == 1 else f"{found.files} files without curves"
     return f"{where} and its subfolders contain {what}"
 
 

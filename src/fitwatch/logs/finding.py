@@ -21,6 +21,7 @@ _STATE = "trainer_state.json"
 _HEAD = 1 << 10
 _REASONS = {
     b"version https://git-lfs": "a Git LFS pointer, and not the file itself: fetch it with `git lfs pull`",
+    **dict.fromkeys((b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ"), "compressed: unpack it first"),
     b"SQLite format 3": "an SQLite database: of MLflow, the folder mlruns is read; or export the metrics as CSV",
 }
 
@@ -68,8 +69,12 @@ class _Place:
     metrics: list[tuple[str, Path]] = field(factory=list)  # name of the metric, its file
 
 
-def collect(paths: Iterable[str | os.PathLike[str]]) -> Found:
+def collect(paths: Iterable[str | os.PathLike[str]], named: Iterable[str] = ()) -> Found:
     """Read all logs in files, folders and what matches patterns.
+
+    Args:
+        paths: The files, folders and patterns.
+        named: Names of curves that are asked for: a table in a folder is read if it has one of them.
 
     Raises:
         LogError: If a path does not exist, or is an address.
@@ -81,9 +86,9 @@ def collect(paths: Iterable[str | os.PathLike[str]]) -> Found:
         base = "" if len(tops) == 1 else top.as_posix()
         if top.is_dir():
             for file in _walk(top):
-                _take(found, places, file, top, base)
+                _take(found, places, file, top, base, named)
         else:
-            _take(found, places, top, None, base or top.name)
+            _take(found, places, top, None, base or top.name, named)
     states = [folder for folder, place in places.items() if any(file.name == _STATE for file in place.tables)]
     for folder, place in sorted(places.items(), key=lambda item: natural(item[1].name)):
         _read_events(found, place)
@@ -133,7 +138,9 @@ def _may_be_log(file: Path) -> bool:
     )
 
 
-def _take(found: Found, places: dict[Path, _Place], file: Path, top: Path | None, base: str) -> None:
+def _take(
+    found: Found, places: dict[Path, _Place], file: Path, top: Path | None, base: str, named: Iterable[str]
+) -> None:
     """Put a file to the others of its folder, by its content; ``top`` is None if the user has named it."""
     try:
         with file.open("rb") as opened:
@@ -157,7 +164,7 @@ def _take(found: Found, places: dict[Path, _Place], file: Path, top: Path | None
         at().metrics.append((place[1], file))
     elif top is None and is_metric_file(head):
         at().metrics.append((file.name, file))
-    elif top is None or (file.suffix.lower() in _TABLES and may_be_table(file)):
+    elif top is None or (file.suffix.lower() in _TABLES and may_be_table(file, named)):
         folder = file if top is None else file.parent
         at().tables.append(file)
     else:
@@ -195,7 +202,7 @@ def _read_metrics(found: Found, place: _Place) -> None:
     for name, path in place.metrics:
         try:
             if path.suffix == ".tsv":
-                columns = list(read_table(path)[-1].values())
+                columns = list([*read_table(path).values()][-1].values())
                 curves[name] = columns[-1]
             else:
                 curves[name] = read_metric_file(path)
@@ -206,40 +213,41 @@ def _read_metrics(found: Found, place: _Place) -> None:
 
 
 def _read_tables(found: Found, place: _Place, folder: Path, states: list[Path]) -> None:
-    tables: dict[Path, list[dict[str, Curve]]] = {}
+    tables: dict[Path, dict[str, dict[str, Curve]]] = {}
     for path in place.tables:
         if path.name == _STATE and _is_older(folder, states):
             continue
         try:
             runs = read_table(path)
         except (LogError, OSError) as error:
-            if folder == path or path.suffix.lower() not in _OFTEN_OTHER:
+            if folder == path or path.name == _STATE or path.suffix.lower() not in _OFTEN_OTHER:
                 found.skip(path, error)
             continue
         # In a table that nobody has named, a single row is no curve.
-        if kept := [curves for curves in runs if folder == path or max(map(len, curves.values())) > 1]:
+        sure = folder == path or path.name == _STATE
+        if kept := {name: run for name, run in runs.items() if sure or max(map(len, run.values())) > 1}:
             tables[path] = kept
-    single = {path: runs[0] for path, runs in tables.items() if len(runs) == 1 and len(runs[0]) == 1}
+    single = {path: run for path, runs in tables.items() if len(runs) == 1 for run in runs.values() if len(run) == 1}
     if len(single) > 1:  # a file for each curve, as TensorBoard exports them
         curves = {
             tag if tag == path.stem else f"{path.stem}/{tag}": curve
             for path, table in single.items()
             for tag, curve in table.items()
         }
-        tables = {path: runs for path, runs in tables.items() if path not in single} | {folder: [curves]}
+        tables = {path: runs for path, runs in tables.items() if path not in single} | {folder: {"1": curves}}
     for path, runs in tables.items():
         _add_table(found, place, path, runs, alone=folder == path or len(tables) == 1)
 
 
-def _add_table(found: Found, place: _Place, path: Path, runs: list[dict[str, Curve]], *, alone: bool) -> None:
+def _add_table(found: Found, place: _Place, path: Path, runs: dict[str, dict[str, Curve]], *, alone: bool) -> None:
     """Add the runs of a table, which have the name of their folder if there is nothing else in it."""
     name = place.name
     if path.name == _STATE and path.parent.name.startswith("checkpoint-"):  # the training is what wrote the checkpoints
         name = name.rpartition("/")[0] or "."
     elif not (alone and printable(name) not in found.logged):
         name = f"{name}/{path.name}".removeprefix("./")
-    for number, curves in enumerate(runs, 1):
-        run = name if len(runs) == 1 else f"{name}#{number}"
+    for number, (title, curves) in enumerate(runs.items(), 1):
+        run = name if len(runs) == 1 else f"{name}#{title}"
         found.tables[printable(run)] = printable(place.name)
         notes = [f"number {number} of {len(runs)} runs in one file, {path.name}"] if len(runs) > 1 else []
         found.add(run, curves, notes)

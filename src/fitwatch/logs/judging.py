@@ -92,6 +92,9 @@ def judge(pair: Pair, notes: list[str], *, higher_is_better: bool) -> Diagnosis 
         return Unusable(run=pair.run, part=pair.part, problem=pair.problem, notes=notes)
     train, val = pair.train, pair.val
     said = [*notes, *pair.notes]
+    if val.error == "elbo" and _rises(train.curve):  # it is logged with either sign
+        higher_is_better = True
+        said.append(f"{train.name} rises as it is trained: it is taken for a bound, and not for a loss")
     if higher_is_better or val.is_score:
         val = _as_error(val)
         said.append(f"higher is better for {val.name}: judged is {_error_name(pair.val.curve)}")
@@ -122,6 +125,11 @@ def judge(pair: Pair, notes: list[str], *, higher_is_better: bool) -> Diagnosis 
         one_unit=not units,
         notes=said + units,
     )
+
+
+def _rises(curve: Curve) -> bool:
+    known = [value for value in curve.values if math.isfinite(value)]
+    return len(known) > 1 and known[-1] > known[0]
 
 
 def _as_error(series: Series) -> Series:

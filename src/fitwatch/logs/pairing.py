@@ -213,12 +213,19 @@ def _half_named(logged: Logged, train: str | None, val: str | None) -> list[Pair
             others = [other for other in series if other is not one and other.role in roles]
             same = [other for other in others if other.key == one.key]
             partner = _best(same or [other for other in others if other.is_loss and _is_plain(other.key)], roles)
+            partner = partner or _loss_of(run, series, train=bool(val))
             if partner is None:
                 pairs.append(Pair(run=run, problem=f"{one.name} has no partner: name both with --train and --val"))
             else:
                 both = (partner, one) if val else (one, partner)
                 pairs.append(Pair(run=run, train=both[0], val=both[1]))
     return pairs
+
+
+def _loss_of(run: str, series: list[Series], *, train: bool) -> Series | None:
+    """Return the training or the validation loss of a run, as guessed; None if it has several, or none."""
+    pairs = _pairs(run, series, each=False)
+    return (pairs[0].train if train else pairs[0].val) if len(pairs) == 1 else None
 
 
 def _ends(path: str, name: str) -> bool:

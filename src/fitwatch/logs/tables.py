@@ -21,6 +21,10 @@ _SPLITS = ("mode", "split", "phase", "stage")
 _NAMES = ("metric", "name", "key", "tag", "variable")  # of the value, in a table with a row for each value
 _TIMES = {"time", "timestamp", "wall_time", "wall time", "_timestamp", "_runtime"}
 _TENSOR = re.compile(r"tensor\(\[?([^,\])]+)")
+_EMPTY = ("", "-", "none", "null", "na", "n/a", "nan")
+_SHOWN = 20  # characters of a cell in a note
+_COMMAS = re.compile(r"\s*[-+]?\d[\d,]*,\d+(\.\d*)?(e[-+]?\d+)?\s*", re.IGNORECASE)  # a number with commas
+_THOUSANDS = re.compile(r"\s*[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?\s*")
 _LOSS = re.compile(r"loss|nll|mse|rmse|perplexity|entropy|log_history", re.IGNORECASE)
 _NEARLY = 0.9  # share of the rows that have the column that counts
 _GAPS = 0.25  # share of NaN, above which they are holes of a table and not losses
@@ -28,10 +32,10 @@ _GAPS = 0.25  # share of NaN, above which they are holes of a table and not loss
 Rows = Iterable[Mapping[str, object]]
 
 
-def read_table(path: Path) -> list[dict[str, Curve]]:
-    """Read the runs of a table: tag -> curve, for each of them in the order of writing.
+def read_table(path: Path) -> dict[str, dict[str, Curve]]:
+    """Read the runs of a table: name -> tag -> curve, in the order of writing.
 
-    The kind of table is told by its content.
+    The kind of table is told by its content. Runs without a name are numbered.
 
     Raises:
         LogError: If it is no table with a column for a loss.
@@ -44,18 +48,25 @@ def read_table(path: Path) -> list[dict[str, Curve]]:
     text = _decoded(content)
     try:
         rows = _rows(text)
-        runs = [curves for part in _runs(rows) if (curves := _curves(part, path))]
+        runs = {name: curves for name, part in _runs_by_name(rows).items() if (curves := _curves(part, path))}
     except LogError:
         raise
-    except (csv.Error, RecursionError, ValueError, OverflowError, MemoryError) as error:
+    except csv.Error as error:
+        raise LogError(f"is damaged, or no table: {error}") from None
+    except (RecursionError, ValueError, OverflowError, MemoryError) as error:
         raise LogError(f"is damaged, or no table ({type(error).__name__})") from None
     if not runs:
         raise LogError("has no columns of numbers")
     return runs
 
 
-def may_be_table(path: Path) -> bool:
-    """Whether the beginning of a file looks like a table that names a loss or a metric; False if it can't be read."""
+def may_be_table(path: Path, named: Iterable[str] = ()) -> bool:
+    """Whether the beginning of a file looks like a table that names a loss or a metric; False if it can't be read.
+
+    Args:
+        path: The file.
+        named: Names that the user asks for, which make it a table too.
+    """
     try:
         with path.open("rb") as file:
             head = _decoded(file.read(_HEAD)).lstrip()
@@ -63,11 +74,13 @@ def may_be_table(path: Path) -> bool:
         return False
     if not head or "\0" in head:
         return False
+    tags = {name.rpartition("/")[2] for name in named}
     if head[0] in "{[":
-        return bool(_LOSS.search(head))
+        return bool(_LOSS.search(head)) or any(f'"{tag}"' in head for tag in tags)
     names = [name.strip(' "\r') for name in re.split(r"[,\t;|]", head.split("\n", 1)[0])]
     long = {"step", "value"} <= {name.lower() for name in names}
-    return len(names) > 1 and (long or any(map(names_a_loss, names)))
+    asked = any(name.rpartition("/")[2] in tags for name in names)
+    return len(names) > 1 and (long or asked or any(map(names_a_loss, names)))
 
 
 def _decoded(content: bytes) -> str:
@@ -84,7 +97,9 @@ def _rows(text: str) -> list[Mapping[str, object]]:
         try:
             return list(_document(json.loads(text)))
         except json.JSONDecodeError:
-            return list(_json_lines(text))
+            if lines := list(_json_lines(text)):
+                return lines
+            raise LogError("is no whole JSON document, nor JSON lines") from None
     return list(_delimited(text))
 
 
@@ -132,13 +147,42 @@ def _delimited(text: str) -> Rows:
     header = [name.strip() for name in next(reader, [])]
     if not header or len(header) < 2 or all(map(_is_number, header)):
         raise LogError("has no header with the names of columns")
-    for cells in reader:
+    lines = list(reader)
+    commas = _commas((cell for cells in lines for cell in cells), decimal=delimiter == ";")
+    names = _distinct(header)
+    for cells in lines:
         if [cell.strip() for cell in cells] == header:
             yield {}  # a run begins
             continue
-        if delimiter == ";":
-            cells = [cell.replace(",", ".") for cell in cells]  # noqa: PLW2901 - decimal commas
-        yield dict(zip(header, cells, strict=False))
+        if commas is not None:
+            cells = [cell.replace(",", commas) if _COMMAS.fullmatch(cell) else cell for cell in cells]  # noqa: PLW2901
+        yield dict(zip(names, cells, strict=False))
+
+
+def _commas(cells: Iterable[str], *, decimal: bool) -> str | None:
+    """Return what stands for the commas in numbers: a point, or nothing if they group thousands; None without any.
+
+    Args:
+        cells: All cells.
+        decimal: Whether numbers such as 1,234 alone have a decimal comma.
+    """
+    numbers = [cell for cell in cells if _COMMAS.fullmatch(cell)]
+    if not numbers:
+        return None
+    thousands = all(map(_THOUSANDS.fullmatch, numbers)) and not (
+        decimal and all("." not in cell and cell.count(",") == 1 for cell in numbers)
+    )
+    return "" if thousands else "."
+
+
+def _distinct(header: list[str]) -> list[str]:
+    """Number columns of one name: ``loss, loss.1``."""
+    seen: dict[str, int] = {}
+    names = []
+    for name in header:
+        count = seen[name] = seen.get(name, -1) + 1
+        names.append(f"{name}.{count}" if count else name)
+    return names
 
 
 def _is_number(cell: str) -> bool:
@@ -172,6 +216,25 @@ def _flat(row: Mapping[str, object], prefix: str = "", depth: int = 0) -> Iterat
             yield from _flat(value, f"{prefix}{name}/", depth + 1)
         else:
             yield prefix + str(name), value
+
+
+def _runs_by_name(rows: list[Mapping[str, object]]) -> dict[str, list[dict[str, object]]]:
+    exported = _exported(rows)
+    return exported or {str(number): part for number, part in enumerate(_runs(rows), 1)}
+
+
+def _exported(rows: list[Mapping[str, object]]) -> dict[str, list[dict[str, object]]]:
+    """Return the runs of an export of Weights & Biases, whose columns are called ``<run> - <metric>``; {} if none."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    if not any(name.endswith("__MIN") for name in names):
+        return {}
+    owners = {name: name.removesuffix("__MIN").removesuffix("__MAX").rpartition(" - ")[0] for name in names}
+    owners = {name: run for name, run in owners.items() if run}
+    runs: dict[str, list[dict[str, object]]] = {}
+    for run in dict.fromkeys(owners.values()):
+        own = [{name: cell for name, cell in row.items() if owners.get(name, run) == run} for row in rows]
+        runs[run] = [row for row in own if any(row[name] not in ("", None) for name in row if name in owners)]
+    return runs if len(runs) > 1 else {}
 
 
 def _runs(rows: list[Mapping[str, object]]) -> list[list[dict[str, object]]]:
@@ -228,21 +291,26 @@ def _curves(rows: list[dict[str, object]], path: Path) -> dict[str, Curve]:
     names = dict.fromkeys(name for row in rows for name in row)
     step, axis = _axis(rows, names)
     split, long_name = _named(names, _SPLITS), _long_name(names)
-    others = {step, *(name for name in names if name.strip().lower() in (*_TIMES, *_STEPS, *_EPOCHS, *_SPLITS))}
+    counts = {step, *(name for name in names if name.strip().lower() in (*_TIMES, *_STEPS, *_EPOCHS, *_SPLITS))}
     curves: dict[str, Curve] = {}
+    others: dict[str, list[str]] = {}  # cells of text
     for index, row in enumerate(rows):
         at = _number(row.get(step)) if step else float(index)
         if at is None or not math.isfinite(at):
             continue
         role = str(row[split]) + "/" if split and isinstance(row.get(split), str) else ""
         for name, cell in row.items():
-            if name in others or name.endswith(("__MIN", "__MAX")):
+            if name in counts or name.endswith(("__MIN", "__MAX")):
                 continue
+            tag = str(row.get(long_name)) if long_name else path.stem if name.lower() == "value" else role + name
             value = _number(cell)
             if value is not None:
-                tag = str(row.get(long_name)) if long_name else path.stem if name.lower() == "value" else role + name
-                curve = curves.setdefault(tag, Curve(axis=axis))
-                curve.add(at, value)
+                curves.setdefault(tag, Curve(axis=axis)).add(at, value)
+            elif isinstance(cell, str) and cell.strip().lower() not in _EMPTY:
+                others.setdefault(tag, []).append(cell)
+    for tag in others.keys() & curves.keys():
+        count, example = len(others[tag]), others[tag][0].strip()[:_SHOWN]
+        curves[tag].notes.append(f"{count} cell{'s' * (count > 1)} of {{}} left out as no number: {example}")
     return {tag: _without_holes(curve) for tag, curve in curves.items()}
 
 
@@ -277,7 +345,7 @@ def _without_holes(curve: Curve) -> Curve:
         return curve
     longest = max(sum(1 for _ in group) for one, group in itertools.groupby(bad[: last + 1]) if one)
     keep_end = len(bad) - 1 - last > longest
-    kept = Curve(axis=curve.axis)
+    kept = Curve(axis=curve.axis, notes=curve.notes)
     for i, (step, value) in enumerate(zip(curve.steps, curve.values, strict=True)):
         if not bad[i] or (i > last and keep_end):
             kept.add(step, value)

@@ -72,7 +72,10 @@ def details(one: Diagnosis, *, unicode: bool) -> str:
     if one.wasted is not None:
         share = f" ({_percent(one.wasted_share)} of the training)" if one.wasted else ""
         wasted = f"{one.wasted} evaluations after the best{share}"
-    gap = f"{verdict.gap:.4g} (validation minus training loss, at the end)"
+    gap = "- (the losses seem to be in different units)"
+    if one.one_unit:
+        known = math.isfinite(verdict.gap)
+        gap = f"{verdict.gap:.4g} (validation minus training loss, at the end)" if known else "-"
     rows = [
         ("run", _name(one)),
         ("verdict", headline(one)),
@@ -84,7 +87,7 @@ def details(one: Diagnosis, *, unicode: bool) -> str:
         ("detected", _place(one, verdict.detected)),
         ("best", _place(one, verdict.best, loss=True)),
         ("wasted", wasted),
-        ("gap", gap if one.one_unit else "- (the losses seem to be in different units)"),
+        ("gap", gap),
         ("evidence", verdict.evidence),
         *(("note", note) for note in one.notes),
     ]
