@@ -58,7 +58,12 @@ class Trainer:
         precision: ``"fp32"`` (no autocast), or autocast to ``"bf16"`` or ``"fp16"``; the latter with a GradScaler.
         metrics: Name -> function of (outputs, targets) over the whole validation set, or an object with ``update``,
             ``compute`` and ``reset``. Reported as ``val/<name>``; a vector with a number for each class as
-            ``val/<name>/<class>`` (the names in ``dataset.classes``, or the indices), a dict as ``val/<name>/<key>``.
+            ``val/<name>/<class>`` (``classes``, else the names in ``dataset.classes``, or the indices), a dict as
+            ``val/<name>/<key>``.
+        classes: Names of the classes, or of the labels of `BinaryCrossEntropy`, in the order of their indices. They
+            appear in tables, pictures and the names of metrics; and for a loss of fitwatch that takes logits, each
+            validation measures ``val/recall/<class>``, ``val/precision/<class>`` and
+            ``val/average_precision/<class>``, unless ``metrics`` has one of that name.
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
         log_every: Steps per log window. Values are copied to the host once per log window.
         skip_checks: As for `Watch`.
@@ -87,6 +92,7 @@ class Trainer:
     clip_norm: float | None = field(default=None, kw_only=True, validator=number(above=0, or_none=True))
     precision: str = field(default="fp32", kw_only=True, validator=one_of(*_AUTOCAST))
     metrics: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    classes: Sequence[str] | None = field(default=None, kw_only=True)
     device: torch.device = field(default="auto", kw_only=True, converter=batches.as_device)  # type: ignore[assignment] # before conversion
     log_every: int = field(default=50, kw_only=True, validator=integer(1))
     skip_checks: Collection[str] = field(default=(), kw_only=True)
@@ -360,6 +366,7 @@ class Trainer:
             self.callbacks,
             loss=self.loss,
             metrics=self.metrics,
+            classes=self.classes,
             scheduler=self.scheduler,
             scaler=self._scaler,
             accumulate=self.accumulate,

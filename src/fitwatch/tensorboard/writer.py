@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,7 @@ from fitwatch.helpers.markdown import table
 from fitwatch.records import Curve, Histogram, Image, Marker, Record
 from fitwatch.state import State
 from fitwatch.tensorboard import events, folders, page, reports
-from fitwatch.tensorboard.classifier import CalibrationCounts, Counts, curve
+from fitwatch.tensorboard.classifier import CalibrationCounts, Counts, curve, curve_names
 from fitwatch.tensorboard.confusion import confusion_image
 from fitwatch.tensorboard.diagram import reliability_image
 from fitwatch.tensorboard.thinning import Thinner
@@ -128,11 +128,16 @@ class RunWriter:
         settings = {name: value for name, value in state.settings.items() if name != "device"}
         if group is not None:
             settings["seed"] = "any"  # a row has one value per setting, but the trials differ in their seed
+        names_of = state.validation.class_names
         best, name, seconds = state.history.best, self.run_dir.name, time.time() - self._started
         values = (
             []
             if best is None
-            else [*_best_values(best), *_best_outputs(best, counts[0]), *_best_calibration(best, counts[1])]
+            else [
+                *_best_values(best),
+                *_best_outputs(best, counts[0], names_of),
+                *_best_calibration(best, counts[1], names_of),
+            ]
         )
         values.append(events.scalar("report/seconds", seconds))
         values.append(events.text("report/end", reports.end(state, name, seconds)))
@@ -233,28 +238,31 @@ def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
     return values
 
 
-def _best_calibration(best: Mapping[str, float], counts: CalibrationCounts | None) -> list[Summary.Value]:
+def _best_calibration(
+    best: Mapping[str, float], counts: CalibrationCounts | None, names_of: Callable[[int], list[str]]
+) -> list[Summary.Value]:
     """Return the reliability diagram of the best evaluation, and its calibrated decisions if they are others."""
     if counts is None:
         return []
     title = f"best epoch: {best['epoch'] + 1:g}"
     values = [events.picture("report/reliability", reliability_image(counts.tables, title=title))]
     if counts.matrix is not None:
-        names = [str(k) for k in range(len(counts.matrix))]
+        names = names_of(len(counts.matrix))
         image = confusion_image(counts.matrix, names, title=f"{title}, calibrated: class weights taken off")
         values.append(events.picture("report/confusion_calibrated", image))
     return values
 
 
-def _best_outputs(best: Mapping[str, float], counts: Counts | None) -> list[Summary.Value]:
+def _best_outputs(
+    best: Mapping[str, float], counts: Counts | None, names_of: Callable[[int], list[str]]
+) -> list[Summary.Value]:
     """Return the confusion matrix and the precision-recall curves of the best evaluation, if they were counted."""
     values = []
     if counts is not None and counts.matrix is not None:
-        names = [str(k) for k in range(len(counts.matrix))]
+        names = names_of(len(counts.matrix))
         image = confusion_image(counts.matrix, names, title=f"best epoch: {best['epoch'] + 1:g}")
         values.append(events.picture("report/confusion", image))
     if counts is not None and counts.scores is not None:
-        first = 1 if len(counts.scores) == 1 else 0  # the only curve of two classes is that of class 1
-        for k, scores in enumerate(counts.scores.cpu(), first):
-            values.append(events.pr_curve(f"pr_curve/{k}", curve(scores)))
+        for name, scores in zip(curve_names(counts.scores, names_of), counts.scores.cpu(), strict=True):
+            values.append(events.pr_curve(f"pr_curve/{name}", curve(scores)))
     return values
