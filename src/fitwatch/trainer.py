@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from fitwatch import ranks
 from fitwatch.calibration.calibrated import required
-from fitwatch.callback import Callback
+from fitwatch.callback import Callback, Callbacks
 from fitwatch.data import batches
 from fitwatch.engine.guard import MODES
 from fitwatch.engine.preflight import Report
@@ -27,6 +27,7 @@ from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
 from fitwatch.measuring.predictions import as_probabilities
 from fitwatch.result import Result
+from fitwatch.tensorboard.board import TensorBoard
 from fitwatch.watch import Watch
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -276,10 +277,19 @@ class Trainer:
     def test(self, loader: Loader) -> dict[str, float]:
         """Return the same measurements as `validate`, named for a test set: ``test/loss``, ``test/<metric>``, ...
 
+        After a fit they are also in its result, ``result.test``, and an attached `TensorBoard` writes them to the run,
+        as dots and in the end report.
+
         Raises:
             ValueError: The loader yields no batch.
         """
-        return {f"test/{name.removeprefix('val/')}": value for name, value in self.validate(loader).items()}
+        values = {f"test/{name.removeprefix('val/')}": value for name, value in self.validate(loader).items()}
+        self.state.test.clear()
+        self.state.test.update(values)
+        for callback in Callbacks(self.callbacks).callbacks:
+            if isinstance(callback, TensorBoard) and ranks.rank() == 0:
+                callback.write_test(self.state)
+        return values
 
     def predict(self, loader: Loader, *, proba: bool = False, calibrated: bool = False) -> Any:
         """Return the model's outputs for all batches of a loader, joined along the first dimension, on the CPU.

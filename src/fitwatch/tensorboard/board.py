@@ -94,6 +94,7 @@ class TensorBoard(Callback):
         self._best_calibration: CalibrationCounts | None = None
         self._costs_drawn = False  # the matrix of these decisions is on the page, with their costs
         self._evaluation: Mapping[str, float] = {}  # the newest one seen
+        self._seconds = 0.0  # of the last fit
 
     def on_fit_start(self, state: State) -> None:
         """Create the run's folder, or restore that of a resumed run.
@@ -202,9 +203,23 @@ class TensorBoard(Callback):
         counts = self._best_counts
         if counts is not None and self._costs_drawn:
             counts = evolve(counts, matrix=None)
-        writer.finish(state, (counts, self._best_calibration), self.group)
+        self._seconds = writer.finish(state, (counts, self._best_calibration), self.group)
         if writer.failure is not None and state.error is not writer.failure:
             raise writer.failure
+
+    def write_test(self, state: State) -> None:
+        """Write ``state.test`` to the run of the last fit, as dots ``test/...`` and in the end report.
+
+        `Trainer.test` calls it. A file that can't be written is an error in the log, so that the values are not lost.
+        """
+        from fitwatch.tensorboard import writer  # noqa: PLC0415 - as above
+
+        if self.run_dir is None:
+            return
+        try:
+            writer.write_test(self.run_dir, state, self._seconds)
+        except OSError as error:
+            logger.error("TensorBoard can't write the test to %s: %s", self.run_dir, error.strerror)  # noqa: TRY400
 
     def link(self, port: int = 6006, *, compare: bool = False) -> str:
         """Return the address of a page in a TensorBoard server that was started on ``dir``.

@@ -23,6 +23,7 @@ def end(state: State, name: str, seconds: float) -> str:
         "seconds": f"{seconds:.1f}",
         "ended by": repr(state.error) if state.error else state.stop_reason or "the end of training",
         **_lines(state),
+        **{name: f"{value:.6g}" for name, value in state.test.items()},
     }
     if state.verdict is not None:
         rows["verdict"] = f"{state.verdict.summary} {state.verdict.evidence}"

@@ -113,8 +113,12 @@ class RunWriter:
         if self._evaluations in {4**k for k in range(16)}:
             self._end_baseline()
 
-    def finish(self, state: State, counts: _Counts, group: str | None) -> None:
-        """Write the waiting points and the sub-run ``best``, with ``counts`` of its outputs, and close the files."""
+    def finish(self, state: State, counts: _Counts, group: str | None) -> float:
+        """Write the waiting points and the sub-run ``best``, with ``counts`` of its outputs, and close the files.
+
+        Returns:
+            The seconds that the fit took.
+        """
         self._check_files()
         waiting: _Values = defaultdict(list)
         for name, (at, value) in self._curves.rest():
@@ -147,6 +151,7 @@ class RunWriter:
         for file in self._files.values():
             with suppress(OSError):  # reported when writing failed
                 file.close()
+        return seconds
 
     @property
     def _writes(self) -> bool:
@@ -225,6 +230,23 @@ class RunWriter:
         self._tags.update(points)
         merged = {tag: self._curves.add(f"{run}/{tag}", step, *point, horizon) for tag, point in points.items()}
         return [events.scalar(tag, point[1]) for tag, point in merged.items() if point is not None]
+
+
+def write_test(run_dir: Path, state: State, seconds: float) -> None:
+    """Write what was measured on a test set to the run of a fit that took ``seconds``.
+
+    Raises:
+        OSError: The run's folder is missing, or can't be written.
+    """
+    run_dir.stat()  # a new folder would not be the run
+    best = state.history.best
+    step = int(best["step"]) if state.restored and best is not None else state.progress.step
+    file = events.EventFile(run_dir / "best", 0)
+    try:
+        values = [events.scalar(name, value) for name, value in state.test.items()]
+        file.add(step, [*values, events.text("report/end", reports.end(state, run_dir.name, seconds))])
+    finally:
+        file.close()
 
 
 def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
