@@ -3,6 +3,7 @@
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -104,22 +105,41 @@ def test_it_is_refused_before_the_first_step():
         trainer_of(fw.RealWorldCost([[0, 1], [1, 0]])).fit([(x, y)], [(x, y)], epochs=1)
 
 
-@pytest.mark.parametrize("number", [2, 5, 12, 13, 40])
-def test_the_picture_is_blue_on_the_diagonal_and_orange_where_it_costs(number):
-    """The costliest mistake is orange, a diagonal cell with its whole row blue, an empty cell white."""
-    counts = torch.diag(torch.full((number,), 50.0))
-    counts[0, 1] = 25
-    picture = confusion_image(counts, [f"a long name of class {i}" for i in range(number)], 1 - torch.eye(number))
+def channels(picture):
+    """Return the pixels of a picture as integers, shape (height, width, 3)."""
     with Image.open(io.BytesIO(picture.png)) as opened:
-        pixels = opened.convert("RGB")
-    assert (pixels.width, pixels.height) == (picture.width, picture.height)
-    assert pixels.width < 1400
-    colours = {colour for _, colour in pixels.getcolors(1 << 24)}
-    blue = [c for c in colours if c[2] > c[0] + 100]
-    orange = [c for c in colours if c[0] > c[2] + 150]
-    assert blue
-    assert orange
-    assert (255, 255, 255) in colours
+        pixels = torch.from_numpy(np.array(opened.convert("RGB"))).long()
+    assert (pixels.shape[1], pixels.shape[0]) == (picture.width, picture.height)
+    return pixels
+
+
+@pytest.mark.parametrize("number", [2, 5, 6, 20, 21, 40])
+def test_the_picture_is_blue_on_the_diagonal_and_orange_beside_it(number):
+    """A cell with its whole row is blue on the diagonal and orange beside it, an empty one is white."""
+    counts = torch.diag(torch.full((number,), 50.0))
+    counts[0] = counts[0].roll(1)
+    pixels = channels(confusion_image(counts, [f"a long name of class {i}" for i in range(number)]))
+    assert pixels.shape[1] < 1400
+    red, _, blue = pixels.unbind(2)
+    assert bool((blue > red + 100).any())
+    assert bool((red > blue + 150).any())
+    assert bool((pixels == 255).all(2).any())
+
+
+@pytest.mark.parametrize("number", [2, 10])
+@pytest.mark.parametrize("costs", [False, True])
+def test_mistakes_of_a_rare_class_are_as_dark_as_those_of_a_common_one(number, costs):
+    """The colour is the share of the row: a class that is a thousand times as frequent looks the same."""
+    counts = torch.diag(torch.full((number,), 6.0))
+    counts[0, 1] = counts[1, 0] = 4
+    counts[1] *= 1000
+    prices = torch.ones(number, number).fill_diagonal_(0) * 7 if costs else None
+    pixels = channels(confusion_image(counts, ["x"] * number, prices)).reshape(-1, 3)
+    colours, areas = pixels.unique(dim=0, return_counts=True)
+    shown = {
+        tuple(c) for c, n in zip(colours.tolist(), areas.tolist(), strict=True) if n > 1500 and max(c) - min(c) > 40
+    }
+    assert len(shown) == (2 if number == 2 else 3)  # with ten classes there are whole rows, too
 
 
 def test_the_picture_takes_empty_rows_large_numbers_and_weights():

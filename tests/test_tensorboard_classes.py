@@ -212,3 +212,39 @@ def test_the_diagram_shows_how_far_truth_is_from_confidence():
             colours = {colour: n for n, colour in picture.convert("RGB").getcolors(1 << 24)}
         orange.append(colours.get((244, 180, 148), 0))
     assert orange[0] < orange[1] / 10
+
+
+def test_a_test_is_on_the_page_and_in_the_result(tmp_path):
+    """What trainer.test measures is written at the step of the restored weights, in the end report and in the result."""
+    trainer = overfitting_trainer(tmp_path, patience=3)
+    train, val = noisy_data()
+    result = trainer.fit(train, val, epochs=30)
+    assert result.test == {}
+    before = str(result)
+    test = noisy_data(seed=9)[1]
+    values = trainer.test(test)
+    assert result.test == values
+    assert str(result).splitlines()[:-1] == before.splitlines()
+    assert f"test/accuracy {values['test/accuracy']:.4g}" in str(result).splitlines()[-1]
+    best = read(tmp_path / "run/best")
+    for name, value in values.items():
+        [point] = best.Scalars(name)
+        assert (point.step, point.value) == (result.best.step, pytest.approx(value))
+    report = best.Tensors("report/end")[-1].tensor_proto.string_val[0].decode()
+    assert f"| test/accuracy | {values['test/accuracy']:.6g} |" in report
+    assert best.Scalars("report/seconds")  # of the fit
+    trainer.fit(train, val, epochs=1)
+    assert trainer.state.test == {}
+
+
+def test_a_test_that_cannot_be_written_is_still_returned(tmp_path, caplog):
+    """If the run's folder is gone, an error says so, and the values are returned; without a fit nothing is written."""
+    trainer = overfitting_trainer(tmp_path)
+    train, val = noisy_data()
+    assert trainer.test(val)["test/loss"] > 0
+    assert list(tmp_path.iterdir()) == []
+    trainer.fit(train, val, epochs=1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert trainer.test(val)["test/loss"] > 0
+    assert "TensorBoard can't write the test to" in caplog.text
+    assert not (tmp_path / "run").exists()

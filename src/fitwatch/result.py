@@ -39,6 +39,7 @@ class Result:
             steps were trained after the last evaluation.
         restored: Whether the weights of the best evaluation were put back at the end.
         links: Addresses of pages that show the fit, by name.
+        test: What `Trainer.test` has measured last, after the fit; {} before.
 
     ``print`` it for five lines: why training ended, the best epoch, the weights, the verdict, and the pages. There,
     epochs count from 1; the numbers in ``history`` and ``best`` are indices, from 0.
@@ -52,6 +53,7 @@ class Result:
     calibration: Calibration | None = None
     restored: bool = False
     links: dict[str, str] = field(factory=dict)
+    test: dict[str, float] = field(factory=dict)
 
     def __repr__(self) -> str:
         best = "" if self.best is None else f", best epoch {self.best.epoch + 1}: {_figures(self.best.metrics)}"
@@ -75,6 +77,8 @@ class Result:
         rows.append(("weights", kept))
         if self.verdict is not None:
             rows.append(("verdict", self.verdict.summary or self.verdict.evidence))
+        if self.test:
+            rows.append(("test", _figures(self.test)))
         return rows + list(self.links.items())
 
     @classmethod
@@ -90,13 +94,14 @@ class Result:
             calibration=state.calibration,
             restored=state.restored,
             links=dict(state.links),
+            test=state.test,  # the same dict: a test comes after the result
         )
 
 
 def _figures(metrics: dict[str, float]) -> str:
     """Return the losses and metrics of an evaluation, without the details of callbacks."""
-    shown = [name for name in metrics if name.startswith(("train/", "val/")) and name.count("/") == 1]
-    shown = [name for name in shown if name.removeprefix("val/") not in _DETAILS]
+    shown = [name for name in metrics if name.startswith(("train/", "val/", "test/")) and name.count("/") == 1]
+    shown = [name for name in shown if name.removeprefix("val/").removeprefix("test/") not in _DETAILS]
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in shown[:_MOST])
 
 

@@ -1,12 +1,12 @@
 """The summary of a fit, as records for any writer."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fitwatch.records import Curve, Record
 from fitwatch.state import State
 from fitwatch.tensorboard import reports
-from fitwatch.tensorboard.classifier import ClassCounts, Counts, curve
+from fitwatch.tensorboard.classifier import ClassCounts, Counts, curve, curve_names
 from fitwatch.tensorboard.confusion import confusion_image
 
 
@@ -33,19 +33,18 @@ class Summary:
         if best is not None:
             step = int(best["step"])
             yield from (Record(f"best/{name}", step, value, "last") for name, value in best.items() if name != "step")
-            yield from _outputs(self._best, step, f"best epoch: {best['epoch'] + 1:g}")
+            yield from _outputs(self._best, step, f"best epoch: {best['epoch'] + 1:g}", state.validation.class_names)
         if state.baseline is not None:
             yield Record("baseline/val/loss", state.progress.step, state.baseline.constant, "last")
         report = reports.end(state, "fit", time.time() - self._started)
         yield Record("report/end", state.progress.step, report)
 
 
-def _outputs(counts: Counts | None, step: int, title: str) -> Iterator[Record]:
+def _outputs(counts: Counts | None, step: int, title: str, names_of: Callable[[int], list[str]]) -> Iterator[Record]:
     if counts is not None and counts.matrix is not None:
-        names = [str(k) for k in range(len(counts.matrix))]
+        names = names_of(len(counts.matrix))
         yield Record("best/confusion", step, confusion_image(counts.matrix, names, title=title))
     if counts is not None and counts.scores is not None:
-        first = 1 if len(counts.scores) == 1 else 0  # the only curve of two classes is that of class 1
-        for k, scores in enumerate(counts.scores.cpu(), first):
+        for name, scores in zip(curve_names(counts.scores, names_of), counts.scores.cpu(), strict=True):
             *_, precision, recall = curve(scores)
-            yield Record(f"best/pr_curve/{k}", step, Curve(tuple(recall), tuple(precision), "recall", "precision"))
+            yield Record(f"best/pr_curve/{name}", step, Curve(tuple(recall), tuple(precision), "recall", "precision"))

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from fitwatch import ranks
 from fitwatch.calibration.calibrated import required
-from fitwatch.callback import Callback
+from fitwatch.callback import Callback, Callbacks
 from fitwatch.data import batches
 from fitwatch.engine.guard import MODES
 from fitwatch.engine.preflight import Report
@@ -27,6 +27,7 @@ from fitwatch.loop import Loop
 from fitwatch.losses import LossSum, as_loss, as_sums
 from fitwatch.measuring.predictions import as_probabilities
 from fitwatch.result import Result
+from fitwatch.tensorboard.board import TensorBoard
 from fitwatch.watch import Watch
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +59,12 @@ class Trainer:
         precision: ``"fp32"`` (no autocast), or autocast to ``"bf16"`` or ``"fp16"``; the latter with a GradScaler.
         metrics: Name -> function of (outputs, targets) over the whole validation set, or an object with ``update``,
             ``compute`` and ``reset``. Reported as ``val/<name>``; a vector with a number for each class as
-            ``val/<name>/<class>`` (the names in ``dataset.classes``, or the indices), a dict as ``val/<name>/<key>``.
+            ``val/<name>/<class>`` (``classes``, else the names in ``dataset.classes``, or the indices), a dict as
+            ``val/<name>/<key>``.
+        classes: Names of the classes, or of the labels of `BinaryCrossEntropy`, in the order of their indices. They
+            appear in tables, pictures and the names of metrics; and for a loss of fitwatch that takes logits, each
+            validation measures ``val/recall/<class>``, ``val/precision/<class>`` and
+            ``val/average_precision/<class>``, unless ``metrics`` has one of that name.
         device: ``"auto"`` (CUDA, else MPS, else CPU) or a torch device.
         log_every: Steps per log window. Values are copied to the host once per log window.
         skip_checks: As for `Watch`.
@@ -87,6 +93,7 @@ class Trainer:
     clip_norm: float | None = field(default=None, kw_only=True, validator=number(above=0, or_none=True))
     precision: str = field(default="fp32", kw_only=True, validator=one_of(*_AUTOCAST))
     metrics: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    classes: Sequence[str] | None = field(default=None, kw_only=True)
     device: torch.device = field(default="auto", kw_only=True, converter=batches.as_device)  # type: ignore[assignment] # before conversion
     log_every: int = field(default=50, kw_only=True, validator=integer(1))
     skip_checks: Collection[str] = field(default=(), kw_only=True)
@@ -270,10 +277,19 @@ class Trainer:
     def test(self, loader: Loader) -> dict[str, float]:
         """Return the same measurements as `validate`, named for a test set: ``test/loss``, ``test/<metric>``, ...
 
+        After a fit they are also in its result, ``result.test``, and an attached `TensorBoard` writes them to the run,
+        as dots and in the end report.
+
         Raises:
             ValueError: The loader yields no batch.
         """
-        return {f"test/{name.removeprefix('val/')}": value for name, value in self.validate(loader).items()}
+        values = {f"test/{name.removeprefix('val/')}": value for name, value in self.validate(loader).items()}
+        self.state.test.clear()
+        self.state.test.update(values)
+        for callback in Callbacks(self.callbacks).callbacks:
+            if isinstance(callback, TensorBoard) and ranks.rank() == 0:
+                callback.write_test(self.state)
+        return values
 
     def predict(self, loader: Loader, *, proba: bool = False, calibrated: bool = False) -> Any:
         """Return the model's outputs for all batches of a loader, joined along the first dimension, on the CPU.
@@ -360,6 +376,7 @@ class Trainer:
             self.callbacks,
             loss=self.loss,
             metrics=self.metrics,
+            classes=self.classes,
             scheduler=self.scheduler,
             scaler=self._scaler,
             accumulate=self.accumulate,

@@ -1,7 +1,7 @@
 """The Watch: everything that a training loop needs except the loop."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,7 @@ from fitwatch.helpers.options import count, local_path
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.measuring.expected_baseline import expected_baseline
 from fitwatch.measuring.metrics import Metric, as_metrics
+from fitwatch.measuring.per_class import as_class_names, per_class
 from fitwatch.measuring.validation import Validation
 from fitwatch.result import Result
 from fitwatch.state import State
@@ -75,6 +76,7 @@ class Watch:
             the baseline and the verdict are about it. All are measured, as ``val/<loader>/loss``,
             ``val/<loader>/<metric>``.
         metrics: As for `Trainer`.
+        classes: As for `Trainer`.
         scheduler: A scheduler that your loop steps; its state goes into checkpoints.
         scaler: A GradScaler. Call `before_step` before ``scaler.step(optimizer)``.
         accumulate: Micro-batches per step. The last step of an epoch may have fewer.
@@ -151,8 +153,11 @@ class Watch:
         history: History | None = None,
         sanity_steps: int = 2,
         divided: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> None:
+        loss, names = as_loss(loss), as_class_names(classes)
         metrics = as_metrics(metrics)
+        metrics |= per_class(loss, names, metrics)
         several = batches.named(val_loader, metrics)
         _check_parts(model, optimizer, resume)
         _check_loaders(train_loader, val_loader, several)
@@ -168,7 +173,7 @@ class Watch:
             sanity_steps=sanity_steps,
         )
         place = _device_of(model) if device is None else batches.as_device(device)
-        loss, hooks = as_loss(loss), Callbacks(callbacks)
+        hooks = Callbacks(callbacks)
         self.state = State(
             model=model,
             optimizer=optimizer,
@@ -183,7 +188,7 @@ class Watch:
             plan=plan,
             progress=Progress() if progress is None else progress,
             history=continued(history, model, val_loader),
-            validation=Validation(metrics),
+            validation=Validation(metrics, classes=names),
             settings=describe(
                 model, optimizer, loss, scheduler, plan=plan, more={"device": str(place), **(settings or {})}
             ),

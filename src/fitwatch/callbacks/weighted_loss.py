@@ -130,7 +130,7 @@ class WeightedLoss(Callback):
                 "weighted twice"
             )
         state.settings["class_weights"] = self.weights if isinstance(self.weights, str) else "given"
-        text = _table(*self._found)
+        text = _table(*self._found, state.validation.class_names(len(self._found[0])))
         state.loss = self._loss_in(state.progress.epoch)
         if self._full_epoch:
             state.eval_loss = self._loss_in(self._full_epoch)
@@ -250,11 +250,11 @@ def _short(values: Tensor) -> str:
     return f"[{', '.join(f'{v:.4g}' for v in numbers[:10])}{', ...' if len(numbers) > 10 else ''}]"
 
 
-def _table(weights: Tensor, counts: Tensor | None) -> str:
+def _table(weights: Tensor, counts: Tensor | None, names: Sequence[str]) -> str:
     multi_label = ("label", "negatives", "positives", "weight of negatives", "weight of positives")
     rows = []
     for label, weight in enumerate(weights.reshape(len(weights), -1).tolist()):
         known = [] if counts is None else counts.reshape(len(weights), -1)[label].tolist()
         cells = [f"{n:.10g}" for n in known] or [""] * len(weight)
-        rows.append([label, *cells, *(f"{w:.4g}" for w in weight)])
+        rows.append([names[label], *cells, *(f"{w:.4g}" for w in weight)])
     return table(multi_label if weights.dim() == 2 else ("class", "examples", "weight"), rows)

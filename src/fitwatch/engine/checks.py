@@ -36,6 +36,7 @@ from fitwatch.losses import BinaryCrossEntropy, ExpectedCost, NegativeLogLikelih
 from fitwatch.losses.base import ClassLoss, Loss
 from fitwatch.losses.errors import check_labels
 from fitwatch.losses.weighting import favours_common
+from fitwatch.measuring.per_class import check_class_names, has_classes
 from fitwatch.state import State
 
 logger = logging.getLogger("fitwatch")
@@ -102,7 +103,9 @@ class Checks:
         """Check the outputs and targets of the first batch, which the loss has accepted."""
         if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
             return
-        loss = self._state.loss
+        loss, validation = self._state.loss, self._state.validation
+        if validation.named and validation.classes is not None and has_classes(loss):
+            check_class_names(validation.classes, output)
         self._warn("probabilities", probabilities(loss, output.detach(), target))
         if isinstance(loss, ClassLoss):
             if output.dim() > 1 and not target.is_floating_point() and target.shape == output.shape[:1]:

@@ -172,9 +172,9 @@ class Validator:
             values = first
             if number:
                 metrics = copy.deepcopy(state.validation.metrics)  # the originals hold the results of the first
-                values = self._measure_all(
-                    Pass(self.loss, metrics, NO_BASELINE, classes=batches.class_names(loader)), loader
-                )
+                given = state.validation.named
+                classes = state.validation.classes if given else batches.class_names(loader)
+                values = self._measure_all(Pass(self.loss, metrics, NO_BASELINE, classes=classes), loader)
             found |= {f"val/{name}/{key.removeprefix('val/')}": value for key, value in values.items()}
         return found
 

@@ -46,11 +46,13 @@ class Validation:
         metrics: Name -> function or object, as for `Metrics`.
         measure: Measures other batches as validation does: batches -> ``{"loss": ..., "<metric>": ...}``. None if the
             loop can't.
+        classes: The names of the classes, if the user gives them.
 
     Attributes:
         metrics: The metrics, including those that callbacks added.
         observers: Objects that see each batch; callbacks add theirs.
-        classes: Names of the classes, if the data set or a callback knows them; else None.
+        classes: Names of the classes, if the user, the data set or a callback gives them; else None.
+        named: Whether the user gives them.
         losses: The losses of the examples of the newest validation; None unless `keep_losses` was called.
         baseline: The loss of the best constant prediction; estimated before the first validation.
         bad_batch: Index of the first batch with a non-finite loss, if any.
@@ -64,11 +66,16 @@ class Validation:
         not_refined: Why the calibration is unknown; None if it is known, or was not measured.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric] | None = None, measure: Measure | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Mapping[str, Metric] | None = None,
+        measure: Measure | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.metrics: dict[str, Metric] = dict(metrics or {})
         self.measure = measure
         self.observers: list[Observer] = []
-        self.classes: Sequence[str] | None = None
+        self.classes, self.named = classes, classes is not None
         self.losses: ExampleLosses | None = None
         self.baseline: Baseline | None = None
         self.bad_batch: int | None = None
@@ -80,6 +87,11 @@ class Validation:
         self.refined: Refined | None = None
         self.not_refined: str | None = None
         self._keeps_losses = self._measured = False
+
+    def class_names(self, number: int) -> list[str]:
+        """Return the names of ``number`` classes: their indices, unless as many names are known."""
+        known = self.classes is not None and len(self.classes) == number
+        return list(map(str, self.classes if known and self.classes is not None else range(number)))
 
     def add_metric(self, name: str, metric: Metric) -> None:
         """See `State.add_metric`."""

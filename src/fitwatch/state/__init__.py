@@ -72,6 +72,7 @@ class State:
         verdict: The overfitting verdict, if a detector is attached.
         restored: In ``on_fit_end``, from the last callback to the first: whether the best weights were put back.
         links: Addresses of pages that show the fit, by name.
+        test: What the last `Trainer.test` has measured: ``test/loss``, ``test/<metric>``, ...
         fitted: The calibration of the newest evaluation or of the restored weights, if it is measured; else None.
         stop_request: This rank's reason to stop, from `request_stop`, or None.
         stop_reason: Why training stops early, agreed by all ranks; None until then.
@@ -110,6 +111,7 @@ class State:
     verdict: Verdict | None = None
     restored: bool = False
     links: dict[str, str] = field(factory=dict)
+    test: dict[str, float] = field(factory=dict)
     fitted: Fitted | None = None
     stop_request: str | None = None
     stop_reason: str | None = None

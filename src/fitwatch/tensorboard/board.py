@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import Attribute, asdict, define, field
+from attrs import Attribute, asdict, define, evolve, field
 
 from fitwatch.callback import Callback
 from fitwatch.helpers.aliases import StateDict
@@ -53,10 +53,11 @@ class TensorBoard(Callback):
     least 15.
 
     For a classifier (recognized by its loss) the page also shows the confusion matrix and the precision-recall curves
-    of the best evaluation. If the calibration is measured, as with an `OverfittingDetector`, the loss chart has
-    ``refined_loss`` where it differs from the loss by two standard errors, and the best evaluation has a reliability
-    diagram before and after calibration and, with class weights, the confusion matrix without them. The command that
-    opens the page and a link to the run are printed when training starts; the link is in the result, too.
+    of the best evaluation; with a `RealWorldCost`, its matrix with the costs is the only one. If the calibration is
+    measured, as with an `OverfittingDetector`, the loss chart has ``refined_loss`` where it differs from the loss by
+    two standard errors, and the best evaluation has a reliability diagram before and after calibration and, with class
+    weights, the confusion matrix without them. The command that opens the page and a link to the run are printed when
+    training starts; the link is in the result, too.
 
     If a file can't be written, for example because the disk is full, or if the run's folder was removed or renamed, an
     error is logged and nothing more is written.
@@ -91,7 +92,9 @@ class TensorBoard(Callback):
         self._counts: ClassCounts | None = None  # observes validation
         self._best_counts: Counts | None = None
         self._best_calibration: CalibrationCounts | None = None
+        self._costs_drawn = False  # the matrix of these decisions is on the page, with their costs
         self._evaluation: Mapping[str, float] = {}  # the newest one seen
+        self._seconds = 0.0  # of the last fit
 
     def on_fit_start(self, state: State) -> None:
         """Create the run's folder, or restore that of a resumed run.
@@ -108,6 +111,7 @@ class TensorBoard(Callback):
         self._new = self.run_dir is None or first_step == 0
         if self.run_dir is None or self._new:
             self.run_dir, self._curves = folders.new_folder(self.dir, self.name), Thinner()
+            self._costs_drawn = False
         self._lock_folder(self.run_dir)
         if state.resumed and not self._new:
             folders.rewind(self.run_dir, first_step)
@@ -162,6 +166,7 @@ class TensorBoard(Callback):
         if state.metrics is not self._evaluation and not page.shows_refined(state.metrics):  # two curves of one value
             records = [record for record in records if record.name != "val/refined_loss"]
         writer.log(records, step, horizon(state))
+        self._costs_drawn |= any(record.name == "val/decisions/cost" for record in records)
         if state.metrics is not self._evaluation:
             self._evaluation = state.metrics
             if state.history.is_best and self._counts is not None:
@@ -195,9 +200,26 @@ class TensorBoard(Callback):
                 self.run_dir.rmdir()
             self.run_dir = None
             return
-        writer.finish(state, (self._best_counts, self._best_calibration), self.group)
+        counts = self._best_counts
+        if counts is not None and self._costs_drawn:
+            counts = evolve(counts, matrix=None)
+        self._seconds = writer.finish(state, (counts, self._best_calibration), self.group)
         if writer.failure is not None and state.error is not writer.failure:
             raise writer.failure
+
+    def write_test(self, state: State) -> None:
+        """Write ``state.test`` to the run of the last fit, as dots ``test/...`` and in the end report.
+
+        `Trainer.test` calls it. A file that can't be written is an error in the log, so that the values are not lost.
+        """
+        from fitwatch.tensorboard import writer  # noqa: PLC0415 - as above
+
+        if self.run_dir is None:
+            return
+        try:
+            writer.write_test(self.run_dir, state, self._seconds)
+        except OSError as error:
+            logger.error("TensorBoard can't write the test to %s: %s", self.run_dir, error.strerror)  # noqa: TRY400
 
     def link(self, port: int = 6006, *, compare: bool = False) -> str:
         """Return the address of a page in a TensorBoard server that was started on ``dir``.
@@ -218,6 +240,7 @@ class TensorBoard(Callback):
         return {
             "run": None if origin is None else asdict(origin),
             "curves": self._curves.state_dict(),
+            "costs_drawn": self._costs_drawn,
             "best_counts": None if self._best_counts is None else asdict(self._best_counts),
             "best_calibration": None if self._best_calibration is None else asdict(self._best_calibration),
         }
@@ -236,6 +259,7 @@ class TensorBoard(Callback):
             if curve.partition("/")[0] not in ("train", "val"):
                 raise ValueError(f"curves must belong to train or val, got {curve!r}")
         self._origin = origin
+        self._costs_drawn = bool(state_dict.get("costs_drawn"))  # older checkpoints have none
         self._curves.load_state_dict(state_dict["curves"])
         self._best_counts = None if counts is None else Counts(**counts)
         calibration = state_dict.get("best_calibration")  # older checkpoints have none

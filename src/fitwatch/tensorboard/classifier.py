@@ -1,5 +1,6 @@
 """Counts of a classifier's validation outputs, for its confusion matrix and precision-recall curves."""
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -135,6 +136,11 @@ def _scores(probabilities: Tensor, positive: Tensor, weights: Tensor) -> Tensor 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return None if a is None or b is None else a + b
+
+
+def curve_names(scores: Tensor, names_of: Callable[[int], list[str]]) -> list[str]:
+    """Return the names of the curves in `Counts.scores`: the only one of two classes is that of class 1."""
+    return names_of(2)[1:] if len(scores) == 1 else names_of(len(scores))
 
 
 def curve(scores: Tensor) -> list[list[float]]:

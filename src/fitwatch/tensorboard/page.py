@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from urllib.parse import quote
 
+from fitwatch.measuring.per_class import PerClass
 from fitwatch.measuring.validation import CALIBRATION
 from fitwatch.state import State
 
@@ -73,7 +74,7 @@ def shows_refined(evaluation: Mapping[str, float]) -> bool:
 
 def metrics(state: State) -> list[str]:
     """Return the tags of the metrics: the monitored one, the user's in their order, then the callbacks'."""
-    given = [f"val/{name}" for name in state.validation.metrics]
+    given = [f"val/{name}" for name, metric in state.validation.metrics.items() if not isinstance(metric, PerClass)]
     others = state.history.names - {f"val/{name}" for name in CALIBRATION}
     names = dict.fromkeys([state.history.monitor, *given, *sorted(others)])
     tags = dict.fromkeys(curve(run_and_tag(name)[1]) for name in names)

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Mapping
 
 from fitwatch.helpers.markdown import table
+from fitwatch.measuring.per_class import KINDS
 from fitwatch.state import State
 
 
@@ -22,15 +23,24 @@ def end(state: State, name: str, seconds: float) -> str:
         "seconds": f"{seconds:.1f}",
         "ended by": repr(state.error) if state.error else state.stop_reason or "the end of training",
         **_lines(state),
+        **{name: f"{value:.6g}" for name, value in state.test.items()},
     }
     if state.verdict is not None:
         rows["verdict"] = f"{state.verdict.summary} {state.verdict.evidence}"
     report = table((name, "value"), rows.items())
-    return (
-        report
-        if state.history.best is None
-        else f"{_best(state.history.best, name, state.history.monitor)}\n\n{report}"
-    )
+    best = state.history.best
+    if best is None:
+        return report
+    classes = (state.validation.classes or ()) if state.validation.named else ()
+    known = {kind: [f"val/{kind}/{one}" for one in classes] for kind in KINDS}
+    known = {kind: names for kind, names in known.items() if names and all(name in best for name in names)}
+    apart = {name for names in known.values() for name in names}
+    parts = [_best({key: v for key, v in best.items() if key not in apart}, name, state.history.monitor), report]
+    if known:
+        columns = [[f"{best[name]:.4g}" for name in names] for names in known.values()]
+        head = ("class, at the best epoch", *(kind.replace("_", " ") for kind in known))
+        parts.insert(1, table(head, zip(classes, *columns, strict=True)))
+    return "\n\n".join(parts)
 
 
 def _best(best: Mapping[str, float], name: str, monitor: str) -> str:

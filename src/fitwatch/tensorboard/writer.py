@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,7 @@ from fitwatch.helpers.markdown import table
 from fitwatch.records import Curve, Histogram, Image, Marker, Record
 from fitwatch.state import State
 from fitwatch.tensorboard import events, folders, page, reports
-from fitwatch.tensorboard.classifier import CalibrationCounts, Counts, curve
+from fitwatch.tensorboard.classifier import CalibrationCounts, Counts, curve, curve_names
 from fitwatch.tensorboard.confusion import confusion_image
 from fitwatch.tensorboard.diagram import reliability_image
 from fitwatch.tensorboard.thinning import Thinner
@@ -113,8 +113,12 @@ class RunWriter:
         if self._evaluations in {4**k for k in range(16)}:
             self._end_baseline()
 
-    def finish(self, state: State, counts: _Counts, group: str | None) -> None:
-        """Write the waiting points and the sub-run ``best``, with ``counts`` of its outputs, and close the files."""
+    def finish(self, state: State, counts: _Counts, group: str | None) -> float:
+        """Write the waiting points and the sub-run ``best``, with ``counts`` of its outputs, and close the files.
+
+        Returns:
+            The seconds that the fit took.
+        """
         self._check_files()
         waiting: _Values = defaultdict(list)
         for name, (at, value) in self._curves.rest():
@@ -128,11 +132,16 @@ class RunWriter:
         settings = {name: value for name, value in state.settings.items() if name != "device"}
         if group is not None:
             settings["seed"] = "any"  # a row has one value per setting, but the trials differ in their seed
+        names_of = state.validation.class_names
         best, name, seconds = state.history.best, self.run_dir.name, time.time() - self._started
         values = (
             []
             if best is None
-            else [*_best_values(best), *_best_outputs(best, counts[0]), *_best_calibration(best, counts[1])]
+            else [
+                *_best_values(best),
+                *_best_outputs(best, counts[0], names_of),
+                *_best_calibration(best, counts[1], names_of),
+            ]
         )
         values.append(events.scalar("report/seconds", seconds))
         values.append(events.text("report/end", reports.end(state, name, seconds)))
@@ -142,6 +151,7 @@ class RunWriter:
         for file in self._files.values():
             with suppress(OSError):  # reported when writing failed
                 file.close()
+        return seconds
 
     @property
     def _writes(self) -> bool:
@@ -222,6 +232,23 @@ class RunWriter:
         return [events.scalar(tag, point[1]) for tag, point in merged.items() if point is not None]
 
 
+def write_test(run_dir: Path, state: State, seconds: float) -> None:
+    """Write what was measured on a test set to the run of a fit that took ``seconds``.
+
+    Raises:
+        OSError: The run's folder is missing, or can't be written.
+    """
+    run_dir.stat()  # a new folder would not be the run
+    best = state.history.best
+    step = int(best["step"]) if state.restored and best is not None else state.progress.step
+    file = events.EventFile(run_dir / "best", 0)
+    try:
+        values = [events.scalar(name, value) for name, value in state.test.items()]
+        file.add(step, [*values, events.text("report/end", reports.end(state, run_dir.name, seconds))])
+    finally:
+        file.close()
+
+
 def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
     """Return the dots at the best evaluation, and its numbers for the HParams table."""
     dots = {name: v for name, v in best.items() if name.startswith("val/") and math.isfinite(v)}
@@ -233,28 +260,31 @@ def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
     return values
 
 
-def _best_calibration(best: Mapping[str, float], counts: CalibrationCounts | None) -> list[Summary.Value]:
+def _best_calibration(
+    best: Mapping[str, float], counts: CalibrationCounts | None, names_of: Callable[[int], list[str]]
+) -> list[Summary.Value]:
     """Return the reliability diagram of the best evaluation, and its calibrated decisions if they are others."""
     if counts is None:
         return []
     title = f"best epoch: {best['epoch'] + 1:g}"
     values = [events.picture("report/reliability", reliability_image(counts.tables, title=title))]
     if counts.matrix is not None:
-        names = [str(k) for k in range(len(counts.matrix))]
+        names = names_of(len(counts.matrix))
         image = confusion_image(counts.matrix, names, title=f"{title}, calibrated: class weights taken off")
         values.append(events.picture("report/confusion_calibrated", image))
     return values
 
 
-def _best_outputs(best: Mapping[str, float], counts: Counts | None) -> list[Summary.Value]:
+def _best_outputs(
+    best: Mapping[str, float], counts: Counts | None, names_of: Callable[[int], list[str]]
+) -> list[Summary.Value]:
     """Return the confusion matrix and the precision-recall curves of the best evaluation, if they were counted."""
     values = []
     if counts is not None and counts.matrix is not None:
-        names = [str(k) for k in range(len(counts.matrix))]
+        names = names_of(len(counts.matrix))
         image = confusion_image(counts.matrix, names, title=f"best epoch: {best['epoch'] + 1:g}")
         values.append(events.picture("report/confusion", image))
     if counts is not None and counts.scores is not None:
-        first = 1 if len(counts.scores) == 1 else 0  # the only curve of two classes is that of class 1
-        for k, scores in enumerate(counts.scores.cpu(), first):
-            values.append(events.pr_curve(f"pr_curve/{k}", curve(scores)))
+        for name, scores in zip(curve_names(counts.scores, names_of), counts.scores.cpu(), strict=True):
+            values.append(events.pr_curve(f"pr_curve/{name}", curve(scores)))
     return values
