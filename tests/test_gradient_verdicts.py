@@ -119,7 +119,10 @@ def test_a_nan_that_spreads_is_named_where_it_began(batches):
 def test_a_batch_with_a_nan_is_named(batches):
     """A NaN in the input makes every gradient NaN; the warning names the batch, or the accumulated batches."""
     batches[11] = (torch.full((16, 6), float("nan")), batches[11][1])
-    for accumulate, where in ((1, "At step 12 (epoch 0, batch 11,"), (4, "At step 3 (epoch 0, batches 8 to 11,")):
+    for accumulate, where in (
+        (1, "At step 12 (epoch 1, batch index 11)"),
+        (4, "At step 3 (epoch 1, batch indices 8 to 11)"),
+    ):
         texts, _ = fit(mlp(6, 8, 2, act=nn.Tanh), batches, accumulate=accumulate, nonfinite="ignore")
         text = texts.of("warnings")[0][1]
         assert text.startswith(where)
@@ -257,7 +260,7 @@ def test_thawing_a_layer_is_noted(batches):
 def test_a_diverging_training_is_named_before_its_nan(batches):
     """An excessive learning rate is reported as exploding in the window in which the norms explode."""
     wild = [(x * 10, x[:, :1]) for x, _ in batches]
-    texts, _ = fit(nn.Linear(6, 1), wild, lr=0.05, loss=nn.MSELoss(), log_every=20)
+    texts, _ = fit(nn.Linear(6, 1), wild, lr=0.05, loss=nn.MSELoss(), log_every=20, nonfinite="ignore")
     assert texts.of("warnings")[0][1].count("Exploding gradients: the median norm of the last") == 1
 
 

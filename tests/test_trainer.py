@@ -128,7 +128,7 @@ def test_a_generator_serves_for_one_epoch(model, data):
     """A generator trains one epoch, or some steps; a second epoch is an error that says why."""
     trainer_of(model).fit((b for b in DataLoader(data, 16)), epochs=1)
     trainer_of(model).fit((b for b in DataLoader(data, 16)), epochs=2, max_steps=3)
-    with pytest.raises(ValueError, match="no batch in epoch 1.*generator"):
+    with pytest.raises(ValueError, match="no batch in epoch 2.*generator"):
         trainer_of(model).fit((b for b in DataLoader(data, 16)), epochs=2, max_steps=5)
 
 
@@ -776,6 +776,6 @@ def test_an_empty_loader_without_a_length_is_not_validated(model):
 
     trainer = fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=Seen())
     val = [(torch.zeros(2, 4, dtype=torch.float64), torch.tensor([0, 1]))]
-    with pytest.raises(ValueError, match="train_loader yielded no batch in epoch 0"):
+    with pytest.raises(ValueError, match="train_loader yielded no batch in epoch 1"):
         trainer.fit(Empty(), val, epochs=1)
     assert seen == []
