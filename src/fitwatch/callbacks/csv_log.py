@@ -1,6 +1,7 @@
 """The records of a fit as a CSV file."""
 
 import csv
+from io import StringIO
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,7 @@ class CSVLog(Callback):
         first, kept = state.progress.step, [_HEAD]
         before = None if self._name is None or not state.resumed else self.path.with_name(self._name)
         if before is not None and before.is_file():
-            with before.open(newline="", encoding="utf-8") as file:
-                kept += [row for row in list(csv.reader(file))[1:] if int(row[0]) <= first and _is_curve(row[2])]
+            kept += [row for row in _whole_rows(before) if int(row[0]) <= first and _is_curve(row[2])]
         else:
             before = None
         self.file = before or _free(self.path)
@@ -100,6 +100,16 @@ class CSVLog(Callback):
         if name is not None and Path(name).name != name:
             raise ValueError(f"the name of the CSV file must have no folder, got {name!r}")
         self._name = name
+
+
+def _whole_rows(path: Path) -> list[list[str]]:
+    """Return the rows below the head that were written whole: a crash may have cut off the last one."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    rows = list(csv.reader(StringIO(text, newline="")))
+    if not text.endswith("\n"):
+        rows = rows[:-1]
+    return [row for row in rows if len(row) == len(_HEAD) and row[0].isascii() and row[0].isdigit()]
 
 
 def _is_curve(name: str) -> bool:
