@@ -303,6 +303,22 @@ def test_commas_that_group_thousands(tmp_path):
     assert only(diagnose_logs(tmp_path / "b")).losses == pytest.approx([1 + value for value in VAL], abs=6e-4)
 
 
+def test_commas_are_those_of_their_column(tmp_path):
+    """A list of two numbers in another column does not turn the thousands of the steps into decimals."""
+    columns = {"step": [f"{1000 * (i + 1):,}" for i in EPOCHS], **CURVES, "kernel": ["3,3"] * 60}
+    write_table(tmp_path / "log.csv", columns)
+    check(only(diagnose_logs(tmp_path)), train="loss", val="val_loss", axis="step", first=1000, apart=1000)
+
+
+@pytest.mark.parametrize("name", ["fold{}_{}_loss", "{1}/seed_{0}/loss"])
+def test_folds_are_judged_one_by_one(tmp_path, name):
+    """The losses of folds or seeds in one table are not the parts of a loss: each has a verdict."""
+    curves = {("1", "train"): TRAIN, ("1", "val"): VAL, ("2", "train"): TRAIN, ("2", "val"): TRAIN}
+    write_table(tmp_path / "log.csv", {"epoch": EPOCHS} | {name.format(*key): curve for key, curve in curves.items()})
+    found = {one.part: one.verdict.status for one in diagnose_logs(tmp_path).judged}
+    assert found == {name.format("1", "val"): "overfitting", name.format("2", "val"): "improving"}
+
+
 def test_cells_that_are_no_numbers_are_named(tmp_path):
     """A cell of text among the losses is left out with a note that shows it; empty cells are not worth one."""
     losses = [f"{VAL[i]}" if i not in (3, 7) else "1.5 (best)" for i in EPOCHS]

@@ -177,6 +177,27 @@ def test_a_resumed_fit_continues_its_csv_file(tmp_path):
     assert table(again.file) == table(whole.file)
 
 
+@pytest.mark.parametrize(
+    "tail", [b"3,17000", b"3,1700.0,val/loss,0.6", b"\n", b"\0\0\0", b"\xff,1,2,3\r\n", b"x,1,a,b\r\n"]
+)
+def test_a_file_that_a_crash_has_cut_off_is_continued(tmp_path, tail):
+    """A last row that was not written whole, and bytes that are none, are dropped; all other rows stay."""
+
+    def parts():
+        return (fw.CSVLog(tmp_path / "log.csv"), fw.Checkpoint(tmp_path / "saved"))
+
+    first, saver = parts()
+    fit(first, saver, epochs=2)
+    curves = [r for r in rows_of(first.file) if not r["name"].startswith(("best/", "baseline/", "report/"))]
+    with first.file.open("ab") as file:
+        file.write(tail)
+    again, saver = parts()
+    fit(again, saver, epochs=3, resume="auto")
+    rows = rows_of(again.file)
+    assert rows[: len(curves)] == curves
+    assert [r["step"] for r in rows if r["name"] == "val/loss"] == ["3", "6", "9"]
+
+
 def test_tensorboard_draws_the_summary_itself(tmp_path):
     """Beside a writer that asks for the summary, TensorBoard writes the same tags as alone."""
     alone, beside = (fw.TensorBoard(tmp_path / name, show_link=False) for name in ("alone", "beside"))

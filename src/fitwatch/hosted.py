@@ -1,5 +1,7 @@
 """What the checkpoint of another library keeps of a fit, beside its model and its optimizer."""
 
+from collections.abc import Mapping
+
 from attrs import asdict
 
 from fitwatch import ranks
@@ -8,6 +10,7 @@ from fitwatch.helpers.primitives import plain_data
 from fitwatch.state import State
 
 _FORMAT = 1
+_PARTS = ("callbacks", "progress", "history", "train_loss")
 
 
 def state_dict(state: State) -> StateDict:
@@ -25,17 +28,30 @@ def state_dict(state: State) -> StateDict:
     return plain
 
 
-def load_state_dict(content: StateDict, state: State) -> None:
-    """Restore what `state_dict` returned, before training starts.
+def check(content: object) -> None:
+    """Check that something is what `state_dict` returned.
 
     Raises:
-        ValueError: It is none of a fit, was returned by another version, or does not fit the callbacks.
+        ValueError: It is not, or another version returned it.
     """
-    if content.get("format") != _FORMAT:
-        raise ValueError(
-            f"this is not the state of a watch, of format {_FORMAT}, as watch.state_dict() returns it: "
-            f"it has the keys {', '.join(map(repr, content))}"
-        )
+    if isinstance(content, Mapping):
+        lacking = [part for part in _PARTS if part not in content]
+        if content.get("format") == _FORMAT and not lacking:
+            return
+        given = f"it has the keys {', '.join(map(repr, content))}" if content else "it is empty"
+    else:
+        given = f"got {content!r:.80}"
+    raise ValueError(
+        f"this is not the state of a watch, of format {_FORMAT}, as watch.state_dict() returns it: {given}"
+    )
+
+
+def load_state_dict(content: StateDict, state: State) -> None:
+    """Restore what `state_dict` returned and `check` accepts, before training starts.
+
+    Raises:
+        ValueError: It does not fit the callbacks.
+    """
     if state.callbacks is not None:
         state.callbacks.load_state_dict(content["callbacks"])
     for name, value in content["progress"].items():

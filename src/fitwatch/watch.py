@@ -27,7 +27,7 @@ from fitwatch.engine.training import Training
 from fitwatch.engine.undivided import Undivided
 from fitwatch.engine.validator import ValidationStep, Validator
 from fitwatch.helpers.aliases import Batch, Loader, Loaders, Scheduler, StateDict
-from fitwatch.helpers.options import count, local_path
+from fitwatch.helpers.options import count, local_path, plain
 from fitwatch.losses import LossSum, apply, as_loss, as_sums
 from fitwatch.measuring.expected_baseline import expected_baseline
 from fitwatch.measuring.metrics import Metric, as_metrics
@@ -375,9 +375,11 @@ class Watch:
 
         Raises:
             RuntimeError: The watch was entered already.
+            ValueError: It is not the state of a watch, or another version returned it.
         """
         if self._used:
             raise RuntimeError("watch.load_state_dict() comes before `with watch:`")
+        hosted.check(state_dict)
         self._restored = state_dict
 
     @property
@@ -445,14 +447,18 @@ class Watch:
 
         Raises:
             RuntimeError: The last epoch has not ended.
+            ValueError: ``epochs`` or ``epoch`` is out of range.
         """
         self._require_open("start_epoch()")
         if self._training.in_epoch:
             raise RuntimeError("watch.start_epoch() was called within an epoch: call watch.end_epoch() first")
         self.state.plan = evolve(self.state.plan, epochs=count("epochs", epochs))
+        number = plain(epoch)
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+            raise ValueError(f"epoch must be an integer of 0 or more, got {epoch!r}")
         self._check()
-        if epoch is not None:
-            self.state.progress.epoch = epoch
+        if number is not None:
+            self.state.progress.epoch = number
         self._training.start_epoch()
 
     def end_epoch(self) -> None:

@@ -45,3 +45,26 @@ def test_a_resumed_fit_continues_its_run(tmp_path, monkeypatch):
     assert second.run_id == first.run_id
     points = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(first.run_id, "val/loss")
     assert [point.step for point in points] == [3, 6, 9, 12]
+
+
+def test_names_that_mlflow_refuses_and_many_values(tmp_path, monkeypatch, caplog):
+    """Refused names are changed with one warning, and more values than a request may hold are all written."""
+    monkeypatch.chdir(tmp_path)
+    many = {f"layer/{i}": float(i) for i in range(1100)}
+
+    class Odd(fw.Callback):
+        def on_fit_start(self, state):
+            state.settings.update({f"option [{i}]": i for i in range(120)})
+
+        def on_epoch_end(self, state):
+            for name, value in {"val/f1@0.5": 0.25, "n" * 300: 1.0, "größe": 2.0, **many}.items():
+                state.log(name, value)
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    log = MLflowLog(tracking_uri=uri)
+    fit(log, Odd(), epochs=2)
+    data = mlflow.MlflowClient(uri).get_run(log.run_id).data
+    wanted = {"val/f1_0.5": 0.25, "n" * 250: 1.0, "größe": 2.0, **many}
+    assert {name: data.metrics[name] for name in wanted} == wanted
+    assert data.params["option _119_"] == "119"
+    assert caplog.text.count("MLflow refuses the name val/f1@0.5: it stands there as val/f1_0.5") == 1

@@ -138,3 +138,22 @@ def test_epochs_out_of_order_are_refused(call):
         with pytest.raises(RuntimeError, match=r"end_epoch\(\)"):
             getattr(watch, call)()
         watch.state.request_stop("enough")
+
+
+def test_wrong_states_and_epochs_are_refused():
+    """What is no state of a watch is refused before training, and so is an index that is no epoch."""
+    model = nn.Linear(3, 2)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    watch = fw.Watch(model, torch.optim.SGD(model.parameters(), 0.1), train_loader=[(x, y)])
+    whole = watch.state_dict()
+    assert watch.load_state_dict(whole) is None
+    for wrong in (None, {}, "state", {"a": 1}, {**whole, "format": 0}, {k: whole[k] for k in ("format", "callbacks")}):
+        with pytest.raises(ValueError, match="this is not the state of a watch"):
+            watch.load_state_dict(wrong)
+    with watch:
+        for wrong in (-1, 1.5, True, "1"):
+            with pytest.raises(ValueError, match="epoch must be an integer of 0 or more"):
+                watch.start_epoch(epoch=wrong)
+        watch.start_epoch(epoch=torch.tensor(2))
+        assert watch.state.progress.epoch == 2
+        watch.state.request_stop("enough")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,12 +15,16 @@ from fitwatch.records import Curve, Image, Marker
 
 logger = logging.getLogger("fitwatch")
 
+_MOST_METRICS, _MOST_PARAMS = 1000, 100  # of a request
+_LONGEST = 250  # characters of a name
+_REFUSED = re.compile(r"[^\w./: -]")
+
 
 class MLflowLog(Callback):
     """Writes a fit as a run of MLflow: numbers as metrics, settings as parameters, texts and pictures as artifacts.
 
     Events, such as overfitting, become tags, and so does the first infinite value of a metric: MLflow would store
-    another number. A resumed fit continues its run.
+    another number. Of a name, characters that MLflow refuses become ``_``. A resumed fit continues its run.
 
     Args:
         experiment: Name of the experiment; created if there is none.
@@ -37,6 +42,7 @@ class MLflowLog(Callback):
         self._client: Any = None
         self._settings_due = True
         self._infinite: set[str] = set()
+        self._renamed: set[str] = set()
 
     def on_fit_start(self, state: State) -> None:
         """Create the run, or continue that of the checkpoint."""
@@ -53,11 +59,11 @@ class MLflowLog(Callback):
         """Write the records, and before the first ones the settings."""
         if self._settings_due:
             self._settings_due = False
-            settings = [Param(name, str(value)) for name, value in state.settings.items()]
-            self._client.log_batch(self.run_id, params=settings)
+            settings = [Param(self._accepted(name), str(value)) for name, value in state.settings.items()]
+            self._log("params", settings, _MOST_PARAMS)
         metrics = []
         for record in state.records:
-            name, value, step = record.name, record.value, record.step
+            name, value, step = self._accepted(record.name), record.value, record.step
             if isinstance(value, (int, float)):
                 if not math.isinf(value):
                     metrics.append(Metric(name, value, int(record.time * 1000), step))
@@ -77,7 +83,19 @@ class MLflowLog(Callback):
             elif isinstance(value, Curve):
                 table = {value.x_name: list(value.x), value.y_name: list(value.y)}
                 self._client.log_dict(self.run_id, table, f"{name}-{step}.json")
-        self._client.log_batch(self.run_id, metrics=metrics)
+        self._log("metrics", metrics, _MOST_METRICS)
+
+    def _log(self, kind: str, values: list[Any], most: int) -> None:
+        for start in range(0, len(values), most):
+            self._client.log_batch(self.run_id, **{kind: values[start : start + most]})
+
+    def _accepted(self, name: str) -> str:
+        """Return a name that MLflow accepts; say it once if it is another one."""
+        accepted = _REFUSED.sub("_", name)[:_LONGEST]
+        if accepted != name and name not in self._renamed:
+            self._renamed.add(name)
+            logger.warning("MLflow refuses the name %s: it stands there as %s", name, accepted)
+        return accepted
 
     def on_fit_end(self, state: State) -> None:
         """End the run."""

@@ -43,6 +43,7 @@ _SCORE = re.compile(
     r"(top)?\d*(acc|accuracy|auc|auroc|auprc|f1|fbeta|map|ap|precision|recall|m?iou|jaccard|dice|r2|bleu|rouge\w*|"
     r"meteor|psnr|ssim|ndcg|mrr|fitness|kappa|mcc|score|reward|return)\d*(top\d+)?"
 )
+_REPEATED = re.compile(r"(fold|run|seed|trial)\d*")
 _SIDES = (
     re.compile(r"(?P<stem>.+)[-_. ](?P<word>[a-z]+)", re.IGNORECASE),
     re.compile(r"(?P<word>[a-z]+)[-_. ](?P<stem>.+)", re.IGNORECASE),
@@ -357,7 +358,8 @@ def _sets(run: str, by_key: Mapping[tuple[str, ...], list[Series]]) -> list[Pair
 
 def _parts(run: str, pairs: list[tuple[Series, Series]], *, each: bool) -> list[Pair]:
     """Return the sum of the parts of a loss, or a pair for each."""
-    if each:
+    repeated = all(any(map(_REPEATED.fullmatch, val.key)) for _, val in pairs)  # folds add up to nothing
+    if each or repeated:
         return [Pair(run=run, part=val.name, train=train, val=val) for train, val in pairs]
     sums = []
     for side in (0, 1):

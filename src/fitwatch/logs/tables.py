@@ -148,14 +148,20 @@ def _delimited(text: str) -> Rows:
     if not header or len(header) < 2 or all(map(_is_number, header)):
         raise LogError("has no header with the names of columns")
     lines = list(reader)
-    commas = _commas((cell for cells in lines for cell in cells), decimal=delimiter == ";")
     names = _distinct(header)
+    commas: list[str | None] = [None] * len(header)
+    if ('"' if delimiter == "," else ",") in text:  # else no cell has a comma
+        columns = itertools.zip_longest(*(cells[: len(header)] for cells in lines), fillvalue="")
+        commas = [_commas(column, decimal=delimiter == ";") for column in columns]
     for cells in lines:
         if [cell.strip() for cell in cells] == header:
             yield {}  # a run begins
             continue
-        if commas is not None:
-            cells = [cell.replace(",", commas) if _COMMAS.fullmatch(cell) else cell for cell in cells]  # noqa: PLW2901
+        if any(mark is not None for mark in commas):
+            cells = [  # noqa: PLW2901
+                cell if mark is None or not _COMMAS.fullmatch(cell) else cell.replace(",", mark)
+                for cell, mark in zip(cells, commas, strict=False)
+            ]
         yield dict(zip(names, cells, strict=False))
 
 
@@ -163,7 +169,7 @@ def _commas(cells: Iterable[str], *, decimal: bool) -> str | None:
     """Return what stands for the commas in numbers: a point, or nothing if they group thousands; None without any.
 
     Args:
-        cells: All cells.
+        cells: The cells of a column.
         decimal: Whether numbers such as 1,234 alone have a decimal comma.
     """
     numbers = [cell for cell in cells if _COMMAS.fullmatch(cell)]
