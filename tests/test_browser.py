@@ -102,7 +102,7 @@ def test_the_first_group_of_charts_is_the_loss(page, shown):
     """Below the pinned cards the first group is the loss alone, followed by its variants, the metrics and the rest."""
     page.goto(shown.link)
     groups = page.locator("metrics-card-groups metrics-card-group-toolbar")
-    expect(groups).to_contain_text(["loss", "loss_left", "loss_unweighted", "metrics", "optim", "overfit"])
+    expect(groups).to_contain_text(["loss", "loss_vs_baseline", "loss_unweighted", "metrics", "optim", "overfit"])
     expect(page.locator("metrics-card-groups .tag").first).to_have_attribute("title", "loss")
 
 
@@ -193,8 +193,8 @@ def test_the_link_that_compares_shows_all_runs(page, shown):
     page.goto(shown.compare)
     expect(page.locator(PINNED)).to_have_count(4)
     tags = [tag.get_attribute("title") for tag in page.locator(f"{PINNED} .tag").all()]
-    assert tags == ["loss_left", "loss", "metrics/accuracy", "overfit/gap"]
-    for card in (pinned(page, "loss_left"), pinned(page, "loss")):
+    assert tags == ["loss_vs_baseline", "loss", "metrics/accuracy", "overfit/gap"]
+    for card in (pinned(page, "loss_vs_baseline"), pinned(page, "loss")):
         expect(lines(card)).to_have_count(2)
         expect(dots(card)).to_have_count(2)
     rows = page.locator("runs-data-table tb-data-table-content-row")

@@ -113,8 +113,10 @@ class RunWriter:
         if self._evaluations in {4**k for k in range(16)}:
             self._end_baseline()
 
-    def finish(self, state: State, counts: _Counts, group: str | None) -> float:
+    def finish(self, state: State, counts: _Counts, group: str | None, columns: Mapping[str, object]) -> float:
         """Write the waiting points and the sub-run ``best``, with ``counts`` of its outputs, and close the files.
+
+        ``columns`` are more columns of the HParams table.
 
         Returns:
             The seconds that the fit took.
@@ -130,17 +132,18 @@ class RunWriter:
             with suppress(OSError):
                 folders.remove(self.run_dir / "best")  # of an earlier fit
         settings = {name: value for name, value in state.settings.items() if name != "device"}
+        settings |= columns
         if group is not None:
             settings["seed"] = "any"  # a row has one value per setting, but the trials differ in their seed
-        names_of = state.validation.class_names
+        names_of, title = state.validation.class_names, reports.best_title(state.history)
         best, name, seconds = state.history.best, self.run_dir.name, time.time() - self._started
         values = (
             []
             if best is None
             else [
                 *_best_values(best),
-                *_best_outputs(best, counts[0], names_of),
-                *_best_calibration(best, counts[1], names_of),
+                *_best_outputs(title, counts[0], names_of),
+                *_best_calibration(title, counts[1], names_of),
             ]
         )
         values.append(events.scalar("report/seconds", seconds))
@@ -261,12 +264,11 @@ def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
 
 
 def _best_calibration(
-    best: Mapping[str, float], counts: CalibrationCounts | None, names_of: Callable[[int], list[str]]
+    title: str, counts: CalibrationCounts | None, names_of: Callable[[int], list[str]]
 ) -> list[Summary.Value]:
     """Return the reliability diagram of the best evaluation, and its calibrated decisions if they are others."""
     if counts is None:
         return []
-    title = f"best epoch: {best['epoch'] + 1:g}"
     values = [events.picture("report/reliability", reliability_image(counts.tables, title=title))]
     if counts.matrix is not None:
         names = names_of(len(counts.matrix))
@@ -275,14 +277,12 @@ def _best_calibration(
     return values
 
 
-def _best_outputs(
-    best: Mapping[str, float], counts: Counts | None, names_of: Callable[[int], list[str]]
-) -> list[Summary.Value]:
+def _best_outputs(title: str, counts: Counts | None, names_of: Callable[[int], list[str]]) -> list[Summary.Value]:
     """Return the confusion matrix and the precision-recall curves of the best evaluation, if they were counted."""
     values = []
     if counts is not None and counts.matrix is not None:
         names = names_of(len(counts.matrix))
-        image = confusion_image(counts.matrix, names, title=f"best epoch: {best['epoch'] + 1:g}")
+        image = confusion_image(counts.matrix, names, title=title)
         values.append(events.picture("report/confusion", image))
     if counts is not None and counts.scores is not None:
         for name, scores in zip(curve_names(counts.scores, names_of), counts.scores.cpu(), strict=True):
