@@ -153,7 +153,7 @@ def test_the_text_page_shows_the_tables(page, shown):
     expect(report.get_by_role("cell", name="Adam", exact=True)).to_be_visible()
     weights = page.locator("tf-text-loader").filter(has_text="report/class_weights")
     expect(weights.get_by_role("columnheader", name="weight", exact=True)).to_be_visible()
-    expect(page.locator("tf-text-loader").filter(has_text="report/verdict")).to_contain_text("Overfitting since epoch")
+    expect(page.locator("tf-text-loader").filter(has_text="overfit/verdict")).to_contain_text("Overfitting since epoch")
 
 
 def test_the_end_report_is_a_table(page, shown):

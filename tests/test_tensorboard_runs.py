@@ -152,7 +152,7 @@ def test_the_end_report_is_a_table_to_paste(tmp_path):
     assert f"| val/loss of the best constant prediction | {result.baseline.constant:.6g} |" in report
     assert f"| epochs, steps | 4, {trainer.state.progress.step} |" in report
     assert "| ended by | the end of training |" in report
-    assert f"| verdict | {result.verdict.status}: " in report
+    assert f"| verdict | {result.verdict.summary} {result.verdict.evidence} |" in report
 
 
 @pytest.mark.parametrize("group", [3, ["a"]])

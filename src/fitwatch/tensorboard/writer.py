@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from fitwatch.helpers.markdown import table
+from fitwatch.measuring.per_class import KINDS
 from fitwatch.records import Curve, Histogram, Image, Marker, Record
 from fitwatch.state import State
 from fitwatch.tensorboard import events, folders, page, reports
@@ -28,6 +29,7 @@ _Texts = dict[tuple[str, int, str], str]  # sub-run, step, tag -> text
 _Counts = tuple[Counts | None, CalibrationCounts | None]  # of the best evaluation
 _Values = defaultdict[tuple[str, int], list[Summary.Value]]  # sub-run, step -> values of one event
 
+_MOST_COLUMNS = 3  # classes with columns of their own in the HParams table
 _NAMED = 5  # curves in a warning: usually most are non-finite if one is
 
 
@@ -141,7 +143,7 @@ class RunWriter:
             []
             if best is None
             else [
-                *_best_values(best),
+                *_best_values(best, state.validation.classes if state.validation.named else None),
                 *_best_outputs(title, counts[0], names_of),
                 *_best_calibration(title, counts[1], names_of),
             ]
@@ -252,9 +254,15 @@ def write_test(run_dir: Path, state: State, seconds: float) -> None:
         file.close()
 
 
-def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
-    """Return the dots at the best evaluation, and its numbers for the HParams table."""
+def _best_values(best: Mapping[str, float], classes: Sequence[str] | None) -> list[Summary.Value]:
+    """Return the dots at the best evaluation, and its numbers for the HParams table.
+
+    The figures of each class are columns there, which are left out if they are many: they are in the end report.
+    """
     dots = {name: v for name, v in best.items() if name.startswith("val/") and math.isfinite(v)}
+    if classes is not None and len(classes) > _MOST_COLUMNS:
+        apart = {f"val/{kind}/{one}" for kind in KINDS for one in classes}
+        dots = {name: v for name, v in dots.items() if name not in apart}
     dots = dots or {"train/loss": best["train/loss"]}
     values = [events.scalar(page.curve(page.run_and_tag(name)[1]), v) for name, v in dots.items()]
     values.append(events.scalar("report/best_epoch", best["epoch"]))
