@@ -231,7 +231,7 @@ def test_the_hparams_row(runs, address):
     assert set(groups) == {"run", "resumed", "twice"}
     row = groups["run"]
     settings = {k: v for k, v in runs.trainer.state.settings.items() if k != "device"}
-    assert row["hparams"] == settings
+    assert row["hparams"] == settings | {"peak_lr": settings["lr"]}
     assert [s["status"] for s in row["sessions"]] == ["STATUS_SUCCESS"]
     values = {m["name"]["tag"]: m["value"] for m in row["metricValues"]}
     assert values["loss"] == float(np.float32(runs.result.best.metrics["val/loss"]))
