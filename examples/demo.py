@@ -103,8 +103,10 @@ def main():
     answer, constant = COSTS.cheapest_constant(fw.data.count_classes(test_set))
     print(f"\ncost: per patient of the test set; calling all of them {CLASSES[answer]} costs {constant:.3f}.")
     print(conclusion(costs))
-    print(f"\nThree trainings in {time.perf_counter() - started:.0f} s. To see them, run\n")
-    print(f"  .venv/bin/tensorboard --logdir {folder}\n\nand open\n\n  {page.link(compare=True)}")
+    print(
+        f"\nThree trainings in {time.perf_counter() - started:.0f} s. `.venv/bin/fitwatch open {folder}` shows them, or"
+    )
+    print(f"`.venv/bin/tensorboard --logdir {folder}` and this link:\n{page.link(compare=True)}")
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def test_a_fit_shows_it_at_the_start_in_the_history_and_at_the_end(tmp_path, ign
     assert result.baseline.constant == pytest.approx(expected, rel=1e-6)
     assert result.baseline.uniform == pytest.approx(math.log(3), rel=1e-6)
     for entry in result.history:
-        assert entry["val/loss_left"] == pytest.approx(entry["val/loss"] / expected, rel=1e-6)
+        assert entry["val/loss_vs_baseline"] == pytest.approx(entry["val/loss"] / expected, rel=1e-6)
     run = tmp_path / "run"
     for sub_run, tag in (("train", "report/start"), ("best", "report/end")):
         report = text(run, sub_run, tag)
@@ -286,7 +286,7 @@ def test_the_schedule_has_the_baseline_of_the_full_weights():
     expected = entropy(W * SHARES / (W * SHARES).sum())
     assert result.baseline.constant == pytest.approx(expected, rel=1e-6)
     for entry in result.history:
-        assert entry["val/loss_left"] == pytest.approx(entry["val/loss"] / expected, rel=1e-6)
+        assert entry["val/loss_vs_baseline"] == pytest.approx(entry["val/loss"] / expected, rel=1e-6)
 
 
 def test_wrong_labels_in_validation_are_named():

@@ -102,7 +102,7 @@ def test_the_first_group_of_charts_is_the_loss(page, shown):
     """Below the pinned cards the first group is the loss alone, followed by its variants, the metrics and the rest."""
     page.goto(shown.link)
     groups = page.locator("metrics-card-groups metrics-card-group-toolbar")
-    expect(groups).to_contain_text(["loss", "loss_left", "loss_unweighted", "metrics", "optim", "overfit"])
+    expect(groups).to_contain_text(["loss", "loss_vs_baseline", "loss_unweighted", "metrics", "optim", "overfit"])
     expect(page.locator("metrics-card-groups .tag").first).to_have_attribute("title", "loss")
 
 
@@ -153,7 +153,7 @@ def test_the_text_page_shows_the_tables(page, shown):
     expect(report.get_by_role("cell", name="Adam", exact=True)).to_be_visible()
     weights = page.locator("tf-text-loader").filter(has_text="report/class_weights")
     expect(weights.get_by_role("columnheader", name="weight", exact=True)).to_be_visible()
-    expect(page.locator("tf-text-loader").filter(has_text="report/verdict")).to_contain_text("Overfitting since epoch")
+    expect(page.locator("tf-text-loader").filter(has_text="overfit/verdict")).to_contain_text("Overfitting since epoch")
 
 
 def test_the_end_report_is_a_table(page, shown):
@@ -193,8 +193,8 @@ def test_the_link_that_compares_shows_all_runs(page, shown):
     page.goto(shown.compare)
     expect(page.locator(PINNED)).to_have_count(4)
     tags = [tag.get_attribute("title") for tag in page.locator(f"{PINNED} .tag").all()]
-    assert tags == ["loss_left", "loss", "metrics/accuracy", "overfit/gap"]
-    for card in (pinned(page, "loss_left"), pinned(page, "loss")):
+    assert tags == ["loss_vs_baseline", "loss", "metrics/accuracy", "overfit/gap"]
+    for card in (pinned(page, "loss_vs_baseline"), pinned(page, "loss")):
         expect(lines(card)).to_have_count(2)
         expect(dots(card)).to_have_count(2)
     rows = page.locator("runs-data-table tb-data-table-content-row")

@@ -129,7 +129,7 @@ def test_without_names_nothing_more_is_measured():
     """A fit without names measures what it did before; so does one with a loss of the user's."""
     plain = trainer_of(classes=None).fit(data(), data(), epochs=1)
     own = trainer_of(loss=nn.functional.cross_entropy).fit(data(), data(), epochs=1)
-    assert {"epoch", "step", "train/loss", "val/loss", "val/loss_left"} == plain.history[0].keys()
+    assert {"epoch", "step", "train/loss", "val/loss", "val/loss_vs_baseline"} == plain.history[0].keys()
     assert not [name for name in own.history[0] if name.count("/") > 1]
 
 

@@ -4,17 +4,20 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
 
 import fitwatch as fw
 from fitwatch.cli import main
+from tests._server import noisy_data, overfitting_trainer
 from tests.test_logs import TRAIN, VAL, write
 
 BEST = VAL.index(min(VAL))
@@ -349,3 +352,28 @@ def test_a_gap_that_is_no_number_is_left_out(tmp_path, capsys):
         write(tmp_path / str(last), {"train/loss": TRAIN, "val/loss": [*VAL[:-1], last]})
         assert main(["diagnose", str(tmp_path / str(last))]) == 0
         assert rows(capsys.readouterr().out)["gap"] == "-"
+
+
+def test_open_serves_the_folder_and_prints_the_page(tmp_path):
+    """``fitwatch open`` starts a server with the runs, prints a link to the only one, and ends by Ctrl-C."""
+    trainer = overfitting_trainer(tmp_path, name="only")
+    trainer.fit(*noisy_data(), max_steps=2)
+    command = [sys.executable, "-m", "fitwatch", "open", str(tmp_path), "--no-browser", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            link = process.stdout.readline().strip()
+            assert re.fullmatch(r"http://localhost:\d+/\?smoothing=0&runFilter=%5Eonly/&pinnedCards=\S+", link)
+            with urlopen(link.partition("?")[0], timeout=30) as page:
+                assert page.status == 200
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+
+
+def test_open_refuses_a_folder_without_runs(tmp_path, capsys):
+    """A folder that is missing or empty, or a run instead of its folder, is a wrong use, with a hint."""
+    overfitting_trainer(tmp_path / "runs", name="one").fit(*noisy_data(), max_steps=2)
+    (tmp_path / "empty").mkdir()
+    for path, why in (("missing", "no such folder"), ("empty", "no run of"), ("runs/one", "no run of")):
+        assert main(["open", str(tmp_path / path)]) == 2
+        assert why in capsys.readouterr().err

@@ -129,7 +129,7 @@ def test_streams_of_unequal_length(ran):
     """Streams of 11 and 20 examples without a length give the losses and class weights of one of 31."""
     alone, together = ran[1]["streams"], ran[2]["streams"]
     assert together[0]["history"] == together[1]["history"]
-    for key in ("train/loss", "val/loss", "val/loss_unweighted", "val/loss_left"):
+    for key in ("train/loss", "val/loss", "val/loss_unweighted", "val/loss_vs_baseline"):
         assert together[0]["history"][-1][key] == pytest.approx(alone["history"][-1][key], rel=1e-12)
     assert close(alone["weight"], together[1]["weight"])
     assert [found["examples"] for found in together] == [62, 62]

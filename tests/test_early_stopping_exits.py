@@ -122,10 +122,10 @@ def test_a_stop_is_no_exception_that_later_callbacks_miss():
 
 def test_standard_errors_that_are_not_measured_are_refused_before_step_1():
     """min_delta="1se" without <monitor>_se is an error before training that lists what will be measured."""
-    trainer = Scripted([1, 2], fw.EarlyStopping("val/loss_left", min_delta="1se"))
-    trainer.callbacks = [Names("val/loss_left"), *trainer.callbacks]
+    trainer = Scripted([1, 2], fw.EarlyStopping("val/loss_vs_baseline", min_delta="1se"))
+    trainer.callbacks = [Names("val/loss_vs_baseline"), *trainer.callbacks]
     with pytest.raises(
-        ValueError, match="standard errors monitors 'val/loss_left_se', which .* not measure.*train/loss, val"
+        ValueError, match="standard errors monitors 'val/loss_vs_baseline_se', which .* not measure.*train/loss, val"
     ):
         trainer.go()
     assert (trainer.weight, trainer.state.progress.step) == (0.0, 0)

@@ -341,7 +341,7 @@ def test_a_change_is_told_once_with_remedies_that_fit_the_run(caplog):
     assert (bar.name, bar.step) == ("overfitting", onset["step"])
     assert (bar.value.low, bar.value.high) == (onset["train/loss"], onset["val/loss"])
     assert bar.value.decided == result.history[verdict.detected]["step"]
-    (text,) = [t for t in watch.texts if t.name == "val/report/verdict"]
+    (text,) = [t for t in watch.texts if t.name == "val/overfit/verdict"]
     assert text.step == result.history[verdict.detected]["step"]
     best = min(result.history[: verdict.detected + 1], key=lambda e: e["val/loss"])
     for words in (

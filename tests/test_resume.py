@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, Weight
 
 import fitwatch as fw
 from fitwatch.data.position import random_states
+from fitwatch.files import seal
 
 N, BATCH, EPOCHS = 45, 8, 2  # six batches per epoch, the last one short
 STEPS = EPOCHS * 6
@@ -592,3 +593,26 @@ def test_the_examples_of_a_list_are_not_searched_for_generators():
 
     examples = Untouchable([tensors()] * 4)
     assert random_states(DataLoader(examples, 2), DataLoader(torch.utils.data.Subset(examples, [0, 1]), 2)) == []
+
+
+def test_a_metric_that_had_another_name_continues(tmp_path):
+    """A checkpoint with val/loss_left in its history and its early stopping resumes under the present name."""
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        callbacks = [fw.EarlyStopping("val/loss_vs_baseline", patience=50), fw.Checkpoint(tmp_path, keep=9)]
+        return fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), callbacks=callbacks, device="cpu")
+
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    batches = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), 8)
+    whole = make().fit(batches, batches, epochs=4)
+    saved = torch.load(tmp_path / "epoch-2.pt", weights_only=True)
+    for entry in saved["history"]:
+        entry["val/loss_left"] = entry.pop("val/loss_vs_baseline")
+    saved["callbacks"]["EarlyStopping"]["options"]["monitor"] = "'val/loss_left'"
+    torch.save(saved, tmp_path / "before.pt")
+    with (tmp_path / "before.pt").open("r+b") as file:
+        seal(file.fileno())
+    resumed = make().fit(batches, batches, epochs=4, resume=tmp_path / "before.pt")
+    assert resumed.history == whole.history

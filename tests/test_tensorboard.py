@@ -134,7 +134,7 @@ def test_the_texts(runs):
     targets = noisy_data()[0].dataset.tensors[1]
     for label, count in enumerate(targets.bincount().tolist()):
         assert f"| {label} | {count} | {len(targets) / 2 / count:.4g} |" in weights
-    [(step, warning)] = texts(runs.run / "val", "report/verdict")
+    [(step, warning)] = texts(runs.run / "val", "overfit/verdict")
     assert step == runs.result.history[runs.result.verdict.detected]["step"]
     assert "Overfitting" in warning
 
@@ -231,7 +231,7 @@ def test_the_hparams_row(runs, address):
     assert set(groups) == {"run", "resumed", "twice"}
     row = groups["run"]
     settings = {k: v for k, v in runs.trainer.state.settings.items() if k != "device"}
-    assert row["hparams"] == settings
+    assert row["hparams"] == settings | {"peak_lr": settings["lr"]}
     assert [s["status"] for s in row["sessions"]] == ["STATUS_SUCCESS"]
     values = {m["name"]["tag"]: m["value"] for m in row["metricValues"]}
     assert values["loss"] == float(np.float32(runs.result.best.metrics["val/loss"]))
@@ -242,7 +242,7 @@ def test_the_texts_are_served(address):
     """The Text page has the start report as an HTML table, the class weights and the warning."""
     tags = get(address, "text/tags")
     assert sorted(tags["run/train"]) == ["report/class_weights", "report/start"]
-    assert tags["run/val"] == ["report/verdict"]
+    assert tags["run/val"] == ["overfit/verdict"]
     [report] = get(address, "text/text", run="run/train", tag="report/start")
     assert "<th>setting</th>" in report["text"]
     assert "<td>Adam</td>" in report["text"]

@@ -175,7 +175,7 @@ def test_the_standard_error_stands_with_the_evidence(tmp_path):
     result = trainer.fit(*noisy_data(), epochs=3)
     assert points(tmp_path / "run/val", "overfit/loss_se") == curve(result.history, "val/loss_se")
     alone = {tag for tag in read(tmp_path / "run/val").Tags()["scalars"] if "/" not in tag}
-    assert alone == {"loss", "loss_unweighted", "loss_left"}
+    assert alone == {"loss", "loss_unweighted", "loss_vs_baseline"}
 
 
 # -- many fits -----------------------------------------------------------------------------------------------------

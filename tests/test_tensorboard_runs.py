@@ -1,6 +1,7 @@
 """Several runs: settings in one table, trials in one row, one link that compares them."""
 
 import json
+import re
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -79,22 +80,26 @@ def test_a_group_has_the_mean_of_its_trials(folder):
 
 
 def test_the_link_that_compares(folder):
-    """The link shows validation curves and dots of all runs, one color per run, and pins tags with data."""
+    """The link shows validation curves and dots of this process's runs, one color per run, and pins tags with data."""
     trainer = overfitting_trainer(folder, name="last")
     trainer.fit(*noisy_data(), epochs=1)
     parts = urlsplit(trainer.callbacks[-1].link(compare=True))
     query = parse_qs(parts.query, strict_parsing=True)
-    assert query["runFilter"] == ["/(val|best)$"]
+    [shown] = query["runFilter"]
+    runs = ["last", *(path.name for path in folder.iterdir() if path.name != "last")]
+    assert all(re.search(shown, f"{run}/val") and not re.search(shown, f"{run}/train") for run in runs)
+    assert not re.search(shown, "older/val")
+    assert not re.search(shown, "last-2/val")
     assert query["runColorGroup"] == ["regex:^([^/]+)/"]
     assert query["smoothing"] == ["0"]
     pins = [card["tag"] for card in json.loads(query["pinnedCards"][0])]
-    assert pins == ["loss_left", "loss", "metrics/accuracy", "overfit/gap"]
+    assert pins == ["loss_vs_baseline", "loss", "metrics/accuracy", "overfit/gap"]
     assert set(pins) <= set(read(folder / "last/val").Tags()["scalars"])
 
 
 def test_the_link_that_compares_is_printed_where_there_are_others(tmp_path, capsys):
     """The first run in a folder prints only its own link, the second also the link that compares."""
-    for name, times in (("first", 0), ("second", 2)):
+    for name, times in (("first", 0), ("second", 1)):
         trainer = overfitting_trainer(tmp_path, name=name)
         trainer.callbacks[-1].show_link = True
         trainer.fit(*noisy_data(), max_steps=2)
@@ -140,14 +145,14 @@ def test_the_end_report_is_a_table_to_paste(tmp_path):
     [event] = read(tmp_path / "mine/best").Tensors("report/end")
     report = event.tensor_proto.string_val[0].decode()
     best = result.best
-    where = f"mine, best epoch {best.epoch} (from 0, by val/loss), step {best.step}"
+    where = f"mine, best epoch {best.epoch + 1} (by val/loss), step {best.step}"
     assert report.startswith(f"| {where} | train | val |\n|---|---|---|\n")
     assert f"| loss | {best.metrics['train/loss']:.6g} | {best.metrics['val/loss']:.6g} |" in report
     assert f"| accuracy |  | {best.metrics['val/accuracy']:.6g} |" in report
     assert f"| val/loss of the best constant prediction | {result.baseline.constant:.6g} |" in report
     assert f"| epochs, steps | 4, {trainer.state.progress.step} |" in report
     assert "| ended by | the end of training |" in report
-    assert f"| verdict | {result.verdict.status}: " in report
+    assert f"| verdict | {result.verdict.summary} {result.verdict.evidence} |" in report
 
 
 @pytest.mark.parametrize("group", [3, ["a"]])
@@ -155,3 +160,64 @@ def test_a_group_that_is_no_name_is_refused(group):
     """A group must be a string."""
     with pytest.raises(TypeError, match="group"):
         fw.TensorBoard("runs", group=group)
+
+
+def test_the_comparison_is_about_the_runs_of_this_process(tmp_path):
+    """Runs that were in the folder before are not shown beside two new ones; beside a single new one they are."""
+    overfitting_trainer(tmp_path / "earlier", name="old").fit(*noisy_data(), max_steps=2)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "earlier/old").rename(tmp_path / "runs/old")
+    shown = []
+    for name in ("a.b", "c"):
+        trainer = overfitting_trainer(tmp_path / "runs", name=name)
+        trainer.fit(*noisy_data(), max_steps=2)
+        link = trainer.callbacks[-1].link(compare=True)
+        shown.append(parse_qs(urlsplit(link).query)["runFilter"][0])
+    assert [bool(re.search(shown[0], f"{run}/val")) for run in ("old", "a.b")] == [True, True]
+    assert [bool(re.search(shown[1], f"{run}/val")) for run in ("old", "a.b", "c", "aXb")] == [False, True, True, False]
+
+
+def test_the_table_has_columns_of_the_user_and_the_peak_of_the_learning_rate(tmp_path):
+    """Own columns stand beside the settings; the peak is that of the schedule, though it starts far below."""
+    torch.manual_seed(0)
+    model = nn.Linear(10, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    board = fw.TensorBoard(tmp_path, show_link=False, hparams={"width": torch.tensor(64), "data": "v2", "aug": None})
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=12)
+    fw.Trainer(model, optimizer, callbacks=board, scheduler=scheduler, device="cpu").fit(*noisy_data(), epochs=2)
+    warm = torch.optim.SGD(model.parameters(), 0.1)
+    rise = torch.optim.lr_scheduler.LambdaLR(warm, lambda step: 1 + step)
+    other = fw.TensorBoard(tmp_path, name="other", show_link=False)
+    fw.Trainer(model, warm, callbacks=other, scheduler=rise, log_every=1, device="cpu").fit(*noisy_data(), epochs=1)
+    with serve(tmp_path) as address:
+        _, found = table(address)
+    rows = {name: row["hparams"] for name, row in found.items()}
+    assert (rows["run"]["width"], rows["run"]["data"], rows["run"]["aug"]) == (64, "v2", "none")
+    assert (rows["run"]["lr"], rows["run"]["peak_lr"]) == (pytest.approx(0.02), pytest.approx(0.5))
+    assert rows["other"]["peak_lr"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("hparams", "error", "match"),
+    [
+        (["width"], TypeError, "must be a dict"),
+        ({1: 2}, TypeError, "names of columns must be non-empty strings"),
+        ({"layers": [1, 2]}, TypeError, r"hparams\['layers'\] must be a number.*got \[1, 2\]"),
+    ],
+)
+def test_wrong_columns_are_refused_at_once(tmp_path, hparams, error, match):
+    """What is no column is refused when the callback is made, and the name of a setting when fitting starts."""
+    with pytest.raises(error, match=match):
+        fw.TensorBoard(tmp_path, hparams=hparams)
+    model = nn.Linear(10, 2)
+    taken = fw.TensorBoard(tmp_path / "runs", hparams={"lr": 3})
+    with pytest.raises(ValueError, match="column 'lr', which is a setting of the fit"):
+        fw.Trainer(model, torch.optim.SGD(model.parameters()), callbacks=taken).fit(*noisy_data(), epochs=1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_card_says_what_the_baseline_is(folder):
+    """The card of loss_vs_baseline has a description."""
+    with serve(folder) as address:
+        tags = get(address, "scalars/tags")
+    assert "best constant prediction" in tags["full/val"]["loss_vs_baseline"]["description"]

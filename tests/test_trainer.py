@@ -49,7 +49,7 @@ def test_epochs_steps_and_history_are_counted(model, data):
     assert count.steps == [(0, 1, 1), (0, 2, 2), (0, 3, 3), (0, 4, 4), (1, 5, 1), (1, 6, 2), (1, 7, 3), (1, 8, 4)]
     assert count.epochs == [1, 2]
     assert [(entry["epoch"], entry["step"]) for entry in result.history] == [(0, 4), (1, 8)]
-    assert {"epoch", "step", "train/loss", "val/loss", "val/loss_left"} == set(result.history[0])
+    assert {"epoch", "step", "train/loss", "val/loss", "val/loss_vs_baseline"} == set(result.history[0])
     assert result.stop_reason is None
 
 
@@ -676,8 +676,8 @@ def test_an_error_in_a_validation_says_where(model, data):
 
 
 def test_the_share_of_the_baseline_that_is_left_can_be_monitored(model, data):
-    """Where the data sets show their targets, val/loss_left is among the names."""
-    result = trainer_of(model, callbacks=fw.EarlyStopping("val/loss_left")).fit(
+    """Where the data sets show their targets, val/loss_vs_baseline is among the names."""
+    result = trainer_of(model, callbacks=fw.EarlyStopping("val/loss_vs_baseline")).fit(
         DataLoader(data, 16), DataLoader(data, 16), epochs=2
     )
     assert len(result.history) == 2

@@ -628,7 +628,7 @@ def test_a_loss_measured_elsewhere_enters_the_history(data):
     with torch.no_grad():
         expected = F.cross_entropy(model(x), y).item()
     assert watch.state.metrics["val/loss"] == pytest.approx(expected, rel=1e-12)
-    assert "val/loss_left" not in watch.state.metrics
+    assert "val/loss_vs_baseline" not in watch.state.metrics
 
 
 @pytest.mark.parametrize(

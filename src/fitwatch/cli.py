@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from fitwatch.advice import TOPICS
@@ -16,6 +17,7 @@ from fitwatch.logs import Diagnosis, LogError, NoLogsError, Report, diagnose_log
 from fitwatch.logs.drawing import draw
 from fitwatch.logs.watching import turns
 from fitwatch.logs.wording import counts, details, facts, headline, table, worst_first
+from fitwatch.opening import runs_in, serve
 
 _HELP = """
 Read the logs of any trainer, and report for each run whether it overfitted, since when, which evaluation was the best,
@@ -76,6 +78,8 @@ def _outcome(given: Sequence[str]) -> _Outcome:
         return _fail(str(error), WRONG_USE, as_json="--json" in given, paths=[])
     if "topic" in options:
         return JUDGED, partial(_write, TOPICS[options.topic].rstrip(), sys.stdout)
+    if "folder" in options:
+        return _open(options.folder, options.port, browser=options.browser)
     return _once(options) if options.watch is None else _watch(options)
 
 
@@ -111,14 +115,27 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         type=_seconds,
         help="follow runs that are being written, and say it once when one turns (every 10 seconds)",
     )
+    opening = commands.add_parser("open", help="open TensorBoard on a folder of runs")
+    opening.add_argument("folder", metavar="DIR", type=Path, help="the folder that TensorBoard(dir) wrote to")
+    opening.add_argument("--port", type=int, help="port of the server; default: 6006, or another if it is in use")
+    opening.add_argument("--no-browser", dest="browser", action="store_false", help="only print the address")
     options = parser.parse_args(argv)
-    if "topic" in options:
+    if "topic" in options or "folder" in options:
         return options
     if options.watch is not None and (options.json or options.plot):
         raise _UsageError("--watch prints lines: leave out --json and --plot")
     if options.higher_is_better and options.val is None:
         raise _UsageError("--higher-is-better belongs to --metric NAME")
     return options
+
+
+def _open(folder: Path, port: int | None, *, browser: bool) -> _Outcome:
+    """Serve the folder until Ctrl-C."""
+    if runs_in(folder):
+        return serve(folder, port=port, browser=browser), lambda: None
+    why = "no run of fitwatch is in it" if folder.is_dir() else "there is no such folder"
+    hint = "give the folder that TensorBoard(dir) wrote to, such as runs"
+    return WRONG_USE, partial(_write, f"fitwatch open {folder}: {why}; {hint}", sys.stderr)
 
 
 def _seconds(text: str) -> float:

@@ -6,11 +6,12 @@ from attrs import field, frozen
 
 from fitwatch.calibration.calibrated import Calibration
 from fitwatch.losses.baseline import Baseline
+from fitwatch.measuring.validation import CALIBRATION
 from fitwatch.rules.overfitting import Verdict
 from fitwatch.state import State
 
 _MOST = 6  # metrics in the line of the best epoch
-_DETAILS = ("loss_se", "loss_left", "log_loss", "refined_loss", "refined_loss_se", "temperature", "calibration_error")
+_DETAILS = ("loss_se", "loss_vs_baseline", *CALIBRATION)
 
 
 @frozen(kw_only=True)

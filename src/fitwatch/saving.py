@@ -31,6 +31,7 @@ from fitwatch.helpers.primitives import plain_data, unreadable
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.restoring import undone_on_failure
 from fitwatch.state import State
+from fitwatch.state.history import renamed
 from fitwatch.version import __version__
 
 logger = logging.getLogger("fitwatch")
@@ -274,7 +275,7 @@ def _apply(content: Content, state: State, loaders: tuple[object, ...], *, kept:
     for name, value in content["progress"].items():
         setattr(state.progress, name, value)
     state.fitted = None if known is None else Fitted.of(known, state.progress.step)
-    state.history.entries = content["history"]
+    state.history.entries = [{renamed(name): value for name, value in entry.items()} for entry in content["history"]]
     if ranks.rank() == 0:  # the sums of all ranks
         since = state.train_loss.since_evaluation
         since.total, since.weight = content["train_loss"]

@@ -33,7 +33,7 @@ class Summary:
         if best is not None:
             step = int(best["step"])
             yield from (Record(f"best/{name}", step, value, "last") for name, value in best.items() if name != "step")
-            yield from _outputs(self._best, step, f"best epoch: {best['epoch'] + 1:g}", state.validation.class_names)
+            yield from _outputs(self._best, step, reports.best_title(state.history), state.validation.class_names)
         if state.baseline is not None:
             yield Record("baseline/val/loss", state.progress.step, state.baseline.constant, "last")
         report = reports.end(state, "fit", time.time() - self._started)

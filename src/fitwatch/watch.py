@@ -760,7 +760,7 @@ class Watch:
             state.history.names |= {f"{under}/loss_unweighted" for under in state.places}
         state.validation.baseline = expected_baseline(loss, state.train_loader, state.val_loader)
         if state.validation.baseline is not None:
-            state.history.names.add("val/loss_left")
+            state.history.names.add("val/loss_vs_baseline")
         state.history.check()
         warn_of_another_loss(state.history, loss)
         if self._before is not None:

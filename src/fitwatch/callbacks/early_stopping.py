@@ -13,7 +13,7 @@ from fitwatch.losses import Loss
 from fitwatch.measuring.validation import CALIBRATION
 from fitwatch.rules.stopping import PQ, Patience, StoppingRule, StopReason
 from fitwatch.state import State
-from fitwatch.state.history import History
+from fitwatch.state.history import History, renamed
 
 logger = logging.getLogger("fitwatch")
 
@@ -194,6 +194,7 @@ class EarlyStopping(Callback):
                 True and the best weights were not kept.
         """
         was, now = state_dict["options"], self._options()
+        was = was | {"monitor": repr(renamed(was["monitor"][1:-1]))}
         for name in ("monitor", "mode", "rule"):
             if was[name] != now[name]:
                 raise ValueError(

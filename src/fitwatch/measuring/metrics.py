@@ -235,7 +235,7 @@ class Metrics:
         self._functions: dict[str, MetricFunction] = {}
         self._objects: dict[str, MetricObject] = {}
         for name, metric in metrics.items():
-            if name in ("loss", "loss_unweighted", "loss_left"):
+            if name in ("loss", "loss_unweighted", "loss_vs_baseline"):
                 raise ValueError(f"metrics can't be named {name!r}: val/{name} is taken by the validation loss")
             if isinstance(metric, type):
                 raise TypeError(

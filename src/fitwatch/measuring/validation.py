@@ -279,7 +279,7 @@ class Pass:
         return self._mean.bad
 
     def values(self) -> dict[str, float]:
-        """Return all values by name: ``val/loss``, ``val/loss_unweighted``, ``val/loss_left``, ``val/<metric>``, ...
+        """Return all values by name: ``val/loss``, ``val/loss_vs_baseline``, ``val/<metric>``, ...
 
         Raises:
             ValueError: No batch was added.
@@ -297,7 +297,7 @@ class Pass:
         if self._targets is not None:
             self.baseline, self._targets = self._targets.baseline(), None
         if self.baseline is not None:
-            values["val/loss_left"] = self.baseline.left(self._mean.value)
+            values["val/loss_vs_baseline"] = self.baseline.left(self._mean.value)
         metrics = {f"val/{name}": value for name, value in self._metrics.compute().items()}
         values |= metrics
         if self._standard_error and self.losses is not None:

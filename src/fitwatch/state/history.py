@@ -10,6 +10,11 @@ Entry = dict[str, float]
 _LOWER_IS_BETTER = ("loss", "cost", "error")
 
 
+def renamed(name: str) -> str:
+    """Return today's name of a metric that a checkpoint may have under an earlier one."""
+    return f"{name.removesuffix('loss_left')}loss_vs_baseline" if name.endswith("/loss_left") else name
+
+
 class History(Sequence[Entry]):
     """The evaluations of a fit, and of the fits before it that it continues, oldest first.
 

@@ -12,7 +12,7 @@ from attrs import Attribute, asdict, define, evolve, field
 
 from fitwatch.callback import Callback
 from fitwatch.helpers.aliases import StateDict
-from fitwatch.helpers.options import check_name, instance, local_path
+from fitwatch.helpers.options import check_name, instance, local_path, plain
 from fitwatch.helpers.terminal import with_links
 from fitwatch.locking import FolderLock
 from fitwatch.records import Record
@@ -27,9 +27,33 @@ if TYPE_CHECKING:  # importing tensorboard takes a third of a second
 
 logger = logging.getLogger("fitwatch")
 
+_RATES = ("train/optim/lr", "train/optim/lr/0")
+
+_MOST_NAMED = 20
+"""Runs that a link names; with more it would be too long."""
+
+_started: dict[Path, list[str]] = {}
+"""The runs of this process, by folder: what a comparison is about, whatever else the folder holds."""
+
 
 def _is_name(_: object, option: "Attribute[Any]", value: object) -> None:
     check_name(option.name, value)
+
+
+def _columns(given: object) -> dict[str, object]:
+    """Return the user's columns of the HParams table, as plain values."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"hparams must be a dict name -> value, got {given!r}")
+    values = {name: "none" if value is None else plain(value) for name, value in given.items()}
+    for name, value in values.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"hparams has the name {name!r}: the names of columns must be non-empty strings")
+        if not isinstance(value, (bool, int, float, str)):
+            raise TypeError(
+                f"hparams[{name!r}] must be a number, a string, a bool or None, got {value!r}: write str(...), or a "
+                "column for each part"
+            )
+    return values
 
 
 @define(eq=False, slots=False)
@@ -68,6 +92,8 @@ class TensorBoard(Callback):
         name: Name of the run; no slashes, and not "." or "..".
         group: Runs of the same group share one row in the HParams table, with the mean of their metrics. Use it for
             trials that differ only in their seed. Default: one row per run.
+        hparams: Columns of your own in the HParams table, name -> number, string, bool or None. The settings of the fit
+            are there anyway; a name of theirs is refused when fitting starts.
         show_link: Whether to print the command and the link.
     """
 
@@ -76,6 +102,7 @@ class TensorBoard(Callback):
     dir: Path = field(default=Path("runs"), converter=local_path)
     name: str = field(default="run", kw_only=True, validator=_is_name)
     group: str | None = field(default=None, kw_only=True, validator=instance(str, or_none=True))
+    hparams: Mapping[str, object] = field(factory=dict, kw_only=True, converter=_columns)
     show_link: bool = field(default=True, kw_only=True, validator=instance(bool))
 
     def __attrs_post_init__(self) -> None:
@@ -95,6 +122,7 @@ class TensorBoard(Callback):
         self._costs_drawn = False  # the matrix of these decisions is on the page, with their costs
         self._evaluation: Mapping[str, float] = {}  # the newest one seen
         self._seconds = 0.0  # of the last fit
+        self._peak = 0.0  # highest learning rate of the fit
 
     def on_fit_start(self, state: State) -> None:
         """Create the run's folder, or restore that of a resumed run.
@@ -105,7 +133,10 @@ class TensorBoard(Callback):
         """
         from fitwatch.tensorboard import folders, writer  # noqa: PLC0415 - imports tensorboard
 
+        if taken := sorted(self.hparams.keys() & {*state.settings, "peak_lr"}):
+            raise ValueError(f"hparams has a column {taken[0]!r}, which is a setting of the fit: give it another name")
         first_step = state.progress.step
+        self._peak = _peak_lr(state)
         if state.resumed:
             self.run_dir = self._resumed_folder()
         self._new = self.run_dir is None or first_step == 0
@@ -113,6 +144,8 @@ class TensorBoard(Callback):
             self.run_dir, self._curves = folders.new_folder(self.dir, self.name), Thinner()
             self._costs_drawn = False
         self._lock_folder(self.run_dir)
+        together = _started.setdefault(self.dir.resolve(), [])
+        together += [self.run_dir.name] * (self.run_dir.name not in together)
         if state.resumed and not self._new:
             folders.rewind(self.run_dir, first_step)
         if state.resumed and self._new and self._origin is not None:
@@ -166,6 +199,8 @@ class TensorBoard(Callback):
         if state.metrics is not self._evaluation and not page.shows_refined(state.metrics):  # two curves of one value
             records = [record for record in records if record.name != "val/refined_loss"]
         writer.log(records, step, horizon(state))
+        rates = [float(r.value) for r in records if r.name in _RATES and isinstance(r.value, float)]
+        self._peak = max([self._peak, *rates])
         self._costs_drawn |= any(record.name == "val/decisions/cost" for record in records)
         if state.metrics is not self._evaluation:
             self._evaluation = state.metrics
@@ -196,6 +231,7 @@ class TensorBoard(Callback):
         if writer is None or self.run_dir is None:
             return
         if writer.empty and self._new:  # the fit failed before its first step
+            _started[self.dir.resolve()].remove(self.run_dir.name)
             with suppress(OSError):  # not empty: the user keeps files there
                 self.run_dir.rmdir()
             self.run_dir = None
@@ -203,7 +239,8 @@ class TensorBoard(Callback):
         counts = self._best_counts
         if counts is not None and self._costs_drawn:
             counts = evolve(counts, matrix=None)
-        self._seconds = writer.finish(state, (counts, self._best_calibration), self.group)
+        columns = {"peak_lr": self._peak, **self.hparams}
+        self._seconds = writer.finish(state, (counts, self._best_calibration), self.group, columns)
         if writer.failure is not None and state.error is not writer.failure:
             raise writer.failure
 
@@ -226,11 +263,14 @@ class TensorBoard(Callback):
 
         Args:
             port: Port of the server.
-            compare: Whether to show the validation curves and best epochs of all runs, one color per run, instead of
-                this run alone.
+            compare: Whether to show the validation curves and best epochs of several runs, one color per run, instead
+                of this run alone: of all that this process has started in ``dir``, if they are 2 to 20, else of all in
+                it.
         """
         name = self.run_dir.name if self.run_dir is not None else self.name
-        return page.link(port, None if compare else name, self._metrics)
+        together = _started.get(self.dir.resolve(), [])
+        several = together if name in together and 2 <= len(together) <= _MOST_NAMED else []
+        return page.link(port, several if compare else [name], self._metrics)
 
     def state_dict(self) -> StateDict:
         """Return which run this is, the state of its curves, and the counts of the best evaluation."""
@@ -301,5 +341,13 @@ class TensorBoard(Callback):
             parent = self.run_dir.parent
             lines = [f"TensorBoard: tensorboard --logdir {shlex.quote(str(parent))}", f"  {self.link()}"]
             if any(folder != self.run_dir and any(folder.glob("*/events.*")) for folder in parent.iterdir()):
-                lines += ["all runs:", f"  {self.link(compare=True)}"]
+                several = len(_started[self.dir.resolve()]) > 1
+                lines += ["the runs of this process:" if several else "all runs:", f"  {self.link(compare=True)}"]
             print(with_links("\n".join(lines), sys.stdout))  # noqa: T201 - requested by show_link
+
+
+def _peak_lr(state: State) -> float:
+    """Return the highest learning rate that is known before training: one cycle starts far below its maximum."""
+    group = state.optimizer.param_groups[0]
+    known = [group[name] for name in ("lr", "initial_lr", "max_lr") if name in group]
+    return max(float(rate) for rate in known)

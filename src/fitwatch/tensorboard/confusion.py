@@ -42,8 +42,8 @@ def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None
 
     table = counts.detach().cpu().double()
     number, blocks, wide = len(table), len(table) > MOST_CLASSES, len(table) <= _WIDE
-    cell, height = (120, 78) if wide else (58, 44) if not blocks else (max(4, 720 // number),) * 2
-    left, top, bottom = (108, 78, 34) if wide else (128, 162, 34) if not blocks else (34, 62, 34)
+    cell, height = (120, 78) if wide else (50, 38) if not blocks else (max(4, 720 // number),) * 2
+    left, top, bottom = (108, 78, 34) if wide else (128, 166, 34) if not blocks else (34, 62, 34)
     size = (max(left + number * cell + 14, 360), top + number * height + bottom)
     picture = Pillow.new("RGB", size, _WHITE)
     draw = ImageDraw.Draw(picture)
@@ -62,15 +62,21 @@ def confusion_image(counts: Tensor, classes: Sequence[str], costs: Tensor | None
             elif not blocks and table[i, j]:
                 middle = x + cell // 2 - 1, y + height // 2 - 1
                 text = _number(float(table[i, j]))
-                font = 18 if draw.textlength(text, font_size=18) <= cell - 6 else 13
+                font = next((size for size in (20, 16) if draw.textlength(text, font_size=size) <= cell - 4), 12)
                 draw.text(middle, text, _ink(colour), font_size=font, anchor="mm")
-    draw.text((left if wide or blocks else 14, 8), title, _INK, font_size=15)
-    draw.text((left + number * cell // 2, top - (34 if wide else 16)), "predicted", _FAINT, font_size=12, anchor="mm")
-    draw.text((14, top - 18), "true", _FAINT, font_size=12)
+    draw.text((left if wide or blocks else 14, 8), title, _INK, font_size=15 if wide else 19)
+    draw.text(
+        (left + number * cell // 2, top - (34 if wide else 16)),
+        "predicted",
+        _FAINT,
+        font_size=12 if wide else 16,
+        anchor="mm",
+    )
+    draw.text((14, top - 22), "true", _FAINT, font_size=12 if wide else 16)
     if not blocks:
         for k, name in enumerate(classes):
             row = (left - 8, top + k * height + height // 2)
-            draw.text(row, _short(draw, name, left - 14), _INK, font_size=15, anchor="rm")
+            draw.text(row, _short(draw, name, left - 14), _INK, font_size=15 if wide else 17, anchor="rm")
             _column(picture, _short(draw, name, cell - 6 if wide else 104), left + k * cell + cell // 2, top, wide=wide)
     if costs is not None and float(table.sum()):
         spent = float((table * costs.detach().cpu().double()).sum())
@@ -90,9 +96,9 @@ def _column(picture: Picture, name: str, middle: int, top: int, *, wide: bool) -
         ImageDraw.Draw(picture).text((middle, top - 14), name, _INK, font_size=15, anchor="mm")
         return
     text = Pillow.new("RGB", (110, 22), _WHITE)
-    ImageDraw.Draw(text).text((0, 11), name, _INK, font_size=15, anchor="lm")
+    ImageDraw.Draw(text).text((0, 11), name, _INK, font_size=17, anchor="lm")
     turned = text.rotate(90, expand=True)
-    picture.paste(turned, (middle - turned.width // 2, top - turned.height - 26))
+    picture.paste(turned, (middle - turned.width // 2, top - turned.height - 30))
 
 
 def _fill(
@@ -113,9 +119,9 @@ def _ink(colour: tuple[int, ...]) -> tuple[int, int, int]:
 
 def _short(draw: Draw, name: str, width: int) -> str:
     """Return the name, shortened to ``width`` pixels."""
-    if draw.textlength(name, font_size=15) <= width:
+    if draw.textlength(name, font_size=17) <= width:
         return name
-    while name and draw.textlength(name + "…", font_size=15) > width:
+    while name and draw.textlength(name + "…", font_size=17) > width:
         name = name[:-1]
     return name + "…"
 

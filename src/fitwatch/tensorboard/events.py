@@ -16,11 +16,19 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.pr_curve import metadata as pr_curve_metadata
+from tensorboard.plugins.scalar import metadata as scalar_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 
 from fitwatch.records import Histogram, Image
 from fitwatch.tensorboard.frames import FrameWriter
 from fitwatch.tensorboard.page import Charts
+
+_DESCRIPTIONS = {
+    "loss_vs_baseline": (
+        "The validation loss divided by that of the best constant prediction, which uses no input: 1 if nothing has "
+        "been learned, 0 for a perfect model. Runs with different class weights compare by it."
+    ),
+}
 
 
 class EventFile:
@@ -42,6 +50,7 @@ class EventFile:
         self.path = folder / f"{name}{ending}"
         self._file = self.path.open("xb")
         self._frames = FrameWriter(self._file)
+        self._described: set[str] = set()  # tags whose description was written
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if first_step:  # keeps values logged at the end of this step
             start = SessionLog(status=SessionLog.START)
@@ -50,7 +59,13 @@ class EventFile:
 
     def add(self, step: int, values: Iterable[Summary.Value]) -> None:
         """Write one event with all ``values`` (see `scalar`, `text`, ...) and hand it to the operating system."""
-        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=list(values))))
+        values = list(values)
+        new = [value for value in values if value.tag in _DESCRIPTIONS and value.tag not in self._described]
+        self._described.update(value.tag for value in new)
+        # First, since a server takes the description of the first point, and a second time as a plain scalar, which
+        # takes its place: other readers know that form only.
+        values = [*map(_described, new), *values]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._file.flush()
 
     def close(self) -> None:
@@ -76,6 +91,13 @@ def cut(file: Path, step: int) -> None:
 def scalar(tag: str, value: float) -> Summary.Value:
     """Return a point of a curve."""
     return Summary.Value(tag=tag, simple_value=value)
+
+
+def _described(value: Summary.Value) -> Summary.Value:
+    """Return the point in the form that carries the description of its card: the data server reads no other."""
+    metadata = scalar_metadata.create_summary_metadata(display_name="", description=_DESCRIPTIONS[value.tag])
+    tensor = TensorProto(dtype="DT_FLOAT", float_val=[value.simple_value])
+    return Summary.Value(tag=value.tag, metadata=metadata, tensor=tensor)
 
 
 def text(tag: str, markdown: str) -> Summary.Value:

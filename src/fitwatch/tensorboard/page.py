@@ -81,19 +81,21 @@ def metrics(state: State) -> list[str]:
     return [tag for tag in tags if tag.startswith("metrics/")]
 
 
-def link(port: int, name: str | None, metrics: Sequence[str]) -> str:
-    """Return the address of one run, or with ``name=None`` of a comparison of all runs.
+def link(port: int, names: Sequence[str], metrics: Sequence[str]) -> str:
+    """Return the address of one run, of a comparison of several by name, or without a name of all in the folder.
 
     The page of a run pins its loss, first metric, gap and gradient norm. The comparison shows validation curves and
     best epochs, one color per run. It pins the share of the baseline first, because losses with different weights
     have different scales; the page omits this pin if no run has a baseline.
     """
-    if name is None:
-        tags = ["loss_left", "loss", *metrics[:2], "overfit/gap"]
-        query = f"runFilter={quote('/(val|best)$')}&runColorGroup={quote('regex:^([^/]+)/')}"
+    runs = "|".join(re.sub(r"[.^$*+?{}\[\]|()]", r"\\\g<0>", name) for name in names)
+    if len(names) != 1:
+        which = f"^({runs})/(val|best)$" if names else "/(val|best)$"
+        tags = ["loss_vs_baseline", "loss", *metrics[:2], "overfit/gap"]
+        query = f"runFilter={quote(which)}&runColorGroup={quote('regex:^([^/]+)/')}"
     else:
         tags = ["loss", *metrics[:1], "overfit/gap", "optim/grad_norm_max"]
-        query = "runFilter=" + quote("^" + re.sub(r"[.^$*+?{}\[\]|()]", r"\\\g<0>", name) + "/")
+        query = "runFilter=" + quote(f"^{runs}/")
     cards = json.dumps([{"plugin": "scalars", "tag": tag} for tag in tags], separators=(",", ":"))
     # smoothing=0: the default of 0.6 shifts the apparent minimum by epochs
     return f"http://localhost:{port}/?smoothing=0&{query}&pinnedCards={quote(cards)}#timeseries"

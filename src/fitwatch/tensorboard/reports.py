@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from fitwatch.helpers.markdown import table
 from fitwatch.measuring.per_class import KINDS
 from fitwatch.state import State
+from fitwatch.state.history import History
 
 
 def start(state: State) -> str:
     """Return the settings as a table."""
     return table(("setting", "value"), {**state.settings, **_baseline(state), "git": _git_revision()}.items())
+
+
+def best_title(history: History) -> str:
+    """Return the title of a picture of the best evaluation: its epoch, and the metric by which it is the best."""
+    return "" if history.best is None else f"best epoch by {history.monitor}: {history.best['epoch'] + 1:g}"
 
 
 def end(state: State, name: str, seconds: float) -> str:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from fitwatch.helpers.markdown import table
+from fitwatch.measuring.per_class import KINDS
 from fitwatch.records import Curve, Histogram, Image, Marker, Record
 from fitwatch.state import State
 from fitwatch.tensorboard import events, folders, page, reports
@@ -28,6 +29,7 @@ _Texts = dict[tuple[str, int, str], str]  # sub-run, step, tag -> text
 _Counts = tuple[Counts | None, CalibrationCounts | None]  # of the best evaluation
 _Values = defaultdict[tuple[str, int], list[Summary.Value]]  # sub-run, step -> values of one event
 
+_MOST_COLUMNS = 3  # classes with columns of their own in the HParams table
 _NAMED = 5  # curves in a warning: usually most are non-finite if one is
 
 
@@ -113,8 +115,10 @@ class RunWriter:
         if self._evaluations in {4**k for k in range(16)}:
             self._end_baseline()
 
-    def finish(self, state: State, counts: _Counts, group: str | None) -> float:
+    def finish(self, state: State, counts: _Counts, group: str | None, columns: Mapping[str, object]) -> float:
         """Write the waiting points and the sub-run ``best``, with ``counts`` of its outputs, and close the files.
+
+        ``columns`` are more columns of the HParams table.
 
         Returns:
             The seconds that the fit took.
@@ -130,17 +134,18 @@ class RunWriter:
             with suppress(OSError):
                 folders.remove(self.run_dir / "best")  # of an earlier fit
         settings = {name: value for name, value in state.settings.items() if name != "device"}
+        settings |= columns
         if group is not None:
             settings["seed"] = "any"  # a row has one value per setting, but the trials differ in their seed
-        names_of = state.validation.class_names
+        names_of, title = state.validation.class_names, reports.best_title(state.history)
         best, name, seconds = state.history.best, self.run_dir.name, time.time() - self._started
         values = (
             []
             if best is None
             else [
-                *_best_values(best),
-                *_best_outputs(best, counts[0], names_of),
-                *_best_calibration(best, counts[1], names_of),
+                *_best_values(best, state.validation.classes if state.validation.named else None),
+                *_best_outputs(title, counts[0], names_of),
+                *_best_calibration(title, counts[1], names_of),
             ]
         )
         values.append(events.scalar("report/seconds", seconds))
@@ -249,9 +254,15 @@ def write_test(run_dir: Path, state: State, seconds: float) -> None:
         file.close()
 
 
-def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
-    """Return the dots at the best evaluation, and its numbers for the HParams table."""
+def _best_values(best: Mapping[str, float], classes: Sequence[str] | None) -> list[Summary.Value]:
+    """Return the dots at the best evaluation, and its numbers for the HParams table.
+
+    The figures of each class are columns there, which are left out if they are many: they are in the end report.
+    """
     dots = {name: v for name, v in best.items() if name.startswith("val/") and math.isfinite(v)}
+    if classes is not None and len(classes) > _MOST_COLUMNS:
+        apart = {f"val/{kind}/{one}" for kind in KINDS for one in classes}
+        dots = {name: v for name, v in dots.items() if name not in apart}
     dots = dots or {"train/loss": best["train/loss"]}
     values = [events.scalar(page.curve(page.run_and_tag(name)[1]), v) for name, v in dots.items()]
     values.append(events.scalar("report/best_epoch", best["epoch"]))
@@ -261,12 +272,11 @@ def _best_values(best: Mapping[str, float]) -> list[Summary.Value]:
 
 
 def _best_calibration(
-    best: Mapping[str, float], counts: CalibrationCounts | None, names_of: Callable[[int], list[str]]
+    title: str, counts: CalibrationCounts | None, names_of: Callable[[int], list[str]]
 ) -> list[Summary.Value]:
     """Return the reliability diagram of the best evaluation, and its calibrated decisions if they are others."""
     if counts is None:
         return []
-    title = f"best epoch: {best['epoch'] + 1:g}"
     values = [events.picture("report/reliability", reliability_image(counts.tables, title=title))]
     if counts.matrix is not None:
         names = names_of(len(counts.matrix))
@@ -275,14 +285,12 @@ def _best_calibration(
     return values
 
 
-def _best_outputs(
-    best: Mapping[str, float], counts: Counts | None, names_of: Callable[[int], list[str]]
-) -> list[Summary.Value]:
+def _best_outputs(title: str, counts: Counts | None, names_of: Callable[[int], list[str]]) -> list[Summary.Value]:
     """Return the confusion matrix and the precision-recall curves of the best evaluation, if they were counted."""
     values = []
     if counts is not None and counts.matrix is not None:
         names = names_of(len(counts.matrix))
-        image = confusion_image(counts.matrix, names, title=f"best epoch: {best['epoch'] + 1:g}")
+        image = confusion_image(counts.matrix, names, title=title)
         values.append(events.picture("report/confusion", image))
     if counts is not None and counts.scores is not None:
         for name, scores in zip(curve_names(counts.scores, names_of), counts.scores.cpu(), strict=True):

@@ -47,7 +47,7 @@ class OverfittingDetector(Callback):
     Logs ``val/overfit/gap`` (validation minus training loss), ``val/overfit/train_loss``, ``val/overfit/val_loss``,
     ``val/overfit/rise`` (smoothed validation loss minus its minimum), ``val/overfit/threshold`` (which the rise must
     exceed), and the metrics on the probe as ``train/<metric>``. When the verdict changes, it logs one warning, writes a
-    text ``val/report/verdict`` with the evidence and possible remedies, and marks the onset on the loss chart. The
+    text ``val/overfit/verdict`` with the evidence and possible remedies, and marks the onset on the loss chart. The
     verdict is in ``state.verdict`` and in the fit's result; its indices refer to the history of
     the result. A later fit of the same Trainer goes on with the verdict, and acts on overfitting only if it is new.
 
@@ -197,7 +197,7 @@ class OverfittingDetector(Callback):
         if verdict.status == was:
             return
         if verdict.status in _NOTABLE or was in _NOTABLE:
-            state.log("val/report/verdict", card(verdict, state, _train_examples(state.train_loader)))
+            state.log("val/overfit/verdict", card(verdict, state, _train_examples(state.train_loader)))
         if verdict.status == "diverging" or (verdict.status == "overfitting" and new):
             logger.warning("%s What to do: fitwatch help %s", verdict.summary, verdict.status)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from fitwatch.advice import TOPICS
+from fitwatch.callbacks.early_stopping import EarlyStopping
 from fitwatch.helpers.modules import unwrap
 from fitwatch.rules.overfitting import Verdict
 from fitwatch.state import State
@@ -43,20 +44,32 @@ def _remedies(verdict: Verdict, state: State, train_examples: int | None) -> Ite
         yield f"A smaller model, or more data: this one has {parameters:,} parameters{per_example}."
         if verdict.best is not None:
             best = state.history[verdict.best]
-            yield (
-                f"Early stopping with the best weights: validation was best at epoch {best['epoch'] + 1:g}, step "
-                f"{best['step']:g}, with a loss of {best['val/loss']:.4g}."
-            )
+            where = f"epoch {best['epoch'] + 1:g}, step {best['step']:g}, with a loss of {best['val/loss']:.4g}"
+            if _restores(state):
+                by = state.history.monitor
+                yield f"The best weights (by {by}) will be restored at the end; validation was best at {where}."
+            else:
+                yield f"Early stopping with the best weights: validation was best at {where}."
     if verdict.status == "underfitting":
         yield f"A larger model or a higher learning rate: this one has {parameters:,} parameters{per_example}."
         yield f"Less regularization: this run has {now}."
     if verdict.status == "diverging":
-        yield f"A lower learning rate (now {state.optimizer.param_groups[0]['lr']:.3g}), or gradient clipping."
+        clip = state.plan.clip_norm
+        clipping = "gradient clipping (clip_norm=)" if clip is None else f"a clip_norm below {clip:g}"
+        yield f"A lower learning rate (now {state.optimizer.param_groups[0]['lr']:.3g}), or {clipping}."
     if verdict.examples_needed is not None:
         yield (
             "Cross-validation, or a larger validation set: by its standard error this rise may be chance; about "
             f"{verdict.examples_needed:,} examples would settle it."
         )
+
+
+def _restores(state: State) -> bool:
+    """Return whether a callback restores the best weights, so that early stopping need not be advised."""
+    attached = getattr(state.callbacks, "callbacks", ())
+    return any(
+        c.restore_best if isinstance(c, EarlyStopping) else getattr(c, "action", None) == "restore" for c in attached
+    )
 
 
 def _listed(values: list[float]) -> str:
