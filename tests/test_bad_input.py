@@ -313,3 +313,38 @@ def test_sigusr1_saves_and_ends(tmp_path):
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert seen == [1]
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_weights_of_examples_that_are_not_finite_are_refused(bad, by_hand):
+    """The error names the value, also where a whole data set of such weights is exposed."""
+    x, y = torch.randn(16, 4), torch.arange(16) % 2
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loader = [(x, y, torch.full((16,), bad))]
+
+    def train():
+        if not by_hand:
+            fw.Trainer(model, optimizer, device="cpu").fit(loader, epochs=1)
+            return
+        with fw.Watch(model, optimizer, train_loader=loader) as watch:
+            for _ in watch.epochs(1):
+                for a, b, w in watch.train():
+                    watch.loss(model(a), b, w).backward()
+
+    with pytest.raises(ValueError, match="sample_weight must be finite and at least 0, got (-?inf|nan) at index 0"):
+        train()
+
+
+def test_a_path_with_a_null_character_is_refused_when_it_is_given():
+    """Python's own error comes from the first use, and does not name the path."""
+    with pytest.raises(ValueError, match=r"must not contain a null character, got 'a\\x00b'"):
+        fw.Checkpoint("a\0b")
+
+
+def test_skip_checks_that_is_no_list_is_refused():
+    """The error says what is allowed."""
+    model = nn.Linear(4, 2)
+    with pytest.raises(TypeError, match="skip_checks must be a list of names, got 5"):
+        fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), skip_checks=5)

@@ -116,3 +116,20 @@ def test_files_of_another_version_are_named_when_they_are_left_out(saved, tmp_pa
     trainer.fit(TRAIN, VAL, max_steps=8, resume="auto")
     assert trainer.state.progress.step == 8
     assert 'resume="auto" leaves out what another version of fitwatch wrote: step-7.pt' in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_lock_that_is_no_plain_file_says_what_to_do(tmp_path, kind):
+    """What stands in the place of the lock stays, and the error names it."""
+    lock = tmp_path / "fit.lock"
+    lock.mkdir() if kind == "folder" else lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"fit\.lock must be a plain file, which locks the folder: delete it"):
+        trainer_of(tmp_path).fit(TRAIN, VAL, max_steps=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["fit.lock"]
+
+
+def test_a_lock_that_no_fit_wrote_counts_for_nothing(tmp_path):
+    """Deeply nested JSON is no lock, though Python can't read it."""
+    (tmp_path / "fit.lock").write_text("[" * 9000)
+    trainer_of(tmp_path).fit(TRAIN, VAL, max_steps=2)
+    assert (tmp_path / "step-2.pt").is_file()

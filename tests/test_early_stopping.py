@@ -276,5 +276,6 @@ def test_two_evaluations_at_one_step_count_once():
 
 def test_a_training_loss_that_becomes_nan_counts():
     """A NaN of training itself is no missing value: it stops training."""
-    trainer = Scripted([1] * 4, fw.EarlyStopping("train/loss", patience=2), train_losses=[3, math.nan, math.nan, 1])
+    stopping = fw.EarlyStopping("train/loss", patience=2)
+    trainer = Scripted([1] * 4, stopping, train_losses=[3, math.nan, math.nan, 1], nonfinite="ignore")
     assert len(trainer.go(validate_first=True).history) == 4

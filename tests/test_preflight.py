@@ -159,3 +159,38 @@ def test_a_watch_can_be_checked_before_it_is_entered():
                 watch.check()
         ends.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_is_a_problem():
+    """The batch is named that holds the values; the fit would end there."""
+    spoilt = X.clone()
+    spoilt[20, 1] = torch.inf
+    report = trainer_of(nonfinite="skip").check(loader(spoilt))
+    (problem,) = report.problems
+    assert problem.startswith("the gradient of the first 2 batches is not finite")
+    assert problem.endswith("batch index 1 holds values that are not finite. Look at the data")
+    report = trainer_of(Undefined).check(loader())
+    assert report.problems[0].endswith("look at the weights and the loss")
+
+
+class Undefined(fw.Trainer):
+    def training_step(self, batch):
+        return super().training_step(batch) * torch.nan
+
+
+def test_a_training_step_without_a_loss_is_a_problem():
+    """It returns None for each batch."""
+
+    class Nothing(fw.Trainer):
+        def training_step(self, batch):
+            return None
+
+    report = trainer_of(Nothing).check(loader(), loader())
+    assert report.problems == ["training_step returned None for the first 2 batches: nothing is trained"]
+
+
+def test_a_frozen_model_is_refused_as_in_a_fit():
+    """The error says what to write, not what torch's engine lacks."""
+    model = net().requires_grad_(False)
+    with pytest.raises(RuntimeError, match="all parameters of the model are frozen"):
+        trainer_of(model=model).check(loader(), loader())

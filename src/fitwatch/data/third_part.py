@@ -94,6 +94,6 @@ def _counts_up(whole: Tensor) -> bool:
     if not whole.is_floating_point() or whole.numel() != len(whole) or len(whole) < 8:
         return False
     ordered = whole.flatten().double().sort().values
-    return bool(ordered.isfinite().all()) and bool(
-        (ordered == ordered[0].floor() + torch.arange(len(ordered), device=ordered.device)).all()
-    )
+    if not bool(ordered.isfinite().all()):
+        return False
+    return bool((ordered == ordered[0].floor() + torch.arange(len(ordered), device=ordered.device)).all())

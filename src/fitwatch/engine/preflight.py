@@ -1,9 +1,10 @@
 """A check of everything that can be checked without training; nothing is changed by it."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ from fitwatch import ranks
 from fitwatch.data import batches
 from fitwatch.data.counting import exposed_targets
 from fitwatch.data.first_batches import first_batches
-from fitwatch.data.joining import join
+from fitwatch.data.joining import join, tensors
 from fitwatch.data.position import random_states, set_random_states
 from fitwatch.engine.checks import Checks, unreached_parameters
 from fitwatch.engine.rehearsal import unchanged_buffers
-from fitwatch.engine.step import StepGradient, check_options, parameters, total_norm
+from fitwatch.engine.step import StepGradient, check_options, parameters, refuse_constant, total_norm
 from fitwatch.helpers.aliases import Batch, Loader
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.losses import LossSum
@@ -110,6 +111,9 @@ def _gradients(state: State, checks: Checks, step: TrainingStep) -> str:
         read = [batches.move(batch, state.device) for batch in chosen]
         with _without_trace(state):
             parts = _step_gradient(state, step, read)
+            if (text := _unusable(state, read)) is not None:
+                checks.found.append(text)
+                return "not compared"
             checks.found += [text] if (text := unreached_parameters(state.model, state.optimizer)) else []
             norm = float(total_norm(parameters(state.optimizer)))
             if len(read) < 2:
@@ -132,6 +136,24 @@ def _gradients(state: State, checks: Checks, step: TrainingStep) -> str:
     return f"norm {norm:.4g} in eval mode; {len(read)} micro-batches and one large batch differ by {gap:.1g}"
 
 
+def _unusable(state: State, read: Sequence[Batch]) -> str | None:
+    """Return why no step can be taken with the gradients of these batches; None if one can."""
+    held = parameters(state.optimizer)
+    if all(p.grad is None for p in held):
+        return f"training_step returned None for the first {len(read)} batches: nothing is trained"
+    if math.isfinite(float(total_norm(held))):
+        return None
+    return f"the gradient of the first {len(read)} batches is not finite, where a fit would end: {_advice(read)}"
+
+
+def _advice(read: Sequence[Batch]) -> str:
+    for number, batch in enumerate(read):
+        with suppress(TypeError):  # of a container that can't be looked into
+            if not all(bool(t.isfinite().all()) for t in tensors(batch) if t.is_floating_point()):
+                return f"batch index {number} holds values that are not finite. Look at the data"
+    return "look at the weights and the loss"
+
+
 def _step_gradient(state: State, step: TrainingStep, read: Sequence[Batch]) -> Tensor:
     """Leave the gradient of one step over batches in the parameters, and return it as one float64 vector."""
     for p in parameters(state.optimizer):
@@ -143,8 +165,10 @@ def _step_gradient(state: State, step: TrainingStep, read: Sequence[Batch]) -> T
         if loss is None or sums is None:
             gradient.skip()
             continue
-        is_mean = not isinstance(loss, LossSum)
-        gradient.backward(sums.total if isinstance(loss, LossSum) else loss, sums.weight, is_mean=is_mean)
+        total = loss if isinstance(loss, Tensor) else sums.total
+        if not total.requires_grad:
+            refuse_constant(state.model)
+        gradient.backward(total, sums.weight, is_mean=not isinstance(loss, LossSum))
     gradient.finish()
     values = [p.grad for p in parameters(state.optimizer) if p.grad is not None]
     dense = [(g.to_dense() if g.is_sparse else g).detach().double().flatten().cpu() for g in values]
