@@ -63,13 +63,21 @@ class FolderLock:
         threading.Thread(target=self._renew, args=(self._released,), daemon=True, name="fitwatch-lock").start()
 
     def check(self) -> None:
-        """Raise RuntimeError if another fit has taken the folder over."""
+        """Raise RuntimeError if another fit has taken the folder over. A lock that is gone is written again."""
         if self._owner is None:
             return
-        with suppress(FileNotFoundError), self._path.open("rb") as file:
-            other = _read(file)
-            if other is not None and other != self._owner:
-                raise RuntimeError(_in_use(self._path, other))
+        try:
+            with self._path.open("rb") as file:
+                other = _read(file)
+        except FileNotFoundError:
+            logger.warning(
+                "%s was deleted during the fit, perhaps with checkpoints beside it: it is written again", self._path
+            )
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._claim(self._owner, None, waited=True)
+            return
+        if other is not None and other != self._owner:
+            raise RuntimeError(_in_use(self._path, other))
 
     def release(self) -> None:
         """Give the folder free, if this lock holds it."""

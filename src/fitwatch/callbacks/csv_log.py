@@ -1,12 +1,15 @@
 """The records of a fit as a CSV file."""
 
 import csv
+import errno
+import os
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
+from fitwatch import files
 from fitwatch.callback import Callback
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.options import local_path
@@ -52,25 +55,34 @@ class CSVLog(Callback):
         state.summarize()
         first, kept = state.progress.step, [_HEAD]
         before = None if self._name is None or not state.resumed else self.path.with_name(self._name)
-        if before is not None and before.is_file():
-            with before.open(newline="", encoding="utf-8") as file:
-                kept += [row for row in list(csv.reader(file))[1:] if int(row[0]) <= first and _is_curve(row[2])]
+        rows = [] if before is None else _rows_of(before)
+        if rows[:1] == [_HEAD]:
+            kept += [row for row in rows[1:] if _is_whole(row) and int(row[0]) <= first and _is_curve(row[2])]
         else:
-            before = None
+            before = None  # it is gone, or no file of ours
         self.file = before or _free(self.path)
         self._settings_due = before is None
         self._name = self.file.name
-        part = self.file.with_name(f"{self.file.name}.part")  # so that a crash loses no row
-        with part.open("w", newline="", encoding="utf-8") as file:
+        with (  # so that a crash loses no row
+            files.appearing(self.file) as (descriptor, _),
+            os.fdopen(os.dup(descriptor), "w", newline="", encoding="utf-8") as file,
+        ):
             csv.writer(file).writerows(kept)
-        part.replace(self.file)
         self._opened = self.file.open("a", newline="", encoding="utf-8")
         self._rows = csv.writer(self._opened)
 
     def on_log(self, state: State) -> None:
-        """Write the records, and before the first ones the settings."""
-        if self._opened is None:
+        """Write the records, and before the first ones the settings.
+
+        Raises:
+            FileNotFoundError: The file was removed or renamed: what is written would be lost.
+        """
+        if self._opened is None or self.file is None:
             return
+        if not self.file.exists():
+            raise FileNotFoundError(
+                errno.ENOENT, "CSVLog can't go on, since its file was removed or renamed", self.file
+            )
         if self._settings_due:
             self._settings_due, at = False, state.records[0].time
             self._rows.writerows([0, at, f"setting/{name}", value] for name, value in state.settings.items())
@@ -105,6 +117,22 @@ class CSVLog(Callback):
 def _is_curve(name: str) -> bool:
     """Return whether a row is no part of the summary, which is written again."""
     return not name.startswith(("best/", "baseline/", "report/"))
+
+
+def _rows_of(path: Path) -> list[list[str]]:
+    """Return the rows of a CSV file; none if there is no file, or another kind of file."""
+    if path.is_symlink() or not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.reader(file))
+    except (csv.Error, UnicodeError):
+        return []
+
+
+def _is_whole(row: list[str]) -> bool:
+    """Return whether a row was not cut off, by a full disk or a crash."""
+    return len(row) == len(_HEAD) and row[0].isdecimal()
 
 
 def _free(path: Path) -> Path:
