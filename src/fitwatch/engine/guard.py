@@ -70,7 +70,7 @@ class Guard:
 
         Args:
             norm: The 2-norm of all gradients, if it is known: a finite one saves the check.
-            sums: The losses of the step, and their weights. One of them may be infinite, with finite gradients.
+            sums: The losses of the step, and as many weights. One of them may be infinite, with finite gradients.
         """
         if not self._checks:
             return False
@@ -88,12 +88,16 @@ class Guard:
     def _is_finite(self, norm: Tensor | None, sums: Sequence[Tensor | float]) -> bool:
         known = norm is not None and math.isfinite(float(norm))
         values = [] if known else self._gradients()
-        for value in sums:
+        for number, value in enumerate(sums):
             if isinstance(value, Tensor) and not value.is_cpu:
                 values.append(value)  # read together with the gradients
-            elif not math.isfinite(value) and self._gradients():  # without gradients the step changes nothing
+            elif not math.isfinite(value) and (2 * number >= len(sums) or self._moves()):
                 return False
         return all_finite(values, self._flags)
+
+    def _moves(self) -> bool:
+        """Return whether any gradient is left: the user may have dropped those of a bad loss."""
+        return any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in self._gradients())
 
     def error(self, loss: float) -> FloatingPointError:
         """Return the error that names the step, the batch, the parameters and the loss."""
