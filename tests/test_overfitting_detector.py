@@ -335,7 +335,7 @@ def test_a_change_is_told_once_with_remedies_that_fit_the_run(caplog):
         result = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=40)
     verdict = result.verdict
     assert (verdict.status, verdict.overfitting) == ("overfitting", True)
-    assert len([r for r in caplog.records if r.message.startswith("overfitting: ")]) == 1
+    assert len([r for r in caplog.records if r.message.startswith("Overfitting since epoch ")]) == 1
     onset = result.history[verdict.onset]
     (bar,) = watch.bars
     assert (bar.name, bar.step) == ("overfitting", onset["step"])

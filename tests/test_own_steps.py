@@ -62,7 +62,7 @@ def test_a_loss_of_the_step_has_no_pairs_and_the_verdict_says_so(kind, why):
     trainer, result = fit(kind, fw.OverfittingDetector())
     assert trainer.state.validation.losses.on_host() is None
     assert trainer.callbacks[0].rule.examples == 0
-    assert result.verdict.evidence.endswith(f"No pairs of examples were compared, since the validation step {why}.")
+    assert f"No pairs of examples were compared, since the validation step {why}." in result.verdict.evidence
 
 
 def test_a_mean_has_no_pairs_and_the_verdict_says_so():

@@ -97,14 +97,13 @@ class Watch:
         skip_checks: Names of checks not to run before step 1, of ``"untrained_parameters"``, ``"shared_examples"``,
             ``"validation_order"``, ``"last_batch"``, ``"class_weights"``, ``"probabilities"``, ``"labels"`` and
             ``"unreached_parameters"``. Each logs a warning that says what to write.
-        nonfinite: What to do with a step whose loss or gradients are not finite: ``"raise"`` a
-            `FloatingPointError` before the optimizer steps; ``"skip"`` the step, which changes no weight but
-            counts, up to 50 in a row; or ``"ignore"`` it, until the weights are not finite, which ends
-            training. ``"spike"`` is ``"skip"``, and skips steps too whose gradient norm is a spike, by
-            `rules.SpikeRule`. The check waits for the device once per step, unless it is ``"raise"`` with an
-            optimizer that has ``fused=True`` on a GPU: that leaves the bad step and all later ones out on the
-            device, and the error comes when the log window closes. Under a GradScaler, which skips such steps
-            itself, only the limit of 50 holds.
+        nonfinite: What to do with a step whose loss or gradients are not finite: ``"raise"`` a `FloatingPointError`
+            before the optimizer steps; ``"skip"`` the step, which changes no weight but counts, up to 50 in a row; or
+            ``"ignore"`` it, until the weights are not finite, which ends training. ``"spike"`` is ``"skip"``, and skips
+            steps too whose gradient norm is a spike, by `rules.SpikeRule`. The check waits for the device once per
+            step, unless it is ``"raise"`` with an optimizer that has ``fused=True`` on a GPU: that leaves the bad step
+            and all later ones out on the device, and the error comes when the log window closes. Under a GradScaler,
+            which skips such steps itself, only the limit of 50 holds.
         fast_loading: Whether `train`, `validate` and `evaluate` read a plain `DataLoader` by one ``index_select`` per
             tensor. Plain is: the default ``collate_fn``, no workers, over a `TensorDataset` or a `Subset` of one. The
             batches, their order and the random numbers drawn are the same.
