@@ -434,10 +434,12 @@ def _check_parts(path: Path, content: StateDict, state: State) -> None:
 def _check_generators(path: Path, content: StateDict, state: State) -> None:
     """Raise ValueError unless the loaders have as many random generators as before."""
     loaders = (state.train_loader, state.val_loader, *state.val_loaders.values())
-    counts = [("the loaders and their samplers", loaders, content["generators"])]
+    counts = [("the loaders and their samplers (generators)", loaders, content["generators"])]
     started = None if content["position"] is None else content["position"]["started"]
     if started is not None:
-        counts.append(("train_loader and its sampler", loaders[:1], started["sources"]))
+        counts.append(
+            ("train_loader and its sampler (position['started']['sources'])", loaders[:1], started["sources"])
+        )
     for where, held, saved in counts:
         generators = len(random_states(*held))
         if generators != len(saved):
