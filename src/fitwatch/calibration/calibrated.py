@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from attrs import asdict, field, fields_dict, frozen
+from attrs import asdict, cmp_using, field, fields_dict, frozen
 from torch import Tensor, nn
 
 
@@ -16,7 +16,16 @@ def _optional(value: object) -> Tensor | None:
     return None if value is None else _tensor(value)
 
 
-@frozen(kw_only=True, eq=False)
+def _same(one: object, other: object) -> bool:
+    """Return whether two tensors, or dicts of tensors, are equal to the bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one is other
+
+
+@frozen(kw_only=True, unsafe_hash=False)
 class Calibration:
     """How to turn a model's logits into calibrated ones, fitted to validation examples: (z - shift) / temperature.
 
@@ -45,15 +54,15 @@ class Calibration:
     """
 
     temperature: float = field(converter=float)
-    shift: Tensor = field(converter=_tensor)
+    shift: Tensor = field(converter=_tensor, eq=cmp_using(_same))
     biased_temperature: float = field(converter=float)
-    biases: Tensor | None = field(converter=_optional)
+    biases: Tensor | None = field(converter=_optional, eq=cmp_using(_same))
     exclusive: bool = field(converter=bool)
     examples: int = field(converter=int)
     log_loss: float = field(converter=float)
     calibrated_log_loss: float = field(converter=float)
     calibrated_log_loss_se: float = field(converter=float)
-    decisions: dict[str, Tensor] = field(factory=dict)
+    decisions: dict[str, Tensor] = field(factory=dict, eq=cmp_using(_same))
 
     @temperature.validator
     def _check_temperature(self, _: object, value: float) -> None:

@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+from io import StringIO
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,19 +121,21 @@ def _is_curve(name: str) -> bool:
 
 
 def _rows_of(path: Path) -> list[list[str]]:
-    """Return the rows of a CSV file; none if there is no file, or another kind of file."""
+    """Return the rows of a CSV file that were written whole; none if there is no file, or another kind of file."""
     if path.is_symlink() or not path.is_file():
         return []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.reader(file))
-    except (csv.Error, UnicodeError):
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        rows = list(csv.reader(StringIO(text, newline="")))
+    except csv.Error:
         return []
+    return rows if text.endswith("\n") else rows[:-1]  # a crash may have cut off the last one
 
 
 def _is_whole(row: list[str]) -> bool:
     """Return whether a row was not cut off, by a full disk or a crash."""
-    return len(row) == len(_HEAD) and row[0].isdecimal()
+    return len(row) == len(_HEAD) and row[0].isascii() and row[0].isdigit()
 
 
 def _free(path: Path) -> Path:

@@ -32,7 +32,7 @@ def describe(
     group = optimizer.param_groups[0]
     settings: dict[str, object] = {
         "model": type(unwrap(model)).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters() if not is_lazy(p)),
         "optimizer": type(optimizer).__name__,
         "lr": float(group["lr"]),
         "weight_decay": float(group.get("weight_decay", 0.0)),
