@@ -136,7 +136,7 @@ def test_the_texts(runs):
         assert f"| {label} | {count} | {len(targets) / 2 / count:.4g} |" in weights
     [(step, warning)] = texts(runs.run / "val", "overfit/verdict")
     assert step == runs.result.history[runs.result.verdict.detected]["step"]
-    assert "Overfitting" in warning
+    assert "verfitting since epoch" in warning
 
 
 def test_one_event_per_window_and_sub_run(runs):
@@ -466,12 +466,14 @@ def test_the_link_takes_the_name_literally(name):
     )
 
 
-def test_command_and_link_are_printed_at_start_and_end(tmp_path, capsys):
-    """The command, with the folder quoted for the shell, and the link of the run are printed twice."""
+def test_command_and_link_are_printed_at_the_start(tmp_path, capsys):
+    """The command, with the folder quoted for the shell, and the link are printed; the result has the link too."""
     folder = tmp_path / "all my runs"
     trainer = overfitting_trainer(folder)
     tensorboard(trainer).show_link = True
-    trainer.fit(*noisy_data(), max_steps=2)
-    printed = capsys.readouterr().out
-    assert printed.count(f"tensorboard --logdir '{folder}'\n") == 2
-    assert printed.count(tensorboard(trainer).link()) == 2
+    result = trainer.fit(*noisy_data(), max_steps=2)
+    printed = capsys.readouterr()
+    assert printed.out.count(f"tensorboard --logdir '{folder}'\n") == 1
+    assert printed.out.count("http://") == 1
+    assert result.links["TensorBoard"] == tensorboard(trainer).link()
+    assert printed.err.count(tensorboard(trainer).link()) == 1

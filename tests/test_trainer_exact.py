@@ -176,14 +176,16 @@ def test_without_weights_it_is_the_plain_loop_to_the_bit(make_loss, loader):
 
 
 def test_a_window_without_weight_moves_nothing():
-    """A batch whose targets are all ignored, or of classes of weight 0, gives a gradient of 0 and no NaN."""
+    """Batches whose targets are all ignored, or of classes of weight 0, change no weight, and end in an error."""
     model = network(3)
     before = copy.deepcopy(model.state_dict())
     x = torch.randn(4, 4, dtype=torch.float64)
     trainer = fw.Trainer(
         model, torch.optim.SGD(model.parameters(), 0.1), fw.CrossEntropy([0.0, 1.0, 1.0]), device="cpu"
     )
-    trainer.fit([(x, torch.tensor([0, 0, -100, 0])), (x, torch.full((4,), -100))], epochs=1)
+    with pytest.raises(ValueError, match="no example of the last 2 steps counted"):
+        trainer.fit([(x, torch.tensor([0, 0, -100, 0])), (x, torch.full((4,), -100))], epochs=1)
+    assert trainer.state.progress.step == 2
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 

@@ -762,11 +762,11 @@ def test_counts_by_name_are_refused(counts):
 def test_batches_that_cannot_be_counted_ask_for_the_counts(data):
     """With batches of its own format, WeightedLoss says that it takes counts, and then trains with them."""
     x, y = data.tensors
-    loader = [{"ids": x, "labels": y}]
+    loader = [{"ids": x, "tags": y}]
 
     class Own(fw.Trainer):
         def training_step(self, batch):
-            return self.compute_loss(self.model(batch["ids"]), batch["labels"])
+            return self.compute_loss(self.model(batch["ids"]), batch["tags"])
 
     def run(**options):
         model = nn.Linear(4, 3).double()
@@ -774,7 +774,7 @@ def test_batches_that_cannot_be_counted_ask_for_the_counts(data):
         trainer.fit(loader, epochs=1)
         return trainer.state.loss.weight
 
-    with pytest.raises(TypeError, match=r"can't count the classes: .*'labels'.*counts=\[900, 100\]"):
+    with pytest.raises(TypeError, match=r"can't count the classes: .*'tags'.*counts=\[900, 100\]"):
         run()
     assert torch.equal(run(counts=Counter(y.tolist())), fw.class_weights([40, 16, 8]))
 

@@ -40,9 +40,9 @@ def charts(tags: set[str]) -> dict[str, Charts]:
     """Return the charts of Custom Scalars that match one of ``tags``, by category."""
     page = {
         category: {
-            title: (kind, wanted)
+            title: (kind, found if kind == "lines" else wanted)
             for title, (kind, wanted) in group.items()
-            if any(re.match(pattern, tag) for pattern in wanted for tag in tags)
+            if (found := [pattern for pattern in wanted if any(re.match(pattern, tag) for tag in tags)])
         }
         for category, group in _CHARTS.items()
     }
