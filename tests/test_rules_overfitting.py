@@ -650,3 +650,25 @@ def test_large_percentages_are_factors():
     evidence = diagnose(np.linspace(1, 0.001, 24), val).evidence
     assert "-fold" in evidence
     assert "00.0%" not in evidence
+
+
+STEEP = {
+    "loss": (
+        [0.585, 0.32, 0.165, 0.12, 0.105, 0.083, 0.083, 0.072, 0.065, 0.055, 0.052, 0.05, 0.045],
+        [0.43, 0.198, 0.158, 0.162, 0.19, 0.228, 0.22, 0.215, 0.195, 0.26, 0.253, 0.29, 0.291],
+    ),
+    "cost": (
+        [1.088, 0.6, 0.35, 0.28, 0.24, 0.2, 0.18, 0.17, 0.15, 0.13, 0.12, 0.1, 0.087],
+        [0.776, 0.32, 0.299, 0.31, 0.33, 0.43, 0.42, 0.36, 0.37, 0.5, 0.44, 0.47, 0.543],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_a_steep_start_is_no_noise(name):
+    """In a short run the fall of the first evaluations does not hide a rise by four fifths after it."""
+    verdict = diagnose(*STEEP[name])
+    assert verdict.overfitting
+    assert verdict.onset == 2
+    falling = [0.2 + 0.8 * 0.6**i for i in range(13)]
+    assert not diagnose(falling, [0.3 + loss for loss in falling]).overfitting

@@ -86,7 +86,7 @@ def noise_and_lag(losses: list[float]) -> tuple[float, float]:
     of the two, but at most 2.5 times the former, since a single outlier enlarges the residuals for long.
     """
     quick = noise_level(losses)
-    spread, lag = _scatter(losses[-_PARABOLA:])
+    spread, lag = _scatter(_settled(losses))
     return max(quick, min(spread, _MOST_CORRELATED * quick)), lag
 
 
@@ -117,6 +117,19 @@ def white_noise(losses: list[float]) -> float:
 def is_spike(before: list[float], loss: float, after: float) -> bool:
     """Return whether a loss is above both its neighbors by more than 4 standard deviations of the losses before it."""
     return min(loss - before[-1], loss - after) > _SPIKE * noise_level([x for x in before if math.isfinite(x)])
+
+
+def _settled(losses: list[float]) -> list[float]:
+    """Return the last 16 losses; of a shorter curve, those after its steep start, which no parabola follows.
+
+    The start ends with the first loss that a later one exceeds.
+    """
+    if len(losses) > _PARABOLA:
+        return losses[-_PARABOLA:]
+    start = 0
+    while len(losses) - start > MIN_DIFFERENCES + 1 and losses[start] > max(losses[start + 1 :]):
+        start += 1
+    return losses[start:]
 
 
 def _scatter(losses: list[float]) -> tuple[float, float]:
