@@ -211,14 +211,14 @@ def test_the_server_gives_the_same_curves(runs, address):
 
 
 def test_every_chart_of_the_custom_page_has_a_line(address):
-    """The layout has three categories, and each series of each chart matches a tag that this run logged."""
+    """The layout has three categories, and each chart has a series that matches a tag that this run logged."""
     page = get(address, "custom_scalars/layout")
     assert [c["title"] for c in page["category"]] == ["1 Overfitting", "2 Gradients", "3 Optimizer"]
     tags = get(address, "scalars/tags")
     tags = {*tags["run/train"], *tags["run/val"]}
     for chart in (chart for category in page["category"] for chart in category["chart"]):
-        for pattern in chart.get("multiline", {}).get("tag", ()):
-            assert any(re.match(pattern, tag) for tag in tags), (chart["title"], pattern)
+        if patterns := chart.get("multiline", {}).get("tag", ()):
+            assert any(re.match(pattern, tag) for pattern in patterns for tag in tags), chart["title"]
         for series in chart.get("margin", {}).get("series", ()):  # plain names, not patterns
             assert set(series.values()) <= tags
 

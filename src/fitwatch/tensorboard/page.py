@@ -40,9 +40,9 @@ def charts(tags: set[str]) -> dict[str, Charts]:
     """Return the charts of Custom Scalars that match one of ``tags``, by category."""
     page = {
         category: {
-            title: (kind, found if kind == "lines" else wanted)
+            title: (kind, wanted)  # all of them: TensorBoard draws a chart twice whose tags differ between runs
             for title, (kind, wanted) in group.items()
-            if (found := [pattern for pattern in wanted if any(re.match(pattern, tag) for tag in tags)])
+            if any(re.match(pattern, tag) for pattern in wanted for tag in tags)
         }
         for category, group in _CHARTS.items()
     }
