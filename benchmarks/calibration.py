@@ -23,9 +23,9 @@ import multiprocessing
 import random
 import statistics
 import time
-from pathlib import Path
 
 import paper_data
+import tables
 import torch
 from torch import nn
 
@@ -35,7 +35,6 @@ from fitwatch.calibration.attribution import Pair, attribute
 from fitwatch.calibration.rows import Rows
 from fitwatch.calibration.temperature import cross_fitted, fit_temperature
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 SIZES, SEEDS, POOL, TEST = (60, 200, 1000), 2, 1000, 3000
 DATA = {}
 
@@ -319,10 +318,7 @@ def main():
     text = report(dict(sorted(results.items())))
     print(text)
     if options.write:
-        begin, end = "<!-- calibration: begin -->", "<!-- calibration: end -->"
-        page = PAGE.read_text()
-        head, tail = page[: page.index(begin) + len(begin)], page[page.index(end) :]
-        PAGE.write_text(f"{head}\n\n{text}\n\n{tail}")
+        tables.write("calibration", text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ if __name__ == "__main__" and os.environ.get("OMP_WAIT_POLICY") != "passive":
     # A thread that waits for the other one would else spin, and its time would count as work.
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "passive"})  # noqa: S606
 
+import tables
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -29,8 +30,6 @@ from fitwatch.engine.step import inverse
 
 SMALL, LARGE = (128, 10), (8192, 1000)
 REPEATS = {SMALL: 150, LARGE: 1}  # in a sample, so that it takes some tens of milliseconds
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- losses: begin -->", "<!-- losses: end -->"
 
 
 def task(shape):
@@ -249,7 +248,7 @@ def main():
     if arguments.peak:
         print(peak(arguments.peak))
         return
-    tables = [
+    rows = [
         "| forward and backward | logits | threads | reference, µs | fitwatch, µs | ratio | middle half | aim |",
         "|---|---|---|---|---|---|---|---|",
         *speed(arguments.rounds),
@@ -262,12 +261,10 @@ def main():
         "|---|---|---|",
         *counting(15),
     ]
-    text = "\n".join(tables)
+    text = "\n".join(rows)
     print(text)
     if arguments.write:
-        page = PAGE.read_text()
-        head, _, rest = page.partition(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+        tables.write("losses", text)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,14 @@ import math
 import random
 import statistics
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import overfitting_runs
+import tables
 import torch
 
 import fitwatch as fw
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 SMALL, LARGE = (30, 60, 120), (1000,)
 QUICK = {"span": 2, "min_rise": 0.03}  # less smoothing, and a smaller rise counts
 
@@ -269,10 +268,7 @@ def main():
     text = report(options.runs, options.seeds)
     print(text)
     if options.write:
-        begin, end = "<!-- overfitting: begin -->", "<!-- overfitting: end -->"
-        page = PAGE.read_text()
-        head, tail = page[: page.index(begin) + len(begin)], page[page.index(end) :]
-        PAGE.write_text(f"{head}\n\n{text}\n\n{tail}")
+        tables.write("overfitting", text)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,15 @@ import math
 import multiprocessing
 import statistics
 import time
-from pathlib import Path
 
 import paper_data
+import tables
 import torch
 from torch import nn
 
 import fitwatch as fw
 
 RESULTS = paper_data.CACHE / "paper.jsonl"
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 SEEDS, SPLITS, BATCHES = 3, 10, 3
 FN, FP = 2000.0, 100.0
 REAL = {  # the costs: published for German credit, assumed for the others
@@ -323,10 +322,7 @@ def main():
     text = report()
     print(text)
     if options.write:
-        begin, end = "<!-- paper: begin -->", "<!-- paper: end -->"
-        page = PAGE.read_text()
-        head, tail = page[: page.index(begin) + len(begin)], page[page.index(end) :]
-        PAGE.write_text(f"{head}\n\n{text}\n\n{tail}")
+        tables.write("paper", text)
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def test_a_picture_that_fails_costs_no_verdict(folder, capsys):
 def test_wrong_seconds_are_explained(folder, capsys):
     """A path after --watch, and an interval that is none, are refused with the way out."""
     assert main(["diagnose", "--watch", str(folder)]) == 2
-    assert "PATH comes before --watch" in capsys.readouterr().err
+    assert "write PATH before --watch" in capsys.readouterr().err
     assert main(["diagnose", str(folder), "--watch", "0"]) == 2
     assert "a number of seconds above 0, but got 0" in capsys.readouterr().err
 

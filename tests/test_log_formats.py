@@ -326,7 +326,9 @@ def test_cells_that_are_no_numbers_are_named(tmp_path):
     write_table(tmp_path / "log.csv", {"epoch": EPOCHS, "loss": train, "val_loss": losses})
     one = only(diagnose_logs(tmp_path))
     assert len(one.losses) == 58
-    assert [note for note in one.notes if "cells" in note] == ["2 cells of val_loss left out as no number: 1.5 (best)"]
+    assert [note for note in one.notes if "cells" in note] == [
+        "2 cells of val_loss left out, since not a number: 1.5 (best)"
+    ]
 
 
 def test_an_export_of_several_runs(tmp_path):
@@ -370,7 +372,7 @@ def test_a_trainer_state_that_says_nothing_is_named(tmp_path):
     """A trainer_state.json that is cut off, or has a single evaluation, is named with the reason."""
     state = json.dumps({"log_history": [{"loss": 1.0, "step": 1}, {"eval_loss": 1.0, "step": 1}]})
     (tmp_path / "trainer_state.json").write_text(state[:40])
-    with pytest.raises(NoLogsError, match=r"trainer_state.json: is no whole JSON document"):
+    with pytest.raises(NoLogsError, match=r"trainer_state.json: is neither a whole JSON document"):
         diagnose_logs(tmp_path)
     (tmp_path / "trainer_state.json").write_text(state)
     assert [one.problem for one in diagnose_logs(tmp_path).runs] == ["eval_loss has 1 point: too few"]

@@ -194,3 +194,11 @@ def test_a_frozen_model_is_refused_as_in_a_fit():
     model = net().requires_grad_(False)
     with pytest.raises(RuntimeError, match="all parameters of the model are frozen"):
         trainer_of(model=model).check(loader(), loader())
+
+
+def test_lazy_parameters_stay_as_they_are():
+    """A model whose first batch would shape it is neither run nor refused."""
+    model = nn.Sequential(nn.LazyLinear(2))
+    report = trainer_of(model=model).check(loader(), loader())
+    assert report.facts["gradient"].startswith("not compared: the first batch would give the lazy parameters")
+    assert isinstance(model[0].weight, nn.UninitializedParameter)

@@ -133,7 +133,7 @@ def _open(folder: Path, port: int | None, *, browser: bool) -> _Outcome:
     """Serve the folder until Ctrl-C."""
     if runs_in(folder):
         return serve(folder, port=port, browser=browser), lambda: None
-    why = "no run of fitwatch is in it" if folder.is_dir() else "there is no such folder"
+    why = "it holds no run of fitwatch" if folder.is_dir() else "there is no such folder"
     hint = "give the folder that TensorBoard(dir) wrote to, such as runs"
     return WRONG_USE, partial(_write, f"fitwatch open {folder}: {why}; {hint}", sys.stderr)
 
@@ -142,7 +142,7 @@ def _seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds: PATH comes before --watch") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds: write PATH before --watch") from None
     if not (math.isfinite(seconds) and seconds > 0):
         raise argparse.ArgumentTypeError(f"needs a number of seconds above 0, but got {text}")
     return seconds
@@ -250,7 +250,7 @@ def _complain(message: str) -> None:
 
 
 def _write(text: str, stream: TextIO | None) -> None:
-    """Write lines that may hold names of files and tags: what is no printable character is escaped."""
+    """Write lines that may hold names of files and tags: characters that are not printable are escaped."""
     if stream is None:  # the process began with it closed
         return
     encoding = stream.encoding or "utf-8"

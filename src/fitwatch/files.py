@@ -59,7 +59,7 @@ def _create(part: Path) -> int:
 
 
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-"""Flags for opening a file that is no link."""
+"""Flags for opening a file only if it is not a link."""
 
 
 def remove_parts(folder: Path) -> None:
@@ -90,7 +90,7 @@ def seal(descriptor: int) -> None:
     """Add the checksum to a zip file.
 
     It is a CRC-32: it finds every error of up to 32 bits in a row, takes 0.13 s for 300 MB where BLAKE2 takes 0.43 s,
-    and like any checksum without a key it is no protection from someone who writes files.
+    and like any checksum without a key it does not protect from someone who writes files.
 
     Raises:
         OSError: It is not a zip file, or can't be written.

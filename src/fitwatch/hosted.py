@@ -7,6 +7,7 @@ from attrs import asdict
 from fitwatch import ranks
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.primitives import plain_data
+from fitwatch.restoring import restore_counters
 from fitwatch.state import State
 
 _FORMAT = 1
@@ -54,9 +55,5 @@ def load_state_dict(content: StateDict, state: State) -> None:
     """
     if state.callbacks is not None:
         state.callbacks.load_state_dict(content["callbacks"])
-    for name, value in content["progress"].items():
-        setattr(state.progress, name, value)
-    state.history.entries = [dict(entry) for entry in content["history"]]
-    if ranks.rank() == 0:  # the sums of all ranks
-        state.train_loss.since_evaluation.total, state.train_loss.since_evaluation.weight = content["train_loss"]
+    restore_counters(content, state)
     state.resumed = True

@@ -80,7 +80,7 @@ class FolderLock:
             raise RuntimeError(_in_use(self._path, other))
 
     def release(self) -> None:
-        """Give the folder free, if this lock holds it."""
+        """Release the folder, if this lock holds it."""
         owner, self._owner = self._owner, None
         self._released.set()
         if owner is not None and owner["pid"] == os.getpid():  # and not a child of it

@@ -11,11 +11,14 @@ from attrs import asdict
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fitwatch import ranks
 from fitwatch.callback import Callbacks
 from fitwatch.data.position import Stateful, random_states, set_random_states
+from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.expanded import compact
 from fitwatch.helpers.rng import rng_state, set_rng_state
 from fitwatch.state import State
+from fitwatch.state.history import renamed
 
 _Undo = Callable[[], object]
 
@@ -38,6 +41,16 @@ def undone_on_failure(state: State, *loaders: object) -> Iterator[None]:
         raise
 
 
+def restore_counters(content: StateDict, state: State) -> None:
+    """Restore ``progress``, ``history`` and ``train_loss`` (the sums of all ranks since the last evaluation)."""
+    for name, value in content["progress"].items():
+        setattr(state.progress, name, value)
+    state.history.entries = [{renamed(name): value for name, value in entry.items()} for entry in content["history"]]
+    if ranks.rank() == 0:
+        since = state.train_loss.since_evaluation
+        since.total, since.weight = content["train_loss"]
+
+
 def _undoing(state: State, loaders: tuple[object, ...]) -> Iterator[_Undo]:
     """Yield functions that put the parts back, the random states last."""
     for module in (state.model, state.loss):
@@ -51,6 +64,7 @@ def _undoing(state: State, loaders: tuple[object, ...]) -> Iterator[_Undo]:
     since, progress = state.train_loss.since_evaluation, state.progress
     yield partial(_set, since, {"total": since.total, "weight": since.weight})
     yield partial(_set, progress, asdict(progress))
+    yield partial(_set, state, {"fitted": state.fitted})
     yield partial(_set, state.history, {"entries": state.history.entries})
     yield partial(_set, state.position, {"resumed": state.position.resumed, "_random": None})
     yield partial(set_random_states, random_states(*loaders), *loaders)

@@ -29,9 +29,8 @@ from fitwatch.helpers import modules
 from fitwatch.helpers.aliases import StateDict
 from fitwatch.helpers.primitives import plain_data, unreadable
 from fitwatch.helpers.rng import rng_state, set_rng_state
-from fitwatch.restoring import undone_on_failure
+from fitwatch.restoring import restore_counters, undone_on_failure
 from fitwatch.state import State
-from fitwatch.state.history import renamed
 from fitwatch.version import __version__
 
 logger = logging.getLogger("fitwatch")
@@ -143,7 +142,7 @@ def _load(path: Path, *, data: bool = True) -> object:
 
 
 class DamagedError(ValueError):
-    """A file that is not what was saved, or is no checkpoint at all."""
+    """A file that is not what was saved, or not a checkpoint at all."""
 
 
 def read(path: Path, *, data: bool = True, verify: bool | None = None) -> Content:
@@ -156,7 +155,7 @@ def read(path: Path, *, data: bool = True, verify: bool | None = None) -> Conten
 
     Raises:
         FileNotFoundError: There is no file at ``path``.
-        DamagedError: It is incomplete or changed, is no checkpoint, or holds more than tensors and primitives.
+        DamagedError: It is incomplete or changed, not a checkpoint, or holds more than tensors and primitives.
         ValueError: It is a checkpoint of another format.
     """
     if path.is_dir():
@@ -272,13 +271,8 @@ def _apply(content: Content, state: State, loaders: tuple[object, ...], *, kept:
     with _using("calibration"):
         calibration = content.get("calibration")  # files of a fit without logits have none
         known = None if calibration is None else Calibration.from_state_dict(calibration)
-    for name, value in content["progress"].items():
-        setattr(state.progress, name, value)
+    restore_counters(content, state)
     state.fitted = None if known is None else Fitted.of(known, state.progress.step)
-    state.history.entries = [{renamed(name): value for name, value in entry.items()} for entry in content["history"]]
-    if ranks.rank() == 0:  # the sums of all ranks
-        since = state.train_loss.since_evaluation
-        since.total, since.weight = content["train_loss"]
     own = [content, *content["other_ranks"]][ranks.rank()]
     position = own["position"]
     with _using("position"):

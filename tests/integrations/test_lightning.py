@@ -198,7 +198,7 @@ def test_what_does_not_work_is_refused(tmp_path):
     problem = Problem()
     with pytest.raises(ValueError, match="one optimizer, and this module has 2"):
         in_lightning(tmp_path, Two, gradient_clip_val=None)(problem, 1)
-    with pytest.raises(TypeError, match=r"Module.criterion is no loss: set self.criterion"):
+    with pytest.raises(TypeError, match=r"Module.criterion is not a loss: set self.criterion"):
         trainer_of(problem, [FitwatchCallback(loss="criterion")], 1, tmp_path).fit(
             Module(problem), problem.train_loader, problem.val_loader
         )

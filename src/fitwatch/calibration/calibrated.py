@@ -132,7 +132,8 @@ class Calibrated(nn.Module):
         biases: Whether to use the temperature with biases.
 
     Raises:
-        TypeError: ``model`` is no module, or ``calibration`` is none; when called: the output is not one tensor.
+        TypeError: ``model`` is not a module, or ``calibration`` not a `Calibration`; when called: the output is not one
+            tensor.
         ValueError: There are no biases; when called: the output has another number of classes.
     """
 

@@ -40,8 +40,8 @@ class Checkpoint(Callback):
     ``resume="auto"`` goes on from the newest file that is whole. A damaged one is renamed to ``*.damaged``, and a
     warning says so.
 
-    While a fit runs, ``fit.lock`` in the folder names its host and process: a second fit in the folder is refused. That
-    of a fit that was killed counts for nothing; if it ran on another host, a new fit waits a minute to be sure.
+    While a fit runs, ``fit.lock`` in the folder names its host and process: a second fit in the folder is refused. The
+    file of a fit that was killed is ignored; if that ran on another host, a new fit waits a minute to be sure.
 
     It runs after the other callbacks, wherever it stands in the list, since it saves their state. When training resumes
     from an older file, the newer ones are renamed to ``*.old``.
@@ -187,7 +187,7 @@ class Checkpoint(Callback):
             self._save(state, "epoch", state.progress.epoch)
 
     def on_fit_end(self, _: State) -> None:
-        """Wait for the save that is under way, and give the folder free.
+        """Wait for the save that is under way, and release the folder.
 
         Raises:
             OSError: That save failed.
@@ -338,7 +338,7 @@ def _fault(file: Path) -> tuple[str, str] | None:
         if not content["progress"]["epoch_batch"] or content.get("position") is not None:
             return None
     except (saving.DamagedError, KeyError, OSError, TypeError) as error:
-        return "damaged", str(error) if isinstance(error, (ValueError, OSError)) else "it is no checkpoint of fitwatch"
+        return "damaged", str(error) if isinstance(error, (ValueError, OSError)) else "it is not a checkpoint"
     except ValueError:  # of another format: what is whole is refused by name, and not given up
         return None
     return "old", "it was saved within an epoch by a loop over its own loader, whose place is unknown"

@@ -116,7 +116,7 @@ class CSVLog(Callback):
 
 
 def _is_curve(name: str) -> bool:
-    """Return whether a row is no part of the summary, which is written again."""
+    """Return whether a row is not part of the summary, which is written again."""
     return not name.startswith(("best/", "baseline/", "report/"))
 
 

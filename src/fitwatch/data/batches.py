@@ -74,7 +74,7 @@ def index_error(index: Tensor) -> ValueError:
 
 
 def is_integer(values: Tensor) -> bool:
-    """Return whether a tensor holds integers; bools are none."""
+    """Return whether a tensor holds integers, not bools."""
     return not (values.is_floating_point() or values.is_complex() or values.dtype is torch.bool)
 
 

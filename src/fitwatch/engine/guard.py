@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ BUDGET: Final = 50
 _Flags = dict[torch.device, tuple[Tensor, Tensor]]  # what the kernel takes: a flag that is 0, and a factor of 1
 _LARGEST: Final = 1e300  # a norm beyond all others
 _KERNEL = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-
 
 MODES: Final = ("raise", "skip", "spike", "ignore")
 """What ``nonfinite`` takes."""
@@ -62,22 +61,23 @@ class Guard:
         """Whether `rejects` takes the norm of the gradients."""
         return self._spikes is not None
 
-    def rejects(self, norm: Tensor | None, sums: Sequence[Tensor | float] = ()) -> bool:
+    def rejects(self, norm: Tensor | None, losses: Sequence[Tensor], weights: Sequence[Tensor | float]) -> bool:
         """Return whether the gradients of the complete step, before clipping, must not reach the weights.
 
         Waits for the device, unless the optimizer leaves the step out there. Under a GradScaler, which checks and
         skips by itself, it is False.
 
         Args:
-            norm: The 2-norm of all gradients, if it is known: a finite one saves the check.
-            sums: The losses of the step, and as many weights. One of them may be infinite, with finite gradients.
+            norm: The 2-norm of all gradients, 0-dim, if it is known: a finite one saves the check.
+            losses: sum(w l) of each micro-batch, 0-dim. One may be infinite, with finite gradients.
+            weights: Its sum(w), each 0-dim or a number.
         """
         if not self._checks:
             return False
         if self._good is not None or self._decides_on_device():
-            self._flag_on_device(sums)
+            self._flag_on_device(losses, weights)
             return False
-        if self._is_finite(norm, sums):
+        if self._is_finite(norm, losses, weights):
             spike = self._spikes is not None and norm is not None and self._spikes.update(min(float(norm), _LARGEST))
             self._why = f"the gradient norm {float(norm):.4g} is a spike" if spike and norm is not None else ""
             self._in_a_row = self._in_a_row if spike else 0
@@ -85,14 +85,14 @@ class Guard:
         self._why = ""
         return True
 
-    def _is_finite(self, norm: Tensor | None, sums: Sequence[Tensor | float]) -> bool:
+    def _is_finite(self, norm: Tensor | None, losses: Sequence[Tensor], weights: Sequence[Tensor | float]) -> bool:
         known = norm is not None and math.isfinite(float(norm))
         values = [] if known else self._gradients()
-        for number, value in enumerate(sums):
-            if isinstance(value, Tensor) and not value.is_cpu:
-                values.append(value)  # read together with the gradients
-            elif not math.isfinite(value) and (2 * number >= len(sums) or self._moves()):
-                return False
+        values += [s for s in (*losses, *weights) if _is_far(s)]  # read together with the gradients
+        if not all(_is_far(w) or math.isfinite(w) for w in weights):
+            return False
+        if not all(_is_far(loss) or math.isfinite(loss) for loss in losses) and self._moves():
+            return False
         return all_finite(values, self._flags)
 
     def _moves(self) -> bool:
@@ -170,7 +170,7 @@ class Guard:
             self._count(f"fp16 overflowed, even at a scale of {self._state.scaler.get_scale():.3g}")
 
     def state_dict(self) -> StateDict:
-        """Return the counts, and the norms that spikes are told by."""
+        """Return the counts, and the norms that spikes are compared with."""
         spikes = None if self._spikes is None else self._spikes.state_dict()
         return {"skipped": self.skipped, "in_a_row": self._in_a_row, "spikes": spikes}
 
@@ -203,15 +203,14 @@ class Guard:
             return False
         return type(self._state.optimizer).__module__.startswith("torch.optim")
 
-    def _flag_on_device(self, sums: Sequence[Tensor | float]) -> None:
+    def _flag_on_device(self, losses: Sequence[Tensor], weights: Sequence[Tensor | float]) -> None:
         gradients = [g.detach() for g in self._gradients()]
         if not gradients:
             return
-        gradients += [s.detach() for s in sums if isinstance(s, Tensor) and s.device == gradients[0].device]
         device = gradients[0].device
-        if device not in self._flags:
-            self._flags[device] = torch.zeros((), device=device), torch.ones((), device=device)
-        found, one = self._flags[device]
+        sums = [s.detach() for s in (*losses, *weights) if isinstance(s, Tensor)]
+        gradients += [s for s in sums if s.device == device and s.dtype in _KERNEL]
+        found, one = _flag(device, self._flags)
         if self._good is None:
             self._good, self._checked = torch.zeros_like(found), self._state.progress.step
             self._state.optimizer.found_inf = found  # type: ignore[attr-defined] # read by torch's fused optimizers
@@ -267,12 +266,22 @@ def all_finite(gradients: Sequence[Tensor], flags: _Flags | None = None) -> bool
 def _finite(device: torch.device, dtype: torch.dtype, same: list[Tensor], flags: _Flags) -> bool:
     if dtype not in _KERNEL:
         return all(bool(values.isfinite().all()) for values in same)
-    if device not in flags:
-        flags[device] = torch.zeros((), device=device), torch.ones((), device=device)
-    found, one = flags[device]
+    found, one = _flag(device, flags)
     # The kernel of GradScaler: with a factor of 1 it changes nothing. One call for all takes a third of their norms.
     torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
     if found.item() == 0:
         return True
     found.zero_()
     return False
+
+
+def _flag(device: torch.device, flags: _Flags) -> tuple[Tensor, Tensor]:
+    """Return what the kernel takes on a device, made at the first call."""
+    if device not in flags:
+        flags[device] = torch.zeros((), device=device), torch.ones((), device=device)
+    return flags[device]
+
+
+def _is_far(value: Tensor | float) -> TypeGuard[Tensor]:
+    """Return whether reading a value waits for its device."""
+    return isinstance(value, Tensor) and not value.is_cpu

@@ -3,13 +3,14 @@
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from attrs import frozen
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fitwatch import ranks
 from fitwatch.data import batches
@@ -64,8 +65,8 @@ def preflight(state: State, checks: Checks, step: TrainingStep, rehearse: Callab
     checks.before_training()
     held = parameters(state.optimizer)
     facts = {
-        "parameters": f"{sum(p.numel() for p in held if p.requires_grad):,} of "
-        f"{sum(p.numel() for p in state.model.parameters()):,} are trained",
+        "parameters": f"{_count(p for p in held if p.requires_grad):,} of "
+        f"{_count(state.model.parameters()):,} are trained",
         "training": _described(state.train_loader),
     }
     if state.val_loader is not None:
@@ -98,10 +99,17 @@ def _described(loader: Loader | None) -> str:
     return f"{text}; targets {tuple(targets.shape)} {targets.dtype}, label: count {{{', '.join(some)}{more}}}"
 
 
+def _count(held: Iterable[Tensor]) -> int:
+    """Return the number of values in parameters, without those that have no shape yet."""
+    return sum(p.numel() for p in held if not is_lazy(p))
+
+
 def _gradients(state: State, checks: Checks, step: TrainingStep) -> str:
     """Compare the gradient of a step in micro-batches with that of one large batch, in eval mode."""
-    if ranks.size() > 1:
-        return "not compared on several ranks"
+    lazy = any(is_lazy(p) for p in state.model.parameters())
+    if lazy or ranks.size() > 1:
+        why = "the first batch would give the lazy parameters their shapes" if lazy else "there are several ranks"
+        return f"not compared: {why}"
     count = max(2, state.plan.accumulate)
     saved, sources = rng_state(), random_states(state.train_loader)
     try:

@@ -343,8 +343,8 @@ class Training:
         measures = limit is not None or self._guard.needs_norm
         norm = total_norm(held := parameters(state.optimizer)) if measures else None
         # Those of other ranks may be finite: all ranks must decide alike, so there the gradients alone count.
-        sums = state.train_loss.recent(summed) if ranks.size() == 1 else []
-        self.left_out = self._guard.rejects(norm, sums)
+        losses, weights = state.train_loss.recent(summed) if ranks.size() == 1 else ([], [])
+        self.left_out = self._guard.rejects(norm, losses, weights)
         if self.left_out:
             self._leave_out(summed)
         elif limit is not None and norm is not None:

@@ -186,7 +186,7 @@ def _check(trainer: Any, module: Any, name: str) -> None:
         raise ValueError(f"FitwatchCallback watches one optimizer, and this module has {len(trainer.optimizers)}")
     if not callable(getattr(module, name, None)):
         raise TypeError(
-            f"{type(module).__name__}.{name} is no loss: set self.{name} = fw.CrossEntropy(), or another function of "
-            "(output, target), and call it in training_step and validation_step; or name it: "
+            f"{type(module).__name__}.{name} is not a loss: set self.{name} = fw.CrossEntropy(), or another function "
+            "of (output, target), and call it in training_step and validation_step; or name it: "
             "FitwatchCallback(loss=...)"
         )

@@ -100,7 +100,7 @@ def _is_repeated(pair: Pair, good: set[str], found: Found) -> bool:
 
 
 def _is_silent(pair: Pair, good: set[str], found: Found) -> bool:
-    """Whether a run without a pair is no run of its own: a sub-run for markers, or a table of something else."""
+    """Whether a run without a pair is not a run of its own: a sub-run for markers, or a table of something else."""
     if pair.run != "." and any(str(parent) in good for parent in PurePosixPath(pair.run).parents):
         return True
     if pair.run not in found.tables:

@@ -65,7 +65,7 @@ class Curve:
     def extend(self, later: "Curve") -> None:
         """Continue with the points of a later file: they replace those from their first step on.
 
-        A single point at the last step is no continuation: the best model was evaluated once more at the end.
+        A single point at the last step does not continue the curve: the best model was evaluated once more at the end.
         """
         if len(later) == 1 and self.steps and later.steps[0] == self.steps[-1]:
             self.notes.append(_again(1))

@@ -60,7 +60,7 @@ _Field = int | float | tuple[int, int]  # a number, or where bytes start and end
 
 
 class _DamagedError(Exception):
-    """Raised inside if bytes are no valid message."""
+    """Raised inside if bytes are not a valid message."""
 
 
 @define
@@ -320,7 +320,7 @@ def _step(value: int) -> int:
 
 
 def _header(data: bytes, number: int, value: _Field, event: _Event) -> None:
-    """Take a field of an event that is no summary."""
+    """Take a field of an event that is not a summary."""
     if number == 1 and isinstance(value, float):
         event.time = value
     elif number == 2 and isinstance(value, int):

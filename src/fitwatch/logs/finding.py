@@ -16,7 +16,7 @@ from fitwatch.logs.tables import may_be_table, read_table
 
 _PASSED_OVER = {".git", ".venv", "node_modules", "__pycache__", "site-packages"}
 _TABLES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".log", ".txt"}
-_OFTEN_OTHER = {".json", ".log", ".txt"}  # most of these are no logs, which is not worth a word
+_OFTEN_OTHER = {".json", ".log", ".txt"}  # most of these are not logs, and need no note
 _STATE = "trainer_state.json"
 _HEAD = 1 << 10
 _REASONS = {
@@ -223,7 +223,7 @@ def _read_tables(found: Found, place: _Place, folder: Path, states: list[Path]) 
             if folder == path or path.name == _STATE or path.suffix.lower() not in _OFTEN_OTHER:
                 found.skip(path, error)
             continue
-        # In a table that nobody has named, a single row is no curve.
+        # In a table that nobody has named, a single row is not a curve.
         sure = folder == path or path.name == _STATE
         if kept := {name: run for name, run in runs.items() if sure or max(map(len, run.values())) > 1}:
             tables[path] = kept

@@ -12,7 +12,7 @@ _LONGEST = 1 << 10  # bytes of a line
 
 
 def metric_place(file: PurePath) -> tuple[PurePath, str] | None:
-    """Return the run's folder and the name of the metric, by the path of a file; None if it is no file of a metric.
+    """Return the run's folder and the name of the metric, by the path of a file; None if it is not a file of a metric.
 
     MLflow: ``mlruns/<experiment>/<run>/metrics/<name>``; DVCLive: ``<run>/plots/metrics/<name>.tsv``. The name may
     have slashes.
@@ -50,7 +50,7 @@ def read_metric_file(path: Path) -> Curve:
                 others += bool(line.strip())
                 continue
             step = float(len(curve)) if match[3] is None else float(match[3])
-            if math.isfinite(step):  # so many digits are no step
+            if math.isfinite(step):  # a step does not have so many digits
                 curve.add(step, value, float(match[1]) / 1000)
             else:
                 others += 1

@@ -35,10 +35,10 @@ Rows = Iterable[Mapping[str, object]]
 def read_table(path: Path) -> dict[str, dict[str, Curve]]:
     """Read the runs of a table: name -> tag -> curve, in the order of writing.
 
-    The kind of table is told by its content. Runs without a name are numbered.
+    The content shows what kind of table it is. Runs without a name are numbered.
 
     Raises:
-        LogError: If it is no table with a column for a loss.
+        LogError: If it is not a table with a column for a loss.
         OSError: If the file can't be read.
     """
     with path.open("rb") as file:
@@ -99,7 +99,7 @@ def _rows(text: str) -> list[Mapping[str, object]]:
         except json.JSONDecodeError:
             if lines := list(_json_lines(text)):
                 return lines
-            raise LogError("is no whole JSON document, nor JSON lines") from None
+            raise LogError("is neither a whole JSON document nor JSON lines") from None
     return list(_delimited(text))
 
 
@@ -108,7 +108,7 @@ def _document(document: Any) -> Rows:
     if isinstance(document, dict):
         history = document.get("log_history")
         if isinstance(history, list):
-            # After the training, one line sums it up; its mean loss is no point of the curve.
+            # After the training, one line sums it up; its mean loss is not a point of the curve.
             return [row for row in history if isinstance(row, dict) and "train_runtime" not in row]
         columns = dict(_columns(document, ""))
         if columns:
@@ -128,7 +128,7 @@ def _columns(document: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, li
 
 
 def _json_lines(text: str) -> Rows:
-    """Yield the objects of JSON lines; lines that are none, as one cut off at the end, are passed over."""
+    """Yield the objects of JSON lines; other lines, such as one cut off at the end, are passed over."""
     for line in text.splitlines():
         if line.lstrip().startswith("{"):
             try:
@@ -244,7 +244,7 @@ def _exported(rows: list[Mapping[str, object]]) -> dict[str, list[dict[str, obje
 
 
 def _runs(rows: list[Mapping[str, object]]) -> list[list[dict[str, object]]]:
-    """Split the rows where a run begins anew: at a second header, or where the count goes back to its start."""
+    """Split the rows where another run begins: at a second header, or where the count goes back to its start."""
     flat = [dict(_flat(row)) for row in rows]
     parts = [list(group) for full, group in itertools.groupby(flat, key=bool) if full]
     if len(parts) > 1 or any(_named(row, _SPLITS) or _long_name(row) for row in flat[:3]):
@@ -316,7 +316,7 @@ def _curves(rows: list[dict[str, object]], path: Path) -> dict[str, Curve]:
                 others.setdefault(tag, []).append(cell)
     for tag in others.keys() & curves.keys():
         count, example = len(others[tag]), others[tag][0].strip()[:_SHOWN]
-        curves[tag].notes.append(f"{count} cell{'s' * (count > 1)} of {{}} left out as no number: {example}")
+        curves[tag].notes.append(f"{count} cell{'s' * (count > 1)} of {{}} left out, since not a number: {example}")
     return {tag: _without_holes(curve) for tag, curve in curves.items()}
 
 
@@ -331,7 +331,7 @@ def _axis(rows: list[dict[str, object]], names: Mapping[str, object]) -> tuple[s
     found += [(name, "epoch") for one in _EPOCHS if (name := _named(names, (one,)))]
     for name, axis in found:
         steps = [value for row in rows if (value := _number(row.get(name))) is not None]
-        # A count within the epoch starts anew in each.
+        # A count within the epoch restarts in each.
         if (
             len(steps) > _NEARLY * len(rows)
             and all(a <= b for a, b in itertools.pairwise(steps))

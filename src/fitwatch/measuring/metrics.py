@@ -90,18 +90,17 @@ class WeightedMean:
         if len(self._totals) >= 1024:  # a fit that never logs must not keep a tensor for every step
             self._fold()
 
-    def recent(self, batches: int) -> list[Tensor | float]:
+    def recent(self, batches: int) -> tuple[list[Tensor], list[Tensor | float]]:
         """Return the totals and the weights of the last batches, unless they have been pulled or summed: then none."""
         if not 0 < batches <= len(self._totals) - self._folded:
-            return []
-        return [*self._totals[-batches:], *self._weights[-batches:]]
+            return [], []
+        return self._totals[-batches:], self._weights[-batches:]
 
     def newest(self, batches: int) -> float:
-        """Return the mean over the last batches, unless they have been pulled or summed: then NaN."""
-        if not 0 < batches <= len(self._totals) - self._folded:
-            return math.nan
-        weight = sum(float(w) for w in self._weights[-batches:])
-        return sum(float(total) for total in self._totals[-batches:]) / weight if weight else math.nan
+        """Return the mean over the last batches, as `recent` has them; NaN for none."""
+        totals, weights = self.recent(batches)
+        weight = sum(map(float, weights))
+        return sum(map(float, totals)) / weight if weight else math.nan
 
     def drop(self, batches: int) -> None:
         """Take back the last batches, unless they have been pulled or summed."""
@@ -165,7 +164,7 @@ class RunningLoss:
         self.since_evaluation.add(total, weight)
         self._new_examples += examples
 
-    def recent(self, batches: int) -> list[Tensor | float]:
+    def recent(self, batches: int) -> tuple[list[Tensor], list[Tensor | float]]:
         """Return the totals and the weights of the last batches, which were not pulled yet."""
         return self.since_evaluation.recent(batches)
 

@@ -73,7 +73,7 @@ class Verdict:
 
     @property
     def confidence(self) -> float | None:
-        """How sure the rise is, 0 to 1: the normal probability that it is no chance, from ``rise`` and ``rise_se``."""
+        """How sure the rise is, 0 to 1: the normal probability that it is not chance, from ``rise`` and ``rise_se``."""
         if not (math.isfinite(self.rise) and self.rise_se > 0):
             return None
         return NormalDist().cdf(self.rise / self.rise_se)

@@ -45,7 +45,7 @@ class SpikeRule(Stateful):
 
     @property
     def limit(self) -> float:
-        """The largest norm that is no spike."""
+        """The largest norm that is not a spike."""
         middle = median(self._norms)
         spread = _NORMAL * median([abs(norm - middle) for norm in self._norms])
         return middle + self.deviations * max(spread, _LEAST_SPREAD * middle)

@@ -58,7 +58,7 @@ class Log:
         Raises:
             ValueError: ``reduce`` is unknown, or differs from earlier values of this log window; the number of values
                 is not that of the names; or the name of a `Marker` can't name a folder.
-            TypeError: ``value`` can't be logged, or ``names`` are no names.
+            TypeError: ``value`` can't be logged, or ``names`` are not names.
         """
         if isinstance(value, Marker):
             check_name("the name of a marker", names)
