@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fitwatch.data.batches import check_repeats
 from fitwatch.data.sharding import ABSENT, steps_per_epoch
+from fitwatch.engine.checks import validation_loaders
 from fitwatch.engine.schedule import Schedule, planned_length
 from fitwatch.engine.step import step_optimizer
 from fitwatch.helpers.aliases import Batch
@@ -132,9 +133,7 @@ class Loop:
             check_repeats("train_loader", state.train_loader, f"{left} epochs are to be trained")
         most = 1 if per_epoch is None and plan.max_steps is not None else planned[0] or 1
         if validates_first or (most > 1 if self._validate_every is None else (planned[1] or 0) > self._validate_every):
-            named = {f"val_loader[{name!r}]": loader for name, loader in state.val_loaders.items()}
-            single = {} if state.val_loader is None else {"val_loader": state.val_loader}
-            for name, loader in (named or single).items():
+            for name, loader in validation_loaders(state).items():
                 check_repeats(name, loader, "several validations are to be run")
 
     def _step(self) -> None:

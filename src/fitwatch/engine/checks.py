@@ -88,10 +88,7 @@ class Checks:
         self._warn("untrained_parameters", untrained_parameters(state.model, state.optimizer))
         if isinstance(state.loss, nn.Module):
             self._warn("untrained_parameters", untrained_parameters(state.loss, state.optimizer, of="loss"))
-        loaders = {f"val_loader[{name!r}]": loader for name, loader in state.val_loaders.items()}
-        if not loaders and state.val_loader is not None:
-            loaders = {"val_loader": state.val_loader}
-        for name, loader in loaders.items():
+        for name, loader in validation_loaders(state).items():
             self._warn("shared_examples", shared_examples(state.train_loader, loader, name))
             if loader is not state.train_loader:
                 self._warn("validation_order", validation_order(loader, name))
@@ -121,9 +118,7 @@ class Checks:
             return
         if len(parts) < 2 or parts[1] is not target:  # the training step makes other targets of them
             return
-        loaders: dict[str, Loader | None] = {"train_loader": state.train_loader, "val_loader": state.val_loader}
-        loaders |= {f"val_loader[{name!r}]": loader for name, loader in state.val_loaders.items()}
-        for name, loader in loaders.items():
+        for name, loader in {"train_loader": state.train_loader, **validation_loaders(state)}.items():
             if not isinstance(loader, DataLoader) or loader.collate_fn is not default_collate:
                 continue
             known = exposed_targets(loader)
@@ -145,6 +140,13 @@ class Checks:
         self.found.append(text)
         if ranks.rank() == 0:
             logger.warning('%s (skip_checks=["%s"] turns this check off)', text, name)
+
+
+def validation_loaders(state: State) -> dict[str, Loader]:
+    """Return the validation loaders, under the names that a script has for them."""
+    if state.val_loaders:
+        return {f"val_loader[{name!r}]": loader for name, loader in state.val_loaders.items()}
+    return {} if state.val_loader is None else {"val_loader": state.val_loader}
 
 
 def untrained_parameters(module: nn.Module, optimizer: torch.optim.Optimizer, of: str = "model") -> str | None:
