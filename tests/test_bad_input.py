@@ -348,3 +348,11 @@ def test_skip_checks_that_is_no_list_is_refused():
     model = nn.Linear(4, 2)
     with pytest.raises(TypeError, match="skip_checks must be a list of names, got 5"):
         fw.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), skip_checks=5)
+
+
+def test_an_error_before_training_is_not_placed_in_an_epoch():
+    """What a check finds before step 1 is not said to be raised in training."""
+    trainer = trainer_of(callbacks=fw.EarlyStopping("val/accurcy"))
+    with pytest.raises(ValueError, match="EarlyStopping monitors 'val/accurcy'") as info:
+        trainer.fit(loader(), loader(), epochs=1)
+    assert not any("raised in training" in note for note in getattr(info.value, "__notes__", ()))

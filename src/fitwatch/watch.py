@@ -303,7 +303,11 @@ class Watch:
                 raise
         elif isinstance(error, Exception):
             known = isinstance(error, FloatingPointError)  # it names its step
-            if not known and not any("raised " in note for note in getattr(error, "__notes__", ())):
+            if (
+                self._training.in_epoch
+                and not known
+                and not any("raised " in note for note in getattr(error, "__notes__", ()))
+            ):
                 error.add_note(self._training.place)
         self._leave(error)
 

@@ -88,7 +88,7 @@ class Training:
     def place(self) -> str:
         """Where training is, for the note of an error."""
         progress = self._state.progress
-        batch = f", batch index {progress.epoch_batch}" if self.in_epoch and self._complete is None else ""
+        batch = f", batch index {progress.epoch_batch}" if self._complete is None else ""
         return f"raised in training: epoch {progress.epoch + 1}{batch}, after {progress.step} steps"
 
     def start_epoch(self) -> None:
