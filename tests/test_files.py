@@ -615,6 +615,7 @@ def in_child(function):
     """Run a function in a forked process; return its number."""
     child = os.fork()
     if not child:
+        torch.set_num_threads(1)  # as the workers of a loader do: the threads of the parent are not here
         try:
             function()
         finally:
@@ -635,14 +636,14 @@ def killed_saves(folder, size, kills):
                 os.write(told, b".")
 
         child = in_child(save_on)
-        os.read(ours, 1)
+        os.close(theirs)  # so that the end of the child ends the waiting here
+        assert os.read(ours, 1) == b"."
         started = time.monotonic()
-        os.read(ours, 1)
+        assert os.read(ours, 1) == b"."
         time.sleep((time.monotonic() - started) * k / kills)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(ours)
-        os.close(theirs)
         content = saving.read(path)
         whole += bool((torch.stack([content["a"], content["b"]]) == content["a"][0]).all())
         files.remove_parts(folder)
